@@ -1,0 +1,149 @@
+"""What every mixer shares: the module contract, its card, the registry and the parsing of specs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from linnet.ops.core import Identity, Segments
+
+__all__ = ["Card", "Mixer", "build_mixer", "get_mixer", "mixers", "parse_spec", "register_mixer"]
+
+_mixers: dict[str, type[Mixer]] = {}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `linnet inspect` prints about a mixer and what the contract suite needs to run it.
+
+    Attributes:
+        paper: title, authors and year, with the arXiv id.
+        recurrence: the state update and the reading, in one or two lines.
+        state: size of the state per layer as a formula, e.g. "H·K·V".
+        engine: the engine in ``linnet.ops`` it runs on.
+        expressivity: class of what the layer can track, e.g. "TC0: diagonal transition".
+        linear_state: whether, inputs given, the state enters its own update linearly (the suite then builds the
+            exact time-varying realisation and compares).
+        constant_state: whether the state's size is independent of the sequence length.
+        examples: small constructor options the contract suite runs with (``d_model`` included).
+        identities: executable claims "reduces to … when …".
+        notes: deviations from the paper, one a line.
+    """
+
+    paper: str
+    recurrence: str
+    state: str
+    engine: str
+    expressivity: str
+    linear_state: bool = True
+    constant_state: bool = True
+    examples: tuple[dict[str, Any], ...] = ({"d_model": 32, "num_heads": 2},)
+    identities: tuple[Identity, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+class Mixer(nn.Module):
+    """A causal token mixer ``[B, T, D] -> [B, T, D]``.
+
+    Subclasses take ``d_model`` and keyword-only typed options, and ``layer``/``num_layers`` when their initialisation
+    depends on depth. Their forward is ``y, state = mixer(x, state=None, segments=None)``: prefill, chunked prefill
+    and decoding (``T = 1``) are the same call; with ``segments`` the input is packed ``[1, total, D]`` and the state
+    has one row a segment.
+    """
+
+    name: ClassVar[str]
+    card: ClassVar[Card]
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # own parameters of two or more axes that must not be decayed
+    d_model: int
+
+    def forward(self, x: Tensor, state: Any = None, segments: Segments | None = None) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    def init_state(self, rows: int) -> Any:
+        """The state before the first token for ``rows`` sequences (zeros)."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter this module owns itself, the way the paper does."""
+
+
+def register_mixer(name: str, card: Card) -> Callable[[type[Mixer]], type[Mixer]]:
+    """Class decorator: register a mixer under ``name``; this is what puts it under the contract suite."""
+
+    def add(cls: type[Mixer]) -> type[Mixer]:
+        if name in _mixers:
+            raise ValueError(f"mixer {name!r} is already registered")
+        cls.name, cls.card = name, card
+        _mixers[name] = cls
+        return cls
+
+    return add
+
+
+@cache
+def _load_all() -> None:
+    import linnet.mixers
+
+    for module in pkgutil.iter_modules(linnet.mixers.__path__):
+        importlib.import_module(f"linnet.mixers.{module.name}")
+
+
+def mixers() -> dict[str, type[Mixer]]:
+    """All registered mixers by name."""
+    _load_all()
+    return dict(sorted(_mixers.items()))
+
+
+def get_mixer(name: str) -> type[Mixer]:
+    """The mixer class called ``name``; ValueError with the known names otherwise."""
+    table = mixers()
+    if name not in table:
+        raise ValueError(f"mixer: expected one of {', '.join(table)}; got {name!r}")
+    return table[name]
+
+
+def parse_spec(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Split a mixer spec into name and options.
+
+    A spec is a name (``"gla"``), a name with options (``"attention(window=256, rope=False)"``) or a mapping
+    (``{"name": "gla", "num_heads": 4}``).
+    """
+    if isinstance(spec, Mapping):
+        options = dict(spec)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise ValueError(f"mixer spec: expected a mapping with a 'name', got {dict(spec)!r}")
+        return name, options
+    try:
+        node = ast.parse(spec.strip(), mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, {}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            return node.func.id, {str(kw.arg): ast.literal_eval(kw.value) for kw in node.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(f"mixer spec: expected 'name' or 'name(option=value, ...)', got {spec!r}")
+
+
+def build_mixer(spec: str | Mapping[str, Any], d_model: int, *, layer: int = 0, num_layers: int = 1) -> Mixer:
+    """Construct the mixer that ``spec`` describes; unknown names and options raise a ValueError that lists the
+    known ones. ``layer`` and ``num_layers`` reach only mixers whose initialisation depends on depth."""
+    name, options = parse_spec(spec)
+    cls = get_mixer(name)
+    known = {
+        p.name: p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY
+    }
+    depth = {key: value for key, value in (("layer", layer), ("num_layers", num_layers)) if key in known}
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        choices = ", ".join(sorted(set(known) - {"layer", "num_layers"}))
+        raise ValueError(f"mixer {name!r}: unknown option {unknown[0]!r}; it takes {choices}")
+    return cls(d_model, **{**depth, **options})

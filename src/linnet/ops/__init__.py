@@ -1,0 +1,23 @@
+"""The engines: pure functions on tensors, one folder each. Importing this package registers all of them."""
+
+from .attention import AttentionState, attention, rotary
+from .conv import ConvState, conv
+from .core import Segments, backend, get_op, ops, value_checks
+from .decay import DecayState, MLSTMState, decay, mlstm
+
+__all__ = [
+    "AttentionState",
+    "ConvState",
+    "DecayState",
+    "MLSTMState",
+    "Segments",
+    "attention",
+    "backend",
+    "conv",
+    "decay",
+    "get_op",
+    "mlstm",
+    "ops",
+    "rotary",
+    "value_checks",
+]

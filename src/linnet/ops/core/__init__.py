@@ -1,0 +1,33 @@
+"""What every engine shares: packing, state tuples, input checks, the registry and the choice of a backend."""
+
+from .checks import Shapes, check_log_decay, check_segments, common_dtype, value_checks
+from .registry import BACKENDS, Case, Cost, Identity, Op, backend, get_op, ops, register_op, resolve_backend
+from .segments import Segments, chunk_table
+from .state import detach, map_state, repeat_rows, select_rows, state_bytes, state_tensors, to
+
+__all__ = [
+    "BACKENDS",
+    "Case",
+    "Cost",
+    "Identity",
+    "Op",
+    "Segments",
+    "Shapes",
+    "backend",
+    "check_log_decay",
+    "check_segments",
+    "chunk_table",
+    "common_dtype",
+    "detach",
+    "get_op",
+    "map_state",
+    "ops",
+    "register_op",
+    "repeat_rows",
+    "resolve_backend",
+    "select_rows",
+    "state_bytes",
+    "state_tensors",
+    "to",
+    "value_checks",
+]

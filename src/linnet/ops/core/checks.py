@@ -1,0 +1,102 @@
+"""Input checks whose messages name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .segments import Segments
+
+__all__ = ["Shapes", "check_log_decay", "check_segments", "common_dtype", "value_checks"]
+
+_value_checks = False
+
+
+class Shapes:
+    """Checks shapes given as letters: the first use of a letter fixes its size, later uses must agree.
+
+    >>> shapes = Shapes()
+    >>> shapes("q", torch.zeros(2, 8, 4, 16), "B T H K")
+    >>> shapes("g", torch.zeros(2, 8, 4), "B T H")
+    """
+
+    def __init__(self, **sizes: int):
+        self.sizes = sizes
+
+    def __call__(self, name: str, x: Tensor, *layouts: str) -> str:
+        """Match ``x`` against the first fitting layout and return it; ValueError when none fits."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor {self._show(layouts)}, got {type(x).__name__}")
+        for layout in layouts:
+            letters = layout.split()
+            if len(letters) == x.dim() and all(
+                self.sizes.get(c, n) == n for c, n in zip(letters, x.shape, strict=True)
+            ):
+                self.sizes.update(zip(letters, x.shape, strict=True))
+                return layout
+        raise ValueError(f"{name}: expected shape {self._show(layouts)}, got {list(x.shape)}")
+
+    def __getitem__(self, letter: str) -> int:
+        return self.sizes[letter]
+
+    def _show(self, layouts: tuple[str, ...]) -> str:
+        def one(layout: str) -> str:
+            return "[" + ", ".join(f"{c}={self.sizes[c]}" if c in self.sizes else c for c in layout.split()) + "]"
+
+        return " or ".join(one(layout) for layout in layouts)
+
+
+def common_dtype(**tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in one floating dtype. Inside autocast that is autocast's dtype; outside they must already agree."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first_name, first = next(iter(given.items()))
+    for name, x in given.items():
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} like {first_name}, got {x.device}")
+    if torch.is_autocast_enabled(first.device.type) and first.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(first.device.type)
+        return [None if x is None else x.to(dtype) for x in tensors.values()]
+    for name, x in given.items():
+        if x.dtype != first.dtype:
+            raise ValueError(f"{name}: expected dtype {first.dtype} like {first_name}, got {x.dtype}")
+    return list(tensors.values())
+
+
+def check_segments(segments: Segments | None, batch: int, length: int) -> int:
+    """Number of state rows: the batch, or the sequences of a packed row (which needs ``B = 1`` and ``T = total``)."""
+    if segments is None:
+        return batch
+    if not isinstance(segments, Segments):
+        raise ValueError(f"segments: expected linnet.Segments, got {type(segments).__name__}")
+    if batch != 1 or length != segments.total:
+        raise ValueError(
+            f"segments: packed inputs need shape [1, {segments.total}, ...] (one row holding all "
+            f"{len(segments)} sequences), got B={batch}, T={length}"
+        )
+    return len(segments)
+
+
+def check_log_decay(name: str, g: Tensor) -> None:
+    """Refuse positive or NaN log-decays. Reading values on a GPU would synchronise, so there only inside
+    :func:`value_checks`."""
+    if torch.compiler.is_compiling() or not (_value_checks or g.device.type == "cpu") or g.numel() == 0:
+        return
+    worst = float(g.detach().max())
+    if not worst <= 0:
+        raise ValueError(f"{name}: expected natural-log decays, all <= 0 (-inf resets), got a maximum of {worst:g}")
+
+
+@contextmanager
+def value_checks(enabled: bool = True) -> Iterator[None]:
+    """Check values, not only shapes, on every device (each check synchronises with a GPU)."""
+    global _value_checks
+    before, _value_checks = _value_checks, enabled
+    try:
+        yield
+    finally:
+        _value_checks = before

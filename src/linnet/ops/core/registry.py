@@ -1,0 +1,141 @@
+"""The registry of ops and the choice of a backend.
+
+An op is registered once, with sample inputs. Registration is what puts it under the contract suite
+(`tests/contract`), `linnet env`'s self-test, `linnet bench` and the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "Case", "Cost", "Identity", "Op", "backend", "get_op", "ops", "register_op", "resolve_backend"]
+
+BACKENDS = ("reference", "chunked", "triton")
+_forced: str | None = None
+_ops: dict[str, Op] = {}
+
+
+class Cost(NamedTuple):
+    """What one forward call must do at least: floating-point operations, bytes moved through device memory (each
+    input read once, each output written once), and bytes of recurrent state."""
+
+    flops: int
+    bytes: int
+    state_bytes: int
+
+
+class Identity(NamedTuple):
+    """A claim such as "reduces to linear attention when g = 0": ``check(generator)`` computes both sides in float64."""
+
+    claim: str
+    check: Callable[[torch.Generator], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sample inputs of an op in one of its modes.
+
+    Attributes:
+        name: what the case shows; hostile cases hold legal but extreme values.
+        make: ``make(generator, B, T)`` -> keyword arguments in float64 on the CPU; the suite casts the floating
+            tensors to the dtype under test (``keep_fp32`` excepted).
+        time: names of the arguments with layout ``[B, T, ...]``; the suite slices and packs these.
+        state: ``state(generator, rows)`` -> a random initial state (float64), or None for a stateless mode.
+        keep_fp32: arguments that stay fp32 when the others are cast down (log-decays, gates).
+        hostile: extreme inputs; outputs must stay finite and accurate.
+        backends: backends that implement this mode (all of the op's when None).
+    """
+
+    name: str
+    make: Callable[[torch.Generator, int, int], dict[str, Any]]
+    time: tuple[str, ...]
+    state: Callable[[torch.Generator, int], Any] | None = None
+    keep_fp32: tuple[str, ...] = ()
+    hostile: bool = False
+    backends: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """A registered op; see the fields of :class:`Case` for what its sample inputs mean."""
+
+    name: str
+    function: Callable[..., tuple[Tensor, Any]]
+    backends: tuple[str, ...]
+    cases: tuple[Case, ...]
+    cost: Callable[..., Cost]
+    chunk: int = 64
+    fixed_state: bool = True
+    identities: tuple[Identity, ...] = field(default=())
+
+
+def register_op(op: Op) -> Op:
+    """Add ``op`` to the registry; its name must be new."""
+    if op.name in _ops:
+        raise ValueError(f"op {op.name!r} is already registered")
+    _ops[op.name] = op
+    return op
+
+
+def ops() -> dict[str, Op]:
+    """All registered ops by name."""
+    import linnet.ops  # noqa: F401  (importing the package registers its engines)
+
+    return dict(_ops)
+
+
+def get_op(name: str) -> Op:
+    """The op called ``name``; ValueError with the known names otherwise."""
+    table = ops()
+    if name not in table:
+        raise ValueError(f"op: expected one of {sorted(table)}, got {name!r}")
+    return table[name]
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported (checked without importing it)."""
+    return find_spec("triton") is not None
+
+
+def check_backend(name: str) -> str:
+    """``name`` if it is a backend or "auto"; ValueError otherwise."""
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use one backend for every op called inside: ``with linnet.backend("reference"): ...``."""
+    global _forced
+    before, _forced = _forced, check_backend(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def resolve_backend(requested: str, available: tuple[str, ...], x: Tensor) -> str:
+    """The backend to run. An explicit request wins over the context manager; "auto" takes Triton on a GPU, else the
+    vectorised PyTorch form, else the reference."""
+    name = check_backend(requested)
+    if name == "auto" and _forced is not None:
+        # A forced backend that this op does not have falls back to auto: the context spans whole models.
+        name = _forced if _forced in available else "auto"
+    if name == "auto":
+        on_gpu = x.device.type == "cuda" and x.dtype != torch.float64
+        if "triton" in available and on_gpu and has_triton():
+            return "triton"
+        return "chunked" if "chunked" in available else "reference"
+    if name not in available:
+        raise ValueError(f"backend: this call supports {available}, got {name!r}")
+    return name

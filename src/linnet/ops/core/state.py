@@ -1,0 +1,59 @@
+"""Recurrent state as immutable nested tuples of tensors.
+
+A state is a NamedTuple of tensors (or of further states, or ``None`` for a part a mode does not use). Axis 0 of
+every tensor is the row: one sequence of a batch, or one segment of a packed sequence. Nothing here mutates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["detach", "map_state", "repeat_rows", "select_rows", "state_bytes", "state_tensors", "to"]
+
+
+def map_state(fn: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """Apply ``fn`` to every tensor of ``state`` and rebuild the same structure."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return fn(state)
+    if isinstance(state, tuple):
+        parts = [map_state(fn, part) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    raise TypeError(f"state: expected tensors in (named) tuples, got {type(state).__name__}")
+
+
+def state_tensors(state: Any) -> list[Tensor]:
+    """The tensors of ``state``, in order."""
+    found: list[Tensor] = []
+    map_state(lambda x: found.append(x) or x, state)
+    return found
+
+
+def detach(state: Any) -> Any:
+    """The same state cut from the autograd graph (truncated back-propagation through time)."""
+    return map_state(torch.Tensor.detach, state)
+
+
+def to(state: Any, device: torch.device | str) -> Any:
+    """The same state on another device."""
+    return map_state(lambda x: x.to(device), state)
+
+
+def select_rows(state: Any, rows: Tensor) -> Any:
+    """Gather rows by index ``[R]`` (reordering of beams, dropping finished sequences)."""
+    return map_state(lambda x: x.index_select(0, rows.to(x.device)), state)
+
+
+def repeat_rows(state: Any, times: int) -> Any:
+    """Repeat each row ``times`` times in place (one prompt, several continuations)."""
+    return map_state(lambda x: x.repeat_interleave(times, 0), state)
+
+
+def state_bytes(state: Any) -> int:
+    """Memory the state occupies, in bytes."""
+    return sum(x.numel() * x.element_size() for x in state_tensors(state))
