@@ -1,0 +1,281 @@
+"""Engine `decay`: a matrix state per head with an elementwise (diagonal) decay and a rank-one write.
+
+Serves linear attention, RetNet, Lightning, GLA, Mamba-2, HGRN-2, RWKV-6, GSA and the mLSTM; they differ only in which
+gates they pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import Cost, Segments, Shapes, check_log_decay, check_segments, common_dtype, resolve_backend
+from . import chunked, reference
+from .mlstm import MLSTMState, mlstm
+from .state import DecayState
+
+__all__ = ["DecayState", "MLSTMState", "cost", "decay", "mlstm"]
+
+BACKENDS = ("reference", "chunked")
+
+
+def decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gv: Tensor | None = None,
+    u: Tensor | None = None,
+    w: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-10,
+    state: DecayState | None = None,
+    segments: Segments | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, DecayState]:
+    """Linear attention with a diagonal decay. Per head, with ``S`` a matrix ``[K, V]``::
+
+        S_t = diag(exp g_t) S_{t-1} diag(exp gv_t) + w_t k_t v_t^T
+        o_t = scale * S_t^T q_t                                          (inclusive reading, u = None)
+        o_t = scale * (S_{t-1} + diag(u) w_t k_t v_t^T)^T q_t            (exclusive reading with bonus, RWKV-6)
+
+    and with ``normalize`` additionally ``z_t = exp(g_t) z_{t-1} + w_t k_t``, ``o_t / (scale * q_t.z_t + eps)``.
+
+    Args:
+        q, k: ``[B, T, Hq, K]``; ``H`` must be a multiple of ``Hq`` (consecutive value heads share a query/key head).
+        v: ``[B, T, H, V]``.
+        g: natural log of the key-side decay, <= 0 (-inf is a hard reset): None, constant ``[H]``, scalar
+            ``[B, T, H]`` or a vector over the key channels ``[B, T, H, K]``. fp32 is advised whatever q's dtype.
+        gv: natural log of the value-side decay ``[B, T, H, V]``, <= 0.
+        u: bonus of the current token ``[H, K]``; switches to the exclusive reading.
+        w: write weight ``[B, T, H]`` (an input gate or a step size), 1 when None.
+        scale: factor of the reading; ``K ** -0.5`` when None.
+        normalize: divide by the decayed sum of keys (needs positive features; not defined with ``gv``).
+        eps: added to the normaliser.
+        state: state before the first token, zeros when None; one row a sequence, or a segment.
+        segments: packing of ``[1, total, ...]`` inputs.
+        chunk_size: tokens processed together, a power of two; never changes the result beyond rounding.
+        backend: "auto", "reference" (token by token) or "chunked" (vectorised PyTorch).
+
+    Returns:
+        ``o`` ``[B, T, H, V]`` in v's dtype, and ``DecayState(S [N, H, K, V], z [N, H, K] | None)`` in fp32 (float64
+        for float64 inputs). Differentiable in every floating argument and through the returned state.
+
+    Raises:
+        ValueError: on shapes, dtypes, devices or a positive log-decay; the message names the argument.
+
+    Source: GLA (arXiv 2312.06635) eqs. 3-6; exclusive reading RWKV-6 (2404.05892); write weight: the step size of
+    Mamba-2 (2405.21060) and the input gate of the mLSTM (2405.04517).
+    """
+    if normalize and gv is not None:
+        raise ValueError("normalize: expected False with gv (a value-side decay has no matching key sum), got True")
+    q, k, v, g, gv, u, w, S, z, scale = _check(q, k, v, g, gv, u, w, scale, normalize, state, segments)
+    o, x, S, z = run(q, k, v, g, gv, u, w, S, z, segments, scale, chunk_size, backend)
+    if x is not None:
+        o = (o / (x[..., None] + eps)).to(o.dtype)
+    return o, DecayState(S, z)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    u: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    z: Tensor | None,
+    segments: Segments | None,
+    scale: float,
+    chunk_size: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The engine behind :func:`decay` and :func:`mlstm`, on checked inputs: un-normalised reading, normaliser, state."""
+    name = resolve_backend(backend, BACKENDS, q)
+    if name == "reference" or (q.shape[1] == 1 and segments is None and backend == "auto"):
+        # One token is one step of the recurrence: nothing to chunk, and no registration overhead on the decode path.
+        bounds = None if segments is None else segments.cu_seqlens_host.tolist()
+        return reference.recurrent(q, k, v, g, gv, u, w, scale, S, z, bounds)
+    size = 64 if chunk_size is None else chunk_size
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"chunk_size: expected a power of two, got {chunk_size}")
+    host = None if segments is None else segments.cu_seqlens_host
+    o, x, S, z_out = _decay(q, k, v, g, gv, u, w, S, z, host, scale, min(size, _ceil_power(q.shape[1])), name)
+    return o, None if z is None else x, S, None if z is None else z_out
+
+
+def _ceil_power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length() if not isinstance(n, torch.SymInt) else 1 << 30
+
+
+def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):
+    """Shapes, dtypes, signs; broadcasts a constant decay and makes the initial state."""
+    shapes = Shapes()
+    shapes("q", q, "B T Hq K")
+    shapes("k", k, "B T Hq K")
+    shapes("v", v, "B T H V")
+    if q.shape[1] < 1:
+        raise ValueError(f"q: expected at least one token, got shape {list(q.shape)}")
+    if v.shape[2] % q.shape[2]:
+        raise ValueError(f"v: expected a multiple of q's {q.shape[2]} heads, got {v.shape[2]}")
+    q, k, v = common_dtype(q=q, k=k, v=v)
+    rows = check_segments(segments, q.shape[0], q.shape[1])
+    layouts = {"g": ("H", "B T H", "B T H K"), "gv": ("B T H V",), "u": ("H K",), "w": ("B T H",)}
+    for (name, layout), x in zip(layouts.items(), (g, gv, u, w), strict=True):
+        if x is None:
+            continue
+        shapes(name, x, *layout)
+        if not x.is_floating_point() or x.device != q.device:
+            raise ValueError(f"{name}: expected a floating tensor on {q.device}, got {x.dtype} on {x.device}")
+        if name in ("g", "gv"):
+            check_log_decay(name, x)
+    if g is not None and g.dim() == 1:
+        g = g.expand(q.shape[0], q.shape[1], -1)
+    acc = reference.accumulate_dtype(q)
+    H, K, V = v.shape[2], q.shape[3], v.shape[3]
+    if state is None:
+        S = torch.zeros(rows, H, K, V, dtype=acc, device=q.device)
+        z = torch.zeros(rows, H, K, dtype=acc, device=q.device) if normalize else None
+    else:
+        if not isinstance(state, DecayState):
+            raise ValueError(f"state: expected a DecayState, got {type(state).__name__}")
+        if (state.z is None) == normalize:
+            raise ValueError(f"state: expected z {'given' if normalize else 'None'} with normalize={normalize}")
+        state_shapes = Shapes(N=rows, H=H, K=K, V=V)
+        state_shapes("state.S", state.S, "N H K V")
+        S, z = state.S.to(acc), None
+        if state.z is not None:
+            state_shapes("state.z", state.z, "N H K")
+            z = state.z.to(acc)
+        if S.device != q.device:
+            raise ValueError(f"state.S: expected device {q.device} like q, got {S.device}")
+    return q, k, v, g, gv, u, w, S, z, K**-0.5 if scale is None else float(scale)
+
+
+# The registered op. Optional tensors cannot be returned, so an absent normaliser is an empty tensor.
+
+
+@torch.library.custom_op("linnet::decay", mutates_args=())
+def _decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    u: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    z: Tensor | None,
+    cu_host: Tensor | None,
+    scale: float,
+    chunk: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        o, x, S_out, z_out = chunked.forward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk)
+    none = S.new_empty(0)
+    return o, none if x is None else x, S_out, none.clone() if z_out is None else z_out
+
+
+@_decay.register_fake
+def _(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, backend):
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    x = S.new_empty(0) if z is None else S.new_empty(v.shape[:3])
+    return o, x, S.new_empty(S.shape), S.new_empty(0 if z is None else z.shape)
+
+
+_GRADS = ("q", "k", "v", "g", "gv", "u", "w", "S", "z")
+
+
+@torch.library.custom_op("linnet::decay_backward", mutates_args=())
+def _decay_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    u: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    z: Tensor | None,
+    cu_host: Tensor | None,
+    scale: float,
+    chunk: int,
+    backend: str,
+    do: Tensor,
+    dx: Tensor | None,
+    dS: Tensor,
+    dz: Tensor | None,
+) -> list[Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        grads = chunked.backward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, do, dx, dS, dz)
+    none = S.new_empty(0)
+    return [grads[name].contiguous() if name in grads else none.clone() for name in _GRADS]
+
+
+@_decay_backward.register_fake
+def _(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, backend, do, dx, dS, dz):
+    given = (q, k, v, g, gv, u, w, S, z)
+    return [S.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
+
+
+def _setup(ctx, inputs, output):
+    *tensors, scale, chunk, backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = scale, chunk, backend
+
+
+def _backward(ctx, do, dx, dS, dz):
+    *given, cu_host = ctx.saved_tensors
+    q, v, S, z = given[0], given[2], given[7], given[8]
+    do = v.new_zeros(*q.shape[:2], *v.shape[2:]) if do is None else do.contiguous()
+    dS = torch.zeros_like(S) if dS is None else dS.contiguous()
+    if z is None:
+        dx = dz = None
+    else:
+        dx = S.new_zeros(v.shape[:3]) if dx is None else dx.contiguous()
+        dz = torch.zeros_like(z) if dz is None else dz.contiguous()
+    grads = _decay_backward(*given, cu_host, *ctx.options, do, dx, dS, dz)
+    return *(None if x is None else d for x, d in zip(given, grads, strict=True)), None, None, None, None
+
+
+_decay.register_autograd(_backward, setup_context=_setup)
+
+
+def cost(
+    B: int,
+    T: int,
+    H: int,
+    K: int,
+    V: int,
+    *,
+    gate: str = "scalar",
+    query_heads: int | None = None,
+    itemsize: int = 2,
+    chunk: int = 64,
+    backward: bool = False,
+) -> Cost:
+    """Floor of one call: each input read once, each output written once, the state kept on chip.
+
+    ``gate`` is "none", "constant", "scalar" or "vector" (fp32 scalar, ``itemsize`` vector); ``itemsize`` the bytes of
+    q, k, v. With ``backward``, of forward and backward together: q, k, v and the output's gradient are read again and
+    the gradients written (specific arithmetic: 2.5 times the forward's for the backward).
+    """
+    Hq = H if query_heads is None else query_heads
+    gates = {"none": 0, "constant": 0, "scalar": 4 * H, "vector": itemsize * H * K}
+    if gate not in gates:
+        raise ValueError(f"gate: expected one of {sorted(gates)}, got {gate!r}")
+    qk, values, gate_bytes = 2 * Hq * K * itemsize, H * V * itemsize, gates[gate]
+    moved = qk + 2 * values + gate_bytes
+    if backward:  # again q, k, v, gate and do; dq, dk, dv, dgate
+        moved += 2 * (qk + values + gate_bytes) + values
+    flops = H * (4 * K * V + chunk * (K + V))
+    state = B * H * K * V * 4
+    return Cost(int(B * T * flops * (3.5 if backward else 1)), B * T * moved + 2 * state, state)
+
+
+from . import cases as _cases  # noqa: E402,F401  (registers the op and its sample inputs)

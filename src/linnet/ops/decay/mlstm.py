@@ -1,0 +1,111 @@
+"""The mLSTM with exponential input gate, reduced to the scalar-decay recurrence.
+
+The stabilised cell (xLSTM, arXiv 2405.04517, eqs. 19-27) scales its memory by exp(-m_t), m_t = max(lf_t + m_{t-1},
+i_t). Given m, that *is* a scalar decay ``lf_t + m_{t-1} - m_t <= 0`` with a write weight ``exp(i_t - m_t) <= 1``, so the
+decay engine runs it. The output does not depend on m, which makes m a constant of differentiation and gives the full
+gradient of the denominator (the published kernels drop it: TFLA, arXiv 2503.14376, appendix).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core import Segments, Shapes, check_segments, common_dtype
+from .reference import accumulate_dtype
+from .state import DecayState, MLSTMState
+
+_FLOOR = -1e4  # for m alone: exp of anything lower is 0 next to the denominator's 1
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    scale: float | None = None,
+    eps: float = 0.0,
+    state: MLSTMState | None = None,
+    segments: Segments | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MLSTMState]:
+    """The mLSTM cell with exponential input gate and matrix memory. Per head::
+
+        C_t = sigmoid(f_t) C_{t-1} + exp(i_t) k_t v_t^T          n_t = sigmoid(f_t) n_{t-1} + exp(i_t) k_t
+        h_t = scale * C_t^T q_t / (max(|scale * n_t.q_t|, 1) + eps exp(m_t))
+
+    evaluated in the stabilised form, so ``i`` may be of any size. The variant with a sigmoid input gate has no
+    normaliser: it is ``decay(q, k, v, g=logsigmoid(f), w=sigmoid(i))``.
+
+    Args:
+        q, k: ``[B, T, Hq, K]``; v: ``[B, T, H, V]`` with ``H`` a multiple of ``Hq``.
+        i, f: pre-activations of the input and forget gate ``[B, T, H]``, fp32 advised.
+        scale: factor of the reading; ``K ** -0.5`` when None.
+        eps: added to the stabilised denominator (the published layers use 1e-6; 0 is the exact cell).
+        state: ``MLSTMState`` before the first token; zeros when None.
+        segments, chunk_size, backend: as in :func:`linnet.ops.decay.decay`.
+
+    Returns:
+        ``h`` ``[B, T, H, V]`` in v's dtype and the ``MLSTMState`` after the last token.
+
+    Raises:
+        ValueError: on shapes, dtypes or devices; the message names the argument.
+
+    Source: xLSTM (arXiv 2405.04517), TFLA (arXiv 2503.14376) section 2.
+    """
+    from . import _check, run
+
+    shapes = Shapes()
+    shapes("q", q, "B T Hq K")
+    shapes("v", v, "B T H V")
+    shapes("i", i, "B T H")
+    shapes("f", f, "B T H")
+    for name, x in (("i", i), ("f", f)):
+        if not x.is_floating_point() or x.device != q.device:
+            raise ValueError(f"{name}: expected a floating tensor on {q.device}, got {x.dtype} on {x.device}")
+    rows = check_segments(segments, q.shape[0], q.shape[1])
+    acc = accumulate_dtype(common_dtype(q=q)[0])  # type: ignore[arg-type]
+    if state is None:
+        H, K, V = v.shape[2], q.shape[3], v.shape[3]
+        zeros = torch.zeros(rows, H, K, V + 2, dtype=acc, device=q.device)
+        state = MLSTMState(zeros[..., :V], zeros[..., V], zeros[:, :, 0, V + 1])
+    elif not isinstance(state, MLSTMState):
+        raise ValueError(f"state: expected an MLSTMState, got {type(state).__name__}")
+    Shapes(N=rows, H=v.shape[2])("state.m", state.m, "N H")
+    lf, i = F.logsigmoid(f.to(acc)), i.to(acc)
+    before, m = _stabilizer(lf.detach(), i.detach(), state.m.detach(), segments)
+    g = lf + (before - m).to(acc)
+    g = g - g.detach().clamp(min=0)  # rounding above 0; a plain clamp would also cut the gradient there
+    w = (i - m.to(acc)).exp()
+    last = m[0, segments.cu_seqlens[1:].long() - 1] if segments is not None else m[:, -1]
+    if segments is not None:  # an empty segment has no last token: its row passes through
+        last = torch.where((segments.cu_seqlens.diff() > 0)[:, None], last, state.m.detach().to(last.dtype))
+    inner = DecayState(state.S, state.z)
+    q, k, v, g, _, _, w, S, z, scale = _check(q, k, v, g, None, None, w, scale, True, inner, segments)
+    num, x, S, z = run(q, k, v, g, None, None, w, S, z, segments, scale, chunk_size, backend)
+    # exp(-m) is the cell's 1; below -80 it would leave fp32, and a larger floor changes nothing next to |x|.
+    floor = (-m).clamp(min=-80).exp().to(acc)
+    h = num / (torch.maximum(x.abs(), floor) + eps)[..., None]  # type: ignore[union-attr]
+    return h.to(v.dtype), MLSTMState(S, z, last.to(acc))  # type: ignore[arg-type]
+
+
+def _stabilizer(lf: Tensor, i: Tensor, m0: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
+    """m before and after every token, ``m_t = max(lf_t + m_{t-1}, i_t)``, as a running maximum of ``i_j - b_j`` with
+    ``b`` the cumulative log-forget gate. float64, because b grows with T while m does not."""
+    lf, i, m0 = (x.double().clamp(min=_FLOOR) for x in (lf, i, m0))
+    b = lf.cumsum(1)
+    relative = i - b
+    if segments is None:
+        m = b + torch.maximum(relative.cummax(1).values, m0[:, None])
+        return torch.cat([m0[:, None], m[:, :-1]], 1), m
+    ids = segments.ids.long()
+    start = torch.cat([torch.zeros_like(b[:, :1]), b], 1).index_select(1, segments.cu_seqlens[:-1].long())[0]
+    relative = torch.maximum(relative, (m0 - start)[ids][None])  # start: b before each segment's first token
+    lift = ids[None, :, None] * (2 * (relative.abs().amax() + 1))  # so that no maximum reaches across a boundary
+    m = b + (relative + lift).cummax(1).values - lift
+    first = (segments.positions == 0)[None, :, None]
+    return torch.where(first, m0[ids][None], torch.cat([m0[ids[:1]][None], m[:, :-1]], 1)), m
