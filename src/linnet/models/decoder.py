@@ -1,0 +1,436 @@
+"""The language model: embedding, pre-norm residual layers of a mixer and an MLP, norm, output head."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from linnet.mixers import build_mixer
+from linnet.mixers.base import parse_spec
+from linnet.ops import Segments
+from linnet.ops.core import check_segments
+
+from .io import atomic_folder, read_checkpoint, write_checkpoint
+from .mlp import MixtureOfExperts, SwiGLU, at_least_fp32
+
+__all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "DecoderOutput"]
+
+# The loss works on at most this many logits at a time (fp32: 256 MiB); above, they are recomputed in the backward pass.
+_LOSS_LOGITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a :class:`Decoder`. Fields that make no sense raise a ValueError that names them.
+
+    Attributes:
+        vocab_size: number of token ids.
+        d_model: width of the residual stream.
+        num_layers: number of layers.
+        mixers: mixer specs, repeated over the layers in turn: ``["gla", "gla", "gla", "attention(window=256)"]`` is
+            three to one. A spec is a name, a name with options, or a mapping with a ``name``.
+        mlp: "swiglu", "moe" (mixture of experts) or "none" (the layer is its mixer alone).
+        mlp_hidden: inner width of the MLP; by default ``mlp_ratio * d_model`` rounded up to a multiple of 64.
+        mlp_ratio: inner width relative to ``d_model`` when ``mlp_hidden`` is not given.
+        num_experts, experts_per_token: experts of "moe", and how many of them a token runs.
+        expert_hidden: inner width of one expert (default: that of the MLP).
+        shared_experts: always-on experts beside them.
+        dense_layers: so many first layers have a SwiGLU in place of the experts.
+        balance_loss, router_z_loss: coefficients of the auxiliary losses of the router.
+        norm_eps: epsilon of the RMS norms.
+        tie_embeddings: the head shares the weight of the embedding; there is then no ``lm_head``.
+        logit_soft_cap: c in ``c * tanh(logits / c)``; None has no cap.
+        init_std: standard deviation of the initial embedding, head and MLP weights. Mixers initialise themselves.
+        scale_residual_init: divide the initial output weights of the MLPs by ``sqrt(2 * num_layers)``.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    mixers: Sequence[str | Mapping[str, Any]]
+    mlp: str = "swiglu"
+    mlp_hidden: int | None = None
+    mlp_ratio: float = 8 / 3
+    num_experts: int = 8
+    experts_per_token: int = 2
+    expert_hidden: int | None = None
+    shared_experts: int = 0
+    dense_layers: int = 0
+    balance_loss: float = 0.01
+    router_z_loss: float = 0.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    logit_soft_cap: float | None = None
+    init_std: float = 0.02
+    scale_residual_init: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_layers", "num_experts", "experts_per_token"):
+            self._expect(name, "an integer >= 1", lambda x: _is_int(x) and x >= 1)
+        for name in ("shared_experts", "dense_layers"):
+            self._expect(name, "an integer >= 0", lambda x: _is_int(x) and x >= 0)
+        for name in ("mlp_hidden", "expert_hidden"):
+            self._expect(name, "an integer >= 1 or None", lambda x: x is None or (_is_int(x) and x >= 1))
+        for name in ("mlp_ratio", "norm_eps", "init_std"):
+            self._expect(name, "a number > 0", lambda x: _is_number(x) and x > 0)
+        for name in ("balance_loss", "router_z_loss"):
+            self._expect(name, "a number >= 0", lambda x: _is_number(x) and x >= 0)
+        for name in ("tie_embeddings", "scale_residual_init"):
+            self._expect(name, "true or false", lambda x: isinstance(x, bool))
+        self._expect("logit_soft_cap", "a number > 0 or None", lambda x: x is None or (_is_number(x) and x > 0))
+        self._expect("mlp", "'swiglu', 'moe' or 'none'", lambda x: x in ("swiglu", "moe", "none"))
+        self._expect(
+            "experts_per_token", f"at most num_experts={self.num_experts}", lambda x: x <= self.num_experts
+        )
+        self._expect(
+            "mixers",
+            "a list of mixer specs, not empty",
+            lambda x: isinstance(x, Sequence) and not isinstance(x, str) and len(x) > 0,
+        )
+        specs = []
+        for spec in self.mixers:
+            self._expect("mixers", "names or mappings", lambda _, spec=spec: isinstance(spec, (str, Mapping)))
+            parse_spec(spec)
+            specs.append(dict(spec) if isinstance(spec, Mapping) else spec)
+        object.__setattr__(self, "mixers", tuple(specs))
+
+    def _expect(self, name: str, what: str, holds: Any) -> None:
+        value = getattr(self, name)
+        if not holds(value):
+            raise ValueError(f"{name}: expected {what}, got {value!r}")
+
+    @property
+    def hidden(self) -> int:
+        """Inner width of the dense MLP."""
+        return self.mlp_hidden or 64 * math.ceil(round(self.mlp_ratio * self.d_model, 6) / 64)
+
+    def mixer_spec(self, layer: int) -> str | Mapping[str, Any]:
+        """The mixer spec of a layer, counted from 0."""
+        return self.mixers[layer % len(self.mixers)]
+
+    def build_mlp(self, layer: int) -> SwiGLU | MixtureOfExperts | None:
+        """The MLP of a layer."""
+        std = self.init_std / math.sqrt(2 * self.num_layers) if self.scale_residual_init else self.init_std
+        if self.mlp == "none":
+            return None
+        if self.mlp == "swiglu" or layer < self.dense_layers:
+            return SwiGLU(self.d_model, self.hidden, init_std=self.init_std, out_std=std)
+        return MixtureOfExperts(
+            self.d_model,
+            self.expert_hidden or self.hidden,
+            num_experts=self.num_experts,
+            experts_per_token=self.experts_per_token,
+            shared_experts=self.shared_experts,
+            balance_loss=self.balance_loss,
+            router_z_loss=self.router_z_loss,
+            init_std=self.init_std,
+            out_std=std,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; :meth:`from_dict` restores them."""
+        return dataclasses.asdict(self) | {"mixers": list(self.mixers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
+        """The config with these fields; unknown and missing ones raise a ValueError that lists the known ones."""
+        fields = dataclasses.fields(cls)
+        known = [field.name for field in fields]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"config: unknown field {name!r}; it takes {', '.join(known)}")
+        for field in fields:
+            if field.default is dataclasses.MISSING and field.name not in values:
+                raise ValueError(f"config: the field {field.name!r} is missing")
+        return cls(**values)
+
+
+def _reset(module: nn.Module) -> None:
+    for child in module.children():
+        _reset(child)
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward returns.
+
+    Attributes:
+        logits: ``[B, T, V]``; with ``last_only`` ``[B, 1, V]``, or ``[N, 1, V]`` for N packed segments.
+        state: one state a layer, to be passed to the next call.
+        aux_loss: fp32 scalar, sum of the auxiliary losses of the layers (0 when there are none).
+    """
+
+    logits: Tensor
+    state: tuple[Any, ...]
+    aux_loss: Tensor
+
+
+class DecoderLayer(nn.Module):
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. The unit that FSDP shards and checkpointing recomputes."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        width, eps = config.d_model, config.norm_eps
+        self.mixer_norm = nn.RMSNorm(width, eps=eps)
+        self.mixer = build_mixer(config.mixer_spec(layer), width, layer=layer, num_layers=config.num_layers)
+        self.mlp_norm = None if config.mlp == "none" else nn.RMSNorm(width, eps=eps)
+        self.mlp = config.build_mlp(layer)
+
+    def forward(
+        self, x: Tensor, state: Any = None, segments: Segments | None = None
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        y, state = self.mixer(self.mixer_norm(x), state, segments)
+        x = x + y
+        if self.mlp is None or self.mlp_norm is None:
+            return x, state, None
+        y, aux = self.mlp(self.mlp_norm(x))
+        return x + y, state, aux
+
+
+class Decoder(nn.Module):
+    """A causal language model over any mixers; training, prefill and decoding are the same forward.
+
+    Modules: ``embed_tokens``, ``layers[i].{mixer_norm, mixer, mlp_norm, mlp}``, ``norm``, ``lm_head`` (None when
+    tied). Set ``gradient_checkpointing = True`` to keep only the layer boundaries in training and recompute the rest
+    in the backward pass.
+
+    >>> config = DecoderConfig(vocab_size=256, d_model=128, num_layers=4, mixers=["gla"])
+    >>> out = Decoder(config)(torch.randint(256, (2, 16)))
+    >>> out.logits.shape
+    torch.Size([2, 16, 256])
+    """
+
+    gradient_checkpointing: bool = False
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._reset_own_parameters()
+
+    @classmethod
+    def meta(cls, config: DecoderConfig) -> Decoder:
+        """The model without memory, on the meta device. Make it real with ``model.to_empty(device=...)`` (or after
+        sharding it) and ``model.reset_parameters()``."""
+        with torch.device("meta"):
+            return cls(config)
+
+    def _reset_own_parameters(self) -> None:
+        nn.init.normal_(self.embed_tokens.weight, std=self.config.init_std)
+        self.norm.reset_parameters()
+        if self.lm_head is not None:
+            nn.init.normal_(self.lm_head.weight, std=self.config.init_std)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew, in place: each module as it does on construction, a parent after its
+        children, since mixers and MLPs set weights of the linear layers inside them."""
+        _reset(self.layers)
+        self._reset_own_parameters()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: tuple[Any, ...] | None = None,
+        segments: Segments | None = None,
+        *,
+        last_only: bool = False,
+    ) -> DecoderOutput:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: int64 ``[B, T]``, T >= 1; packed ``[1, total]`` with ``segments``.
+            state: what an earlier call returned, B rows (one a segment when packed); None starts afresh.
+            segments: boundaries of packed sequences.
+            last_only: compute the logits of the last position of each row (of each segment when packed) only.
+
+        Raises:
+            ValueError: ``tokens`` has another shape, dtype or (on the CPU) ids outside the vocabulary; ``segments`` do
+                not fit or hold an empty sequence under ``last_only``; ``state`` is of another number of layers.
+        """
+        x, new_state, aux = self._hidden(tokens, state, segments)
+        if last_only and segments is None:
+            x = x[:, -1:]
+        elif last_only and segments is not None:
+            if not torch.compiler.is_compiling() and min(segments.lengths) == 0:
+                raise ValueError("segments: an empty sequence has no last position; drop it or pass last_only=False")
+            x = x[0].index_select(0, segments.cu_seqlens[1:] - 1).unsqueeze(1)
+        logits = self._project(x)
+        if self.config.logit_soft_cap is not None:
+            logits = self._soft_cap(at_least_fp32(logits)).to(logits.dtype)
+        return DecoderOutput(logits, new_state, aux)
+
+    def loss(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None) -> Tensor:
+        """Mean cross entropy in nats per counted target, fp32; in training mode plus the auxiliary losses.
+
+        Under a wrapper that hooks ``forward`` (DDP) call it from the forward of a module that holds this one.
+
+        Args:
+            tokens: int64 ``[B, T]`` (packed ``[1, total]``).
+            targets: int64, same shape: the id each position has to predict; -100 is not counted. Nothing is shifted
+                here. When no target counts, the cross entropy is 0.
+            segments: boundaries of packed sequences.
+
+        Raises:
+            ValueError: as :meth:`forward`, or ``targets`` has another shape than ``tokens``.
+        """
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets: expected shape {list(tokens.shape)} like tokens, got {list(targets.shape)}")
+        x, _, aux = self._hidden(tokens, None, segments)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        parts = math.ceil(x.shape[0] * self.config.vocab_size / _LOSS_LOGITS)
+        if parts == 1:
+            total = self._summed_loss(x, targets)
+        else:
+            total = torch.stack(
+                [
+                    checkpoint(self._summed_loss, rows, ids, use_reentrant=False)
+                    for rows, ids in zip(x.chunk(parts), targets.chunk(parts), strict=True)
+                ]
+            ).sum()
+        mean = total / (targets != -100).sum().clamp(min=1)
+        return mean + aux if self.training else mean
+
+    def _hidden(
+        self, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None
+    ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
+        self._check(tokens, state, segments)
+        x = self.embed_tokens(tokens)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        states: list[Any] = []
+        losses: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            old = None if state is None else state[i]
+            if recompute:
+                x, new, aux = checkpoint(layer, x, old, segments, use_reentrant=False)
+            else:
+                x, new, aux = layer(x, old, segments)
+            states.append(new)
+            if aux is not None:
+                losses.append(aux)
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=x.device)
+        return self.norm(x), tuple(states), total
+
+    def _check(self, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens: expected int64 of shape [B, T] with T >= 1, got {tokens.dtype} of shape {list(tokens.shape)}"
+            )
+        check_segments(segments, *tokens.shape)
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"state: expected {len(self.layers)} layer states, got {len(state)}")
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(t) for t in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"tokens: expected ids from 0 to {self.config.vocab_size - 1}, got {low if low < 0 else high}"
+                )
+
+    def _project(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+
+    def _soft_cap(self, logits: Tensor) -> Tensor:
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        logits = self._soft_cap(at_least_fp32(self._project(x)))
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+    def init_state(self, rows: int) -> tuple[Any, ...]:
+        """The state before the first token for ``rows`` sequences."""
+        return tuple(layer.mixer.init_state(rows) for layer in self.layers)  # type: ignore[operator, union-attr]
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Number of parameters, a tied weight counted once; without the embedding and the head on request."""
+        count = sum(p.numel() for p in self.parameters())
+        tables = 1 if self.lm_head is None else 2
+        return count if embeddings else count - tables * self.config.vocab_size * self.config.d_model
+
+    def router_statistics(self) -> dict[str, float]:
+        """Balance of the experts in the last training forward, by layer, e.g. ``{"layers.3.max_load": 1.2}``; see
+        :meth:`MixtureOfExperts.router_statistics`. Empty without experts."""
+        return {
+            f"layers.{i}.{key}": value
+            for i, layer in enumerate(self.layers)
+            if isinstance(layer.mlp, MixtureOfExperts)
+            for key, value in layer.mlp.router_statistics().items()
+        }
+
+    def save(
+        self, folder: str | Path, *, overwrite: bool = False, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``, completely or not at all.
+
+        Args:
+            folder: where to; missing parents are created.
+            overwrite: replace a folder that holds something.
+            state_dict: gathered weights of a sharded model, in place of the module's own.
+
+        Raises:
+            FileExistsError: the folder holds something and ``overwrite`` is false.
+            OSError: it cannot be written, e.g. the disk is full; what was there before is unchanged.
+        """
+        with atomic_folder(folder, overwrite) as partial:
+            write_checkpoint(
+                partial, self.config.to_dict(), self.state_dict() if state_dict is None else state_dict
+            )
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Decoder:
+        """The model that :meth:`save` wrote, in evaluation mode.
+
+        Args:
+            folder: where it is.
+            device: where its tensors go (default: the CPU).
+            dtype: cast its floating tensors (default: as saved).
+
+        Raises:
+            FileNotFoundError: there is no model in the folder.
+            ValueError: a file is damaged, or does not hold the weights its config describes; names the file.
+        """
+        values, tensors = read_checkpoint(folder, device, dtype)
+        config = DecoderConfig.from_dict(values)
+        model = cls.meta(config)
+        expected = model.state_dict()
+        problems = [f"missing {name}" for name in expected if name not in tensors]
+        problems += [f"unexpected {name}" for name in tensors if name not in expected]
+        problems += [
+            f"{name} of shape {list(x.shape)} instead of {list(expected[name].shape)}"
+            for name, x in tensors.items()
+            if name in expected and x.shape != expected[name].shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise ValueError(
+                f"{Path(folder, 'model.safetensors')}: not the weights of its config: {', '.join(problems[:8])}{more}"
+            )
+        if any(b.is_meta for name, b in model.named_buffers() if name not in expected):
+            model = cls(config).to(device=device, dtype=dtype)  # some mixer computes buffers that are not saved
+            model.load_state_dict(tensors)
+        else:
+            model.load_state_dict(tensors, assign=True)
+        return model.eval()

@@ -1,0 +1,233 @@
+"""Position-wise layers of a decoder: SwiGLU and a mixture of SwiGLU experts.
+
+Both return ``(y, aux)``: the output and a scalar to add to the training loss (``None`` when there is none).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["MixtureOfExperts", "SwiGLU", "grouped_matmul"]
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """``x`` in fp32, or unchanged in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@torch.library.custom_op("linnet::grouped_matmul", mutates_args=())
+def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of ``x`` times the matrix of their group: ``y[a:b] = x[a:b] @ weight[e]`` for group ``e`` = ``[a, b)``.
+
+    Args:
+        x: ``[N, K]``, rows sorted by group.
+        weight: ``[E, K, M]``.
+        offsets: int32 ``[E]`` on the device of ``x``, the end of each group; the last one is ``N``.
+
+    Returns:
+        ``[N, M]``. bf16 runs as one grouped kernel; the other dtypes loop over the groups, reading the offsets on the
+        host.
+    """
+    if _has_kernel(x, weight):
+        return F.grouped_mm(x, weight, offs=offsets)
+    y = x.new_empty(x.shape[0], weight.shape[2])
+    start = 0
+    for matrix, end in zip(weight, offsets.tolist(), strict=True):
+        torch.mm(x[start:end], matrix, out=y[start:end])
+        start = end
+    return y
+
+
+@torch.library.custom_op("linnet::grouped_outer", mutates_args=())
+def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    """``out[e] = x[a:b].T @ y[a:b]``: ``[N, K]``, ``[N, M]`` -> ``[E, K, M]``, the weight gradient of the above."""
+    if _has_kernel(x, y):
+        return F.grouped_mm(x.t(), y, offs=offsets)
+    out = x.new_empty(offsets.shape[0], x.shape[1], y.shape[1])
+    start = 0
+    for matrix, end in zip(out, offsets.tolist(), strict=True):
+        torch.mm(x[start:end].t(), y[start:end], out=matrix)
+        start = end
+    return out
+
+
+def _has_kernel(x: Tensor, y: Tensor) -> bool:
+    # Every row of an operand has to start on a 16-byte boundary, whichever of its last two axes is the dense one.
+    aligned = all(n % 8 == 0 for t in (x, y) for n in t.stride()[-2:] if n != 1)
+    return x.dtype == y.dtype == torch.bfloat16 and aligned and x.shape[0] > 0
+
+
+@grouped_matmul.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@grouped_outer.register_fake
+def _(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0], x.shape[1], y.shape[1])
+
+
+def _save(ctx, inputs, output) -> None:  # noqa: ANN001
+    ctx.save_for_backward(*inputs)
+
+
+def _matmul_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
+    x, weight, offsets = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = grouped_matmul(grad, weight.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
+    grad_weight = grouped_outer(x, grad, offsets) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_weight, None
+
+
+def _outer_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
+    x, y, offsets = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = grouped_matmul(y, grad.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
+    grad_y = grouped_matmul(x, grad, offsets) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_y, None
+
+
+grouped_matmul.register_autograd(_matmul_backward, setup_context=_save)
+grouped_outer.register_autograd(_outer_backward, setup_context=_save)
+
+
+class SwiGLU(nn.Module):
+    """Gated position-wise layer: ``down(silu(gate(x)) * up(x))``, ``[..., D] -> [..., D]``, no biases.
+
+    Source: "GLU Variants Improve Transformer", 2020, arXiv 2002.05202, equation 6.
+
+    Args:
+        d_model: width D.
+        hidden: inner width; 8/3 of D has the size of a plain layer of width 4 D.
+        init_std, out_std: standard deviation of the initial input and output weights (out_std: like init_std).
+    """
+
+    def __init__(self, d_model: int, hidden: int, *, init_std: float = 0.02, out_std: float | None = None):
+        super().__init__()
+        self.init_std, self.out_std = init_std, init_std if out_std is None else out_std
+        self.gate_proj = nn.Linear(d_model, hidden, bias=False)
+        self.up_proj = nn.Linear(d_model, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.gate_proj.weight, std=self.init_std)
+        nn.init.normal_(self.up_proj.weight, std=self.init_std)
+        nn.init.normal_(self.down_proj.weight, std=self.out_std)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
+
+
+class MixtureOfExperts(nn.Module):
+    """A mixture of SwiGLU experts, of which each token runs its ``experts_per_token`` most probable ones.
+
+    With router probabilities p = softmax(W x) (fp32) and the chosen set C, the output is the sum over e in C of
+    ``p_e / sum_{C} p * expert_e(x)``, plus an always-on shared expert if there is one. Dropless: there is no capacity
+    limit, every token is served by all of its experts whatever the other tokens are.
+
+    The auxiliary loss is ``balance_loss * E * sum_e f_e P_e`` with f the share of assignments expert e received and P
+    its mean probability ("Switch Transformers", 2021, arXiv 2101.03961, equations 4-6, with f counted over all k
+    assignments): 1 * balance_loss for a uniform router. ``router_z_loss`` adds the mean squared log-sum-exp of the
+    router logits ("ST-MoE", 2022, arXiv 2202.08906, equation 5).
+
+    Args:
+        d_model: width D.
+        hidden: inner width of one expert.
+        num_experts: number of experts E.
+        experts_per_token: experts each token runs, 1 <= k <= E.
+        shared_experts: width of the always-on expert in units of ``hidden``; 0 has none.
+        balance_loss, router_z_loss: coefficients of the auxiliary loss; 0 switches a term off.
+        init_std, out_std: as in :class:`SwiGLU`.
+    """
+
+    expert_load: Tensor | None = None  # share of assignments per expert [E] in the last forward in training mode
+
+    def __init__(
+        self,
+        d_model: int,
+        hidden: int,
+        *,
+        num_experts: int,
+        experts_per_token: int,
+        shared_experts: int = 0,
+        balance_loss: float = 0.01,
+        router_z_loss: float = 0.0,
+        init_std: float = 0.02,
+        out_std: float | None = None,
+    ):
+        super().__init__()
+        if not 1 <= experts_per_token <= num_experts:
+            raise ValueError(
+                f"experts_per_token: expected 1 to num_experts={num_experts} experts, got {experts_per_token}"
+            )
+        self.num_experts, self.experts_per_token = num_experts, experts_per_token
+        self.balance_loss, self.router_z_loss = balance_loss, router_z_loss
+        self.init_std, self.out_std = init_std, init_std if out_std is None else out_std
+        self.router = nn.Linear(d_model, num_experts, bias=False)
+        self.gate_proj = nn.Parameter(torch.empty(num_experts, d_model, hidden))
+        self.up_proj = nn.Parameter(torch.empty(num_experts, d_model, hidden))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, d_model))
+        shared = shared_experts * hidden
+        self.shared = SwiGLU(d_model, shared, init_std=init_std, out_std=out_std) if shared else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.router.weight, self.gate_proj, self.up_proj):
+            nn.init.normal_(weight, std=self.init_std)
+        nn.init.normal_(self.down_proj, std=self.out_std)
+        if self.shared is not None:
+            self.shared.reset_parameters()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        tokens = x.reshape(-1, x.shape[-1])
+        count, k = tokens.shape[0], self.experts_per_token
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(at_least_fp32(tokens), at_least_fp32(self.router.weight))
+            probabilities = logits.softmax(-1)
+            weights, experts = probabilities.topk(k, dim=-1)
+            weights = weights / weights.sum(-1, keepdim=True)
+
+        experts = experts.flatten()
+        order = experts.argsort(stable=True)
+        position = torch.empty_like(order).scatter_(0, order, torch.arange(count * k, device=x.device))
+        served = (experts.unsqueeze(1) == torch.arange(self.num_experts, device=x.device)).sum(0)
+        offsets = served.cumsum(0).int()
+
+        # Copying each token k times before sorting keeps the backward pass a permutation: no atomic additions.
+        rows = tokens.unsqueeze(1).expand(-1, k, -1).reshape(count * k, -1).index_select(0, order)
+        y = self._experts(rows, offsets).index_select(0, position).view(count, k, -1)
+        y = (y * weights.unsqueeze(-1).to(y.dtype)).sum(1).view(x.shape)
+        if self.shared is not None:
+            y = y + self.shared(x)[0]
+
+        share = served / served.sum()
+        if self.training:
+            self.expert_load = share.detach()
+        aux = self.balance_loss * self.num_experts * (share * probabilities.mean(0)).sum()
+        if self.router_z_loss:
+            aux = aux + self.router_z_loss * logits.logsumexp(-1).square().mean()
+        return y, aux
+
+    def _experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        device = rows.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        rows, gate, up, down = (t.to(dtype) for t in (rows, self.gate_proj, self.up_proj, self.down_proj))
+        hidden = F.silu(grouped_matmul(rows, gate, offsets)) * grouped_matmul(rows, up, offsets)
+        return grouped_matmul(hidden, down, offsets)
+
+    def router_statistics(self) -> dict[str, float]:
+        """Balance of the last forward in training mode: ``max_load`` and ``min_load`` (share of assignments times the
+        number of experts; 1 is balanced) and ``load_entropy`` (in [0, 1]; 1 is balanced). Empty before the first one.
+        """
+        if self.expert_load is None:
+            return {}
+        load = self.expert_load.double()
+        entropy = -torch.xlogy(load, load).sum() / torch.tensor(self.num_experts, dtype=torch.float64).log()
+        return {
+            "max_load": float(load.max()) * self.num_experts,
+            "min_load": float(load.min()) * self.num_experts,
+            "load_entropy": 1.0 if self.num_experts == 1 else float(entropy),
+        }
