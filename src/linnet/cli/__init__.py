@@ -1,0 +1,5 @@
+"""The command line: `linnet train | generate | list | inspect | env`."""
+
+from .app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,87 @@
+"""The `linnet` program: its commands, loaded when they are called, and what a user sees of an error."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
+
+import linnet
+
+# Each command is the function of its own name in the module of its own name. The line is what `linnet --help` shows;
+# so the program answers without importing PyTorch.
+_COMMANDS = {
+    "train": "Train a language model and report held-out bits per byte.",
+    "generate": "Continue a text with a trained model.",
+    "list": "List the mixers, or the ops they run on.",
+    "inspect": "Show one mixer: paper, recurrence, options, size and identities.",
+    "env": "Show versions and devices, and test every op's backends on this machine.",
+}
+
+
+class _LazyGroup(TyperGroup):
+    """A group whose commands are imported when they run; until then only their names and summaries exist."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        summary = _COMMANDS.get(cmd_name)
+        return None if summary is None else TyperCommand(cmd_name, help=summary)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, _load(str(name)), rest
+
+
+def _load(name: str) -> Any:
+    """The real command called ``name``."""
+    single = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+    single.command(name)(getattr(import_module(f"linnet.cli.{name}"), name))
+    return typer.main.get_command(single)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"linnet {linnet.__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=_LazyGroup,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")] = False,
+) -> None:
+    """Recurrent sequence models, linear and nonlinear: train, generate, look inside."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program on ``arguments`` (default: those of the process) and leave with its exit code.
+
+    What a user can mend (a wrong value, a missing or existing file, a full disk) is one red line on stderr and exit
+    code 2, without a traceback unless ``--debug`` is given anywhere on the line.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    passed_on = [argument for argument in given if argument != "--debug"]
+    try:
+        app(passed_on, prog_name="linnet")
+    except (ValueError, OSError) as error:
+        if len(passed_on) < len(given):
+            raise
+        Console(stderr=True, highlight=False).print(f"Error: {error}", style="bold red", markup=False, soft_wrap=True)
+        sys.exit(2)
