@@ -138,9 +138,7 @@ def build_mixer(spec: str | Mapping[str, Any], d_model: int, *, layer: int = 0, 
     known ones. ``layer`` and ``num_layers`` reach only mixers whose initialisation depends on depth."""
     name, options = parse_spec(spec)
     cls = get_mixer(name)
-    known = {
-        p.name: p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY
-    }
+    known = {p.name: p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
     depth = {key: value for key, value in (("layer", layer), ("num_layers", num_layers)) if key in known}
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -1,0 +1,288 @@
+"""What published mixers have in common around the engine call: gates in fp32, norms, short convolutions, checks.
+
+Gates decide what a state keeps over thousands of tokens, so they never see half precision: :class:`GateLinear` runs its
+matmul in the compute dtype and adds the bias in fp32, and every gate is computed and passed on as fp32 from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linnet.ops import ConvState, DecayState, Segments, conv
+
+__all__ = [
+    "DecayConvState",
+    "GateLinear",
+    "Norm",
+    "ShortConv",
+    "assign",
+    "check_choice",
+    "check_conv_size",
+    "check_count",
+    "check_depth",
+    "check_divisor",
+    "check_input",
+    "check_positive",
+    "count_positions",
+    "decay_state",
+    "fp32",
+    "head_size",
+    "heads",
+    "projections",
+    "rms_norm",
+    "soft_cap",
+    "state_dtype",
+    "token_shift",
+    "unpack",
+]
+
+S = TypeVar("S")
+
+
+class DecayConvState(NamedTuple):
+    """State of a mixer with one decay memory and a short convolution in front (None without one)."""
+
+    decay: DecayState
+    conv: ConvState | None = None
+
+
+# Dtypes and shapes
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of states and gates next to ``x``: fp32, float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def fp32(x: Tensor) -> Tensor:
+    """``x`` in fp32; float64 stays float64."""
+    return x.to(state_dtype(x))
+
+
+def heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[B, T, H * D] -> [B, T, H, D]``."""
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def decay_state(like: Tensor, rows: int, num_heads: int, K: int, V: int, normalize: bool = False) -> DecayState:
+    """The zero state of the decay engine, on the device of the parameter ``like``."""
+    new = {"dtype": state_dtype(like), "device": like.device}
+    z = torch.zeros(rows, num_heads, K, **new) if normalize else None
+    return DecayState(torch.zeros(rows, num_heads, K, V, **new), z)
+
+
+# Checks of options and inputs
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def head_size(name: str, d_model: int, factor: float, num_heads: int) -> int:
+    """Channels of a head when ``factor * d_model`` (``name`` is that option) is split over ``num_heads``."""
+    total = factor * d_model
+    if not _whole(num_heads) or total < 1 or total % num_heads:
+        raise ValueError(
+            f"num_heads, {name}: expected {name} * d_model to be a multiple of num_heads,"
+            f" got {factor} * {d_model} and num_heads={num_heads}"
+        )
+    return int(total) // num_heads
+
+
+def check_divisor(name: str, value: int, total: int, of: str) -> int:
+    """``total // value``; ValueError when option ``name`` does not divide it."""
+    if not _whole(value) or total % value:
+        raise ValueError(f"{name}: expected a divisor of {of} = {total}, got {value}")
+    return total // value
+
+
+def check_count(**options: int) -> None:
+    """Every option must be a whole number above zero."""
+    for name, value in options.items():
+        if not _whole(value):
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+
+
+def check_positive(**options: float) -> None:
+    """Every option must be a number above zero."""
+    for name, value in options.items():
+        if not value > 0:
+            raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Option ``name`` must be one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+
+
+def check_conv_size(conv_size: int) -> None:
+    """The width of a short convolution, 0 for none."""
+    if conv_size != 0 and not (_whole(conv_size) and conv_size > 1):
+        raise ValueError(f"conv_size: expected 0 (no convolution) or at least 2 taps, got {conv_size}")
+
+
+def check_depth(layer: int, num_layers: int) -> None:
+    """``layer`` must be a position in a stack of ``num_layers``."""
+    if not 0 <= layer < num_layers:
+        raise ValueError(f"layer: expected 0 <= layer < num_layers = {num_layers}, got {layer}")
+
+
+def check_input(x: Tensor, d_model: int) -> None:
+    """Refuse anything but ``[B, T, d_model]`` with T >= 1."""
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != d_model or x.shape[1] < 1:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: expected shape [B, T >= 1, d_model={d_model}], got {got}")
+
+
+def unpack(state: Any, kind: type[S]) -> S:
+    """A mixer's state, every part None before the first token."""
+    if state is None:
+        return kind(*[None] * len(kind._fields))  # type: ignore[attr-defined]
+    if not isinstance(state, kind):
+        raise ValueError(f"state: expected a {kind.__name__} (what forward returned), got {type(state).__name__}")
+    return state
+
+
+# Parameters
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Write ``value`` into a parameter, sharded (DTensor) or not."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+    parameter.copy_(value)
+
+
+def projections(d_model: int, *sizes: int) -> list[nn.Linear]:
+    """Linear maps without bias from the width to each of ``sizes``."""
+    return [nn.Linear(d_model, size, bias=False) for size in sizes]
+
+
+class GateLinear(nn.Linear):
+    """A linear map to gate pre-activations: matmul in the compute dtype, bias added in fp32, fp32 out.
+
+    A forget-gate bias of 6 rounds by up to 0.016 in bf16, which moves a time constant of 400 tokens by six.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = fp32(F.linear(input, self.weight))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """``cap * tanh(x / cap)``, the identity when ``cap`` is None."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps)`` over the last axis in fp32. Inputs too large to be squared are scaled down first,
+    which changes nothing else."""
+    x = fp32(x)
+    top = x.detach().abs().amax(-1, keepdim=True).clamp(min=1.0)
+    x = x / top
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps / top.square())
+
+
+class Norm(nn.Module):
+    """RMSNorm, or with ``center`` LayerNorm, over the last axis of ``[..., H, D]``, computed in fp32.
+
+    Args:
+        size: D.
+        eps: added to the mean square.
+        num_heads: give every head a weight of its own (a grouped norm); 1 shares one weight among them.
+        center: subtract the mean first.
+        bias: learn an offset.
+    """
+
+    def __init__(self, size: int, eps: float, *, num_heads: int = 1, center: bool = False, bias: bool = False):
+        super().__init__()
+        check_positive(norm_eps=eps)
+        self.size, self.eps, self.center = size, eps, center
+        self.weight = nn.Parameter(torch.empty(num_heads * size))
+        self.bias = nn.Parameter(torch.empty(num_heads * size)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = fp32(x)
+        if self.center:
+            y = y - y.mean(-1, keepdim=True)
+        y = rms_norm(y, self.eps) * self._per_head(self.weight)
+        if self.bias is not None:
+            y = y + self._per_head(self.bias)
+        return y.to(x.dtype)
+
+    def _per_head(self, p: Tensor) -> Tensor:
+        return fp32(p) if p.shape[0] == self.size else fp32(p).unflatten(0, (-1, self.size))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, center={self.center}, bias={self.bias is not None}"
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution with SiLU in front of an engine, over several streams at once.
+
+    ``(a, b, ...), state = conv(a, b, ..., state=None, segments=None)`` with streams ``[B, T, D_i]``.
+    """
+
+    def __init__(self, channels: int, size: int, *, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, size))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5  # what nn.Conv1d does for a depthwise kernel
+        for p in self.parameters():
+            nn.init.uniform_(p, -bound, bound)
+
+    def forward(
+        self, *streams: Tensor, state: ConvState | None = None, segments: Segments | None = None
+    ) -> tuple[tuple[Tensor, ...], ConvState]:
+        x = torch.cat(streams, -1)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        y, state = conv(x, weight, bias, activation="silu", state=state, segments=segments)
+        return y.split([s.shape[-1] for s in streams], -1), state
+
+    def init_state(self, rows: int) -> ConvState:
+        channels, size = self.weight.shape
+        return ConvState(self.weight.new_zeros(rows, size - 1, channels, dtype=state_dtype(self.weight)))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, size={self.weight.shape[1]}, bias={self.bias is not None}"
+
+
+def count_positions(x: Tensor, seen: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:
+    """Positions ``[B, T]`` of the tokens of ``x`` in their sequences, and the number of tokens seen afterwards.
+
+    ``seen`` is int64 ``[N]``, tokens before ``x`` (None: none), one row a sequence or a segment.
+    """
+    rows = x.shape[0] if segments is None else len(segments)
+    start = torch.zeros(rows, dtype=torch.int64, device=x.device) if seen is None else seen
+    if segments is None:
+        return start[:, None] + torch.arange(x.shape[1], device=x.device), start + x.shape[1]
+    return (segments.positions + start[segments.ids.long()])[None], start + segments.cu_seqlens.diff()
+
+
+def token_shift(x: Tensor, state: ConvState | None, segments: Segments | None) -> tuple[Tensor, ConvState]:
+    """The previous token of every token ``[B, T, D]``, zeros (or the state) before the first one of a sequence."""
+    taps = torch.arange(1, -1, -1, device=x.device, dtype=x.dtype)  # a convolution that keeps only the older tap
+    return conv(x, taps.expand(x.shape[-1], 2).contiguous(), state=state, segments=segments)
