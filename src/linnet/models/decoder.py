@@ -88,9 +88,7 @@ class DecoderConfig:
             self._expect(name, "true or false", lambda x: isinstance(x, bool))
         self._expect("logit_soft_cap", "a number > 0 or None", lambda x: x is None or (_is_number(x) and x > 0))
         self._expect("mlp", "'swiglu', 'moe' or 'none'", lambda x: x in ("swiglu", "moe", "none"))
-        self._expect(
-            "experts_per_token", f"at most num_experts={self.num_experts}", lambda x: x <= self.num_experts
-        )
+        self._expect("experts_per_token", f"at most num_experts={self.num_experts}", lambda x: x <= self.num_experts)
         self._expect(
             "mixers",
             "a list of mixer specs, not empty",
@@ -393,9 +391,7 @@ class Decoder(nn.Module):
             OSError: it cannot be written, e.g. the disk is full; what was there before is unchanged.
         """
         with atomic_folder(folder, overwrite) as partial:
-            write_checkpoint(
-                partial, self.config.to_dict(), self.state_dict() if state_dict is None else state_dict
-            )
+            write_checkpoint(partial, self.config.to_dict(), self.state_dict() if state_dict is None else state_dict)
 
     @classmethod
     def load(

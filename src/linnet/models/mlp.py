@@ -56,7 +56,7 @@ def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
 def _has_kernel(x: Tensor, y: Tensor) -> bool:
     # Every row of an operand has to start on a 16-byte boundary, whichever of its last two axes is the dense one.
     aligned = all(n % 8 == 0 for t in (x, y) for n in t.stride()[-2:] if n != 1)
-    return x.dtype == y.dtype == torch.bfloat16 and aligned and x.shape[0] > 0
+    return x.dtype == y.dtype == torch.bfloat16 and aligned and x.shape[0] > 0 and hasattr(F, "grouped_mm")
 
 
 @grouped_matmul.register_fake
@@ -69,11 +69,11 @@ def _(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(offsets.shape[0], x.shape[1], y.shape[1])
 
 
-def _save(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _matmul_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
+def _matmul_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, weight, offsets = ctx.saved_tensors
     grad = grad.contiguous()
     grad_x = grouped_matmul(grad, weight.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
@@ -81,7 +81,7 @@ def _matmul_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, N
     return grad_x, grad_weight, None
 
 
-def _outer_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
+def _outer_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, y, offsets = ctx.saved_tensors
     grad = grad.contiguous()
     grad_x = grouped_matmul(y, grad.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None

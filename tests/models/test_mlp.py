@@ -1,0 +1,169 @@
+"""SwiGLU and the mixture of experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from linnet.models.mlp import MixtureOfExperts, SwiGLU, grouped_matmul, grouped_outer
+
+
+def experts(**options):
+    torch.manual_seed(0)
+    defaults = {"num_experts": 4, "experts_per_token": 2, "init_std": 0.3}
+    return MixtureOfExperts(16, 24, **{**defaults, **options}).double()
+
+
+def expert_output(moe, x, e):
+    return (F.silu(x @ moe.gate_proj[e]) * (x @ moe.up_proj[e])) @ moe.down_proj[e]
+
+
+def naive(moe, x):
+    """Every token by itself, straight from the definition."""
+    out = torch.zeros_like(x)
+    for index in range(x.shape[0]):
+        p = (moe.router.weight @ x[index]).softmax(-1)
+        best = p.argsort(descending=True)[: moe.experts_per_token]
+        for e in best:
+            out[index] += p[e] / p[best].sum() * expert_output(moe, x[index], e)
+        if moe.shared is not None:
+            out[index] += moe.shared(x[index])[0]
+    return out
+
+
+def test_swiglu_is_its_formula():
+    torch.manual_seed(0)
+    mlp = SwiGLU(8, 20, init_std=0.5, out_std=0.1)
+    x = torch.randn(2, 3, 8)
+    y, aux = mlp(x)
+    assert aux is None
+    gate, up, down = (p.weight for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    torch.testing.assert_close(y, (F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+    assert 0.4 < mlp.gate_proj.weight.std() < 0.6 and 0.08 < mlp.down_proj.weight.std() < 0.12
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_every_token_gets_its_experts(k, shared):
+    moe = experts(experts_per_token=k, shared_experts=shared)
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    y, _ = moe(x)
+    expected = naive(moe, x.flatten(0, 1)).view_as(y)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    given = [x, *moe.parameters()]
+    weight = torch.randn_like(y)
+    for got, want in zip(
+        torch.autograd.grad((y * weight).sum(), given, allow_unused=True),
+        torch.autograd.grad((expected * weight).sum(), given, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            torch.zeros(()) if got is None else got.float(), want.float() if want is not None else torch.zeros(())
+        )
+
+
+def test_all_experts_chosen_is_the_dense_sum():
+    moe = experts(experts_per_token=4)
+    x = torch.randn(7, 16, dtype=torch.float64)
+    p = moe.router(x).softmax(-1)
+    dense = sum(p[:, e : e + 1] * expert_output(moe, x, e) for e in range(4))
+    torch.testing.assert_close(moe(x[None])[0][0], dense, rtol=1e-12, atol=1e-12)
+
+
+def test_no_token_is_dropped_when_all_want_one_expert():
+    moe = experts(experts_per_token=1)
+    torch.nn.init.zeros_(moe.router.weight)
+    moe.router.weight.data[2] = 1.0
+    x = torch.rand(1, 50, 16, dtype=torch.float64)
+    torch.testing.assert_close(moe(x)[0], expert_output(moe, x, 2), rtol=1e-12, atol=1e-12)
+    assert moe.expert_load.tolist() == [0, 0, 1, 0]
+    assert moe.router_statistics() == {"max_load": 4.0, "min_load": 0.0, "load_entropy": 0.0}
+
+
+def test_balance_loss_is_its_coefficient_for_a_uniform_router():
+    moe = experts(balance_loss=0.25)
+    torch.nn.init.zeros_(moe.router.weight)
+    x = torch.randn(3, 11, 16, dtype=torch.float64)
+    assert moe(x)[1].item() == pytest.approx(0.25, abs=1e-15)
+    skewed = experts(balance_loss=0.25, experts_per_token=1)
+    torch.nn.init.zeros_(skewed.router.weight)
+    skewed.router.weight.data[0] = 100.0
+    assert skewed(x.abs())[1].item() == pytest.approx(1.0)  # all on one of four experts
+
+
+def test_auxiliary_losses_are_their_formulas():
+    moe = experts(balance_loss=0.5, router_z_loss=0.1)
+    x = torch.randn(1, 13, 16, dtype=torch.float64)
+    logits = moe.router(x[0])
+    p = logits.softmax(-1)
+    share = F.one_hot(p.topk(2).indices, 4).sum((0, 1)) / 26
+    expected = 0.5 * 4 * (share * p.mean(0)).sum() + 0.1 * logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(moe(x)[1], expected, rtol=1e-12, atol=1e-12)
+    moe(x)[1].backward()
+    assert moe.router.weight.grad.abs().sum() > 0 and moe.up_proj.grad is None
+
+
+def test_statistics_are_of_training_only():
+    moe = experts().eval()
+    moe(torch.randn(1, 5, 16, dtype=torch.float64))
+    assert moe.router_statistics() == {}
+    assert "expert_load" not in moe.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(5, 0, 8, 3), (0, 0, 16, 0), (0, 0, 0, 0)])
+def test_grouped_matmul(dtype, sizes):
+    torch.manual_seed(0)
+    groups, n = len(sizes), sum(sizes)
+    offsets = torch.tensor(sizes).cumsum(0).int()
+    x = torch.randn(n, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(groups, 16, 24, dtype=dtype, requires_grad=True)
+    y = grouped_matmul(x, weight, offsets)
+    parts = zip(x.split(sizes), weight, strict=True)
+    expected = torch.cat([a.double() @ b.double() for a, b in parts])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=4 * eps, atol=32 * eps)
+    up = torch.randn_like(y)
+    for got, want in zip(
+        torch.autograd.grad(y, (x, weight), up), torch.autograd.grad(expected, (x, weight), up.double()), strict=True
+    ):
+        torch.testing.assert_close(got, want.to(dtype), rtol=4 * eps, atol=32 * eps)
+
+
+def test_grouped_ops_are_registered_properly():
+    torch.manual_seed(0)
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(grouped_matmul, (x, weight, offsets))
+    torch.library.opcheck(grouped_outer, (x, y, offsets))
+    assert torch.autograd.gradgradcheck(lambda x, w: grouped_matmul(x, w, offsets), (x, weight))
+
+
+def test_half_precision_and_autocast_route_in_fp32():
+    moe = experts().float()
+    x = torch.randn(1, 40, 16)
+    y, aux = moe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        low, low_aux = moe(x)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low_aux, aux)
+    torch.testing.assert_close(low.float(), y, rtol=0.05, atol=0.02)
+
+
+def test_runs_are_identical():
+    moe = experts().float()
+    x = torch.randn(2, 30, 16, requires_grad=True)
+
+    def run():
+        y, aux = moe(x)
+        return [y, *torch.autograd.grad(y.square().sum() + aux, [x, *moe.parameters()])]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="experts_per_token"):
+        experts(experts_per_token=5)
