@@ -172,7 +172,8 @@ def read_checkpoint(
         with safe_open(file, "pt", device=str(device or "cpu")) as weights:
             for name in weights.keys():  # noqa: SIM118 (not a mapping)
                 x = weights.get_tensor(name)
-                tensors[name] = x.to(dtype) if dtype is not None and x.is_floating_point() else x
+                # A copy: on the CPU these are windows into the mapped file, at addresses that matmuls run slowly on.
+                tensors[name] = x.to(dtype if x.is_floating_point() else None, copy=True)
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged or truncated ({error}); restore it from a copy") from error
     return config, tensors

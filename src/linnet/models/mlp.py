@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linnet.ops.core import no_autocast
+
 __all__ = ["MixtureOfExperts", "SwiGLU", "grouped_matmul"]
 
 
@@ -184,7 +186,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         tokens = x.reshape(-1, x.shape[-1])
         count, k = tokens.shape[0], self.experts_per_token
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             logits = F.linear(at_least_fp32(tokens), at_least_fp32(self.router.weight))
             probabilities = logits.softmax(-1)
             weights, experts = probabilities.topk(k, dim=-1)
@@ -213,7 +215,8 @@ class MixtureOfExperts(nn.Module):
 
     def _experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
         device = rows.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else rows.dtype
         rows, gate, up, down = (t.to(dtype) for t in (rows, self.gate_proj, self.up_proj, self.down_proj))
         hidden = F.silu(grouped_matmul(rows, gate, offsets)) * grouped_matmul(rows, up, offsets)
         return grouped_matmul(hidden, down, offsets)

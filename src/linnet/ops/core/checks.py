@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .segments import Segments
 
-__all__ = ["Shapes", "check_log_decay", "check_segments", "common_dtype", "value_checks"]
+__all__ = ["Shapes", "check_log_decay", "check_segments", "common_dtype", "no_autocast", "value_checks"]
 
 _value_checks = False
 
@@ -49,7 +50,7 @@ class Shapes:
         return " or ".join(one(layout) for layout in layouts)
 
 
-def common_dtype(**tensors: Tensor | None) -> list[Tensor | None]:
+def common_dtype(**tensors: Tensor | None) -> list[Any]:
     """The tensors in one floating dtype. Inside autocast that is autocast's dtype; outside they must already agree."""
     given = {name: x for name, x in tensors.items() if x is not None}
     first_name, first = next(iter(given.items()))
@@ -58,13 +59,20 @@ def common_dtype(**tensors: Tensor | None) -> list[Tensor | None]:
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
         if x.device != first.device:
             raise ValueError(f"{name}: expected device {first.device} like {first_name}, got {x.device}")
-    if torch.is_autocast_enabled(first.device.type) and first.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(first.device.type)
+    device = first.device.type
+    # The meta device knows no autocast and raises when asked.
+    if device != "meta" and torch.is_autocast_enabled(device) and first.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         return [None if x is None else x.to(dtype) for x in tensors.values()]
     for name, x in given.items():
         if x.dtype != first.dtype:
             raise ValueError(f"{name}: expected dtype {first.dtype} like {first_name}, got {x.dtype}")
     return list(tensors.values())
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast is off for the device of ``x`` (the meta device has none to switch off)."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def check_segments(segments: Segments | None, batch: int, length: int) -> int:
