@@ -5,34 +5,46 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from linnet import mixers, models, ops
+    from linnet.mixers import build_mixer
+    from linnet.models import Decoder, DecoderConfig, generate
+    from linnet.ops import Segments, attention, backend, conv, decay, mlstm, value_checks
+
 __version__ = "0.1.0"
 
-# Public names and the module each lives in. They load on first use, so that `import linnet` stays instant.
-_PUBLIC = {
-    "Decoder": "linnet.models",
-    "DecoderConfig": "linnet.models",
-    "Segments": "linnet.ops",
-    "attention": "linnet.ops",
-    "backend": "linnet.ops",
-    "build_mixer": "linnet.mixers",
-    "conv": "linnet.ops",
-    "decay": "linnet.ops",
-    "mixers": "linnet.mixers",
-    "mlstm": "linnet.ops",
-    "ops": "linnet.ops",
-    "value_checks": "linnet.ops",
-}
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Segments",
+    "__version__",
+    "attention",
+    "backend",
+    "build_mixer",
+    "conv",
+    "decay",
+    "generate",
+    "mixers",
+    "mlstm",
+    "models",
+    "ops",
+    "value_checks",
+]
 
-if TYPE_CHECKING:
-    from linnet.mixers import build_mixer, mixers
-    from linnet.models import Decoder, DecoderConfig
-    from linnet.ops import Segments, attention, backend, conv, decay, mlstm, ops, value_checks
+# The module each public name lives in. They load on first use, so that `import linnet` stays instant.
+_MODULES = {
+    "linnet.mixers": ("build_mixer",),
+    "linnet.models": ("Decoder", "DecoderConfig", "generate"),
+    "linnet.ops": ("Segments", "attention", "backend", "conv", "decay", "mlstm", "value_checks"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+    if f"linnet.{name}" in _MODULES:
+        return import_module(f"linnet.{name}")
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module 'linnet' has no attribute {name!r}")
 
 

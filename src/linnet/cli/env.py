@@ -179,14 +179,15 @@ def _compare(op: Op, case: Case, backend: str, device: torch.device, dtype: torc
 def _print_results(results: list[dict[str, Any]]) -> None:
     out = console()
     table = Table(box=box.SIMPLE_HEAD, title="self-test against the float64 reference", title_justify="left")
-    for column in ("op", "backend", "device", "dtype", "modes", "error", "bound", "seconds", "status"):
+    columns = ("op", "backend", "device", "dtype", "modes", "error", "bound", "seconds", "status")
+    for column in columns:
         table.add_column(column, justify="right" if column in ("modes", "error", "bound", "seconds") else "left")
     for result in results:
         cells = {**result, "error": f"{result['error']:.1e}", "bound": f"{result['bound']:.1e}"}
         cells["seconds"] = f"{result['seconds']:.2f}"
         colour = "green" if result["status"] == "PASS" else "bold red"
         cells["status"] = f"[{colour}]{result['status']}[/]"
-        table.add_row(*(str(cells[column.header]) for column in table.columns))
+        table.add_row(*(str(cells[column]) for column in columns))
     out.print(table)
     for result in results:
         if result["message"]:
