@@ -1,0 +1,84 @@
+"""Published model configurations, as data: one JSON file each.
+
+>>> from linnet import presets
+>>> presets.names()
+>>> config = presets.load("gla-340m")
+>>> presets.info("gla-340m").paper
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from linnet.models import DecoderConfig
+
+__all__ = ["Preset", "info", "load", "names"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model configuration and where it comes from.
+
+    Attributes:
+        name: what :func:`load` takes.
+        description: one line.
+        paper: title and year; empty for a configuration of linnet's own.
+        arxiv: arXiv id of the paper; empty likewise.
+        published_parameters: the size as its authors print it ("340M"); empty when there is none.
+        counted: what that figure counts: "all" parameters, or each token table "once" (the head of an untied model is
+            left out).
+        notes: why the figure and the model agree or differ, and what the configuration changes.
+        config: fields of :class:`~linnet.models.DecoderConfig`.
+    """
+
+    name: str
+    description: str
+    config: Mapping[str, Any]
+    paper: str = ""
+    arxiv: str = ""
+    published_parameters: str = ""
+    counted: str = "all"
+    notes: str = ""
+
+    def published_range(self) -> tuple[float, float] | None:
+        """The parameter counts that the published figure can stand for: half a unit of its last digit either way,
+        where trailing zeros before a suffix are taken for rounding ("340M" is 335M to 345M)."""
+        if not self.published_parameters:
+            return None
+        text = self.published_parameters
+        scale = {"M": 10**6, "B": 10**9}.get(text[-1], 1)
+        digits = text.rstrip("MB")
+        value = float(digits) * scale
+        if "." in digits:
+            unit = scale * 10 ** -len(digits.partition(".")[2])
+        else:
+            unit = scale * 10 ** (len(digits) - len(digits.rstrip("0")))
+        return value - unit / 2, value + unit / 2
+
+
+@cache
+def _files() -> dict[str, Any]:
+    found = {entry.name[: -len(".json")]: entry for entry in files(__name__).iterdir() if entry.name.endswith(".json")}
+    return dict(sorted(found.items()))
+
+
+def names() -> list[str]:
+    """Names of all presets."""
+    return list(_files())
+
+
+def info(name: str) -> Preset:
+    """The preset called ``name``; ValueError with the known names otherwise."""
+    if name not in _files():
+        raise ValueError(f"preset: expected one of {', '.join(names())}; got {name!r}")
+    return Preset(name, **json.loads(_files()[name].read_text(encoding="utf-8")))
+
+
+def load(name: str) -> DecoderConfig:
+    """The configuration of the preset called ``name``; ValueError with the known names otherwise."""
+    return DecoderConfig.from_dict(info(name).config)
