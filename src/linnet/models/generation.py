@@ -139,22 +139,26 @@ def generate(
     Raises:
         ValueError: an argument is out of range, a prompt is empty, or ``state`` has another number of rows.
     """
-    steps = list(
-        stream(
-            model,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop=stop,
-            generator=generator,
-            state=state,
-        )
+    steps = stream(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        generator=generator,
+        state=state,
     )
-    finished = torch.stack([step.finished for step in steps], 1)
-    lengths = (len(steps) - finished.sum(1) + 1).clamp(max=len(steps))
-    return Generation(torch.stack([step.tokens for step in steps], 1), lengths, steps[-1].state)
+    columns: list[Tensor] = []
+    running: list[Tensor] = []
+    for step in steps:  # holds on to the newest state only
+        columns.append(step.tokens)
+        running.append(~step.finished)
+        state = step.state
+    count = len(columns)
+    lengths = (torch.stack(running, 1).sum(1) + 1).clamp(max=count)
+    return Generation(torch.stack(columns, 1), lengths, state or ())
 
 
 @torch.inference_mode()

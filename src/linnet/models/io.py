@@ -31,7 +31,7 @@ def _sibling(path: Path, kind: str) -> Path:
 def _fsync(path: Path) -> None:
     if path.is_dir() and os.name == "nt":  # directories cannot be opened there; the rename is journalled
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
