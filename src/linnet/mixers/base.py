@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from linnet.ops.core import Identity, Segments
 
 __all__ = ["Card", "Mixer", "build_mixer", "get_mixer", "mixers", "parse_spec", "register_mixer"]
 
+M = TypeVar("M", bound="Mixer")
 _mixers: dict[str, type[Mixer]] = {}
 
 
@@ -72,13 +73,15 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter this module owns itself, the way the paper does."""
+        """Initialise, the way the paper does, every parameter this module owns itself and those of its submodules that
+        start from special values (gate biases, low-rank factors). Run it after the submodules' own: children first, as
+        ``nn.Module.apply`` walks."""
 
 
-def register_mixer(name: str, card: Card) -> Callable[[type[Mixer]], type[Mixer]]:
+def register_mixer(name: str, card: Card) -> Callable[[type[M]], type[M]]:
     """Class decorator: register a mixer under ``name``; this is what puts it under the contract suite."""
 
-    def add(cls: type[Mixer]) -> type[Mixer]:
+    def add(cls: type[M]) -> type[M]:
         if name in _mixers:
             raise ValueError(f"mixer {name!r} is already registered")
         cls.name, cls.card = name, card

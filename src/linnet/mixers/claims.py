@@ -26,7 +26,7 @@ def randomize(module: nn.Module, generator: torch.Generator) -> None:
 
 def random_mixer(
     generator: torch.Generator, name: str, d_model: int, *, depth: tuple[int, int] = (0, 1), **options: Any
-):
+) -> Any:
     """A mixer in float64 on the CPU with random parameters; ``depth`` is (layer, num_layers)."""
     mixer = build_mixer({"name": name, **options}, d_model, layer=depth[0], num_layers=depth[1]).double()
     randomize(mixer, generator)

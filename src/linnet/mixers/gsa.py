@@ -112,7 +112,7 @@ class GSA(Mixer):
     def forward(
         self, x: Tensor, state: GSAState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, GSAState]:
-        parts.check_input(x, self.d_model)
+        parts.check_input(x, self.d_model, segments)
         keys, values = parts.unpack(state, GSAState)
         q, k, v = (F.silu(parts.heads(proj(x), self.num_heads)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         g = F.logsigmoid(parts.fp32(parts.heads(self.f_proj(x), self.num_heads))) / self.gate_logit_normalizer

@@ -93,7 +93,7 @@ class HGRN2(Mixer):
     def forward(
         self, x: Tensor, state: DecayState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, DecayState]:
-        parts.check_input(x, self.d_model)
+        parts.check_input(x, self.d_model, segments)
         g = self.log_decay(x)
         v = self.v_proj(x)
         q, k = F.silu(self.q_proj(x)), -torch.expm1(g).to(v.dtype)

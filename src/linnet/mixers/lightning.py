@@ -79,6 +79,7 @@ class Lightning(Mixer):
         self, d_model: int, *, num_heads: int = 8, norm_eps: float = 1e-5, layer: int = 0, num_layers: int = 1
     ):
         super().__init__()
+        parts.check_positive(norm_eps=norm_eps)
         parts.check_depth(layer, num_layers)
         self.d_model, self.num_heads, self.norm_eps = d_model, num_heads, norm_eps
         self.head_dim = parts.check_divisor("num_heads", num_heads, d_model, "d_model")
@@ -89,7 +90,7 @@ class Lightning(Mixer):
     def forward(
         self, x: Tensor, state: DecayState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, DecayState]:
-        parts.check_input(x, self.d_model)
+        parts.check_input(x, self.d_model, segments)
         q, k, v = (parts.heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         g = -self.rate * torch.arange(self.num_heads, device=x.device, dtype=parts.state_dtype(x))
         o, state = decay(F.silu(q), F.silu(k), v, g, state=state, segments=segments)

@@ -96,6 +96,7 @@ class LinearAttention(Mixer):
         norm_eps: float = 1e-5,
     ):
         super().__init__()
+        parts.check_positive(norm_eps=norm_eps)
         parts.check_choice("feature_map", feature_map, FEATURE_MAPS)
         if normalize and feature_map not in POSITIVE:
             raise ValueError(
@@ -112,7 +113,7 @@ class LinearAttention(Mixer):
     def forward(
         self, x: Tensor, state: DecayState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, DecayState]:
-        parts.check_input(x, self.d_model)
+        parts.check_input(x, self.d_model, segments)
         phi = FEATURE_MAPS[self.feature_map]
         q, k, v = (parts.heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         o, state = decay(phi(q), phi(k), v, normalize=self.normalize, state=state, segments=segments)

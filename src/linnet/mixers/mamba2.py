@@ -105,7 +105,7 @@ class Mamba2(Mixer):
     def forward(
         self, x: Tensor, state: parts.DecayConvState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, parts.DecayConvState]:
-        parts.check_input(x, self.d_model)
+        parts.check_input(x, self.d_model, segments)
         memory, tail = parts.unpack(state, parts.DecayConvState)
         z, xbc, dt = self.in_proj(x).split(self.split, -1)
         (xbc,), tail = self.conv(xbc, state=tail, segments=segments)

@@ -129,7 +129,7 @@ class MLSTM(Mixer):
     def forward(
         self, x: Tensor, state: Any = None, segments: Segments | None = None
     ) -> tuple[Tensor, MLSTMState | DecayState]:
-        parts.check_input(x, self.d_model)
+        parts.check_input(x, self.d_model, segments)
         q, k, v = (parts.heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         i, f = (parts.soft_cap(gate(x), self.gate_soft_cap) for gate in (self.i_gate, self.f_gate))
         if self.gate == "exp":
@@ -140,9 +140,8 @@ class MLSTM(Mixer):
         return self.o_proj(h), state
 
     def init_state(self, rows: int) -> MLSTMState | DecayState:
-        like = self.o_proj.weight
-        exp = self.gate == "exp"
-        memory = parts.decay_state(like, rows, self.num_heads, self.head_k, self.head_v, normalize=exp)
-        if not exp:
+        memory = parts.decay_state(self.o_proj.weight, rows, self.num_heads, self.head_k, self.head_v)
+        if self.gate == "sigmoid":
             return memory
-        return MLSTMState(*memory, torch.zeros(rows, self.num_heads, device=like.device, dtype=parts.state_dtype(like)))
+        S = memory.S
+        return MLSTMState(S, S.new_zeros(S.shape[:3]), S.new_zeros(S.shape[:2]))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet.ops import ConvState, DecayState, Segments, conv
+from linnet.ops.core import check_segments
 
 __all__ = [
     "DecayConvState",
@@ -133,11 +134,12 @@ def check_depth(layer: int, num_layers: int) -> None:
         raise ValueError(f"layer: expected 0 <= layer < num_layers = {num_layers}, got {layer}")
 
 
-def check_input(x: Tensor, d_model: int) -> None:
-    """Refuse anything but ``[B, T, d_model]`` with T >= 1."""
+def check_input(x: Tensor, d_model: int, segments: Segments | None) -> int:
+    """Refuse anything but ``[B, T, d_model]`` with T >= 1, packed as ``segments`` say; the number of state rows."""
     if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != d_model or x.shape[1] < 1:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: expected shape [B, T >= 1, d_model={d_model}], got {got}")
+    return check_segments(segments, x.shape[0], x.shape[1])
 
 
 def unpack(state: Any, kind: type[S]) -> S:
@@ -277,6 +279,8 @@ def count_positions(x: Tensor, seen: Tensor | None, segments: Segments | None) -
     """
     rows = x.shape[0] if segments is None else len(segments)
     start = torch.zeros(rows, dtype=torch.int64, device=x.device) if seen is None else seen
+    if start.shape != (rows,):
+        raise ValueError(f"state.position: expected shape [{rows}], one a sequence, got {list(start.shape)}")
     if segments is None:
         return start[:, None] + torch.arange(x.shape[1], device=x.device), start + x.shape[1]
     return (segments.positions + start[segments.ids.long()])[None], start + segments.cu_seqlens.diff()

@@ -104,6 +104,7 @@ class RetNet(Mixer):
     ):
         super().__init__()
         self.d_model, self.num_heads, self.rope, self.rope_base = d_model, num_heads, rope, rope_base
+        parts.check_positive(rope_base=rope_base)
         self.head_k = parts.head_size("expand_k", d_model, expand_k, num_heads)
         self.head_v = parts.head_size("expand_v", d_model, expand_v, num_heads)
         if rope and self.head_k % 2:
@@ -116,7 +117,7 @@ class RetNet(Mixer):
     def forward(
         self, x: Tensor, state: RetNetState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, RetNetState]:
-        parts.check_input(x, self.d_model)
+        parts.check_input(x, self.d_model, segments)
         memory, seen = parts.unpack(state, RetNetState)
         positions, seen = parts.count_positions(x, seen, segments)
         q, k, v = (parts.heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))

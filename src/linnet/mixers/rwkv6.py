@@ -127,7 +127,7 @@ class RWKV6(Mixer):
     def forward(
         self, x: Tensor, state: RWKV6State | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, RWKV6State]:
-        parts.check_input(x, self.d_model)
+        parts.check_input(x, self.d_model, segments)
         memory, shift = parts.unpack(state, RWKV6State)
         previous, shift = parts.token_shift(x, shift, segments)
         delta = previous - x

@@ -106,7 +106,7 @@ class SimpleGLA(Mixer):
     def forward(
         self, x: Tensor, state: parts.DecayConvState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, parts.DecayConvState]:
-        parts.check_input(x, self.d_model)
+        parts.check_input(x, self.d_model, segments)
         memory, tail = parts.unpack(state, parts.DecayConvState)
         q, k, v, g = self.q_proj(x), self.k_proj(x), self.v_proj(x), self.log_decay(x)
         if self.conv is not None:
