@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,9 +29,7 @@ def attention_reference(
         parts = [(q[n], k[n], v[n]) for n in rows]
     else:
         bounds = segments.cu_seqlens_host.tolist()
-        parts = [
-            (q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        parts = [(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in pairwise(bounds)]
     results = []
     for n, (qn, kn, vn) in enumerate(parts):
         seen = 0

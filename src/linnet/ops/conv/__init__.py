@@ -1,14 +1,21 @@
-"""Short causal depthwise convolution with state."""
+"""Engine `conv`: the short causal depthwise convolution that nearly every recurrent layer puts before its gates.
+
+It is plain traceable PyTorch, not a registered torch.library op: torch.compile fuses it without a graph break.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..core import Segments
+from ..core import Cost, Segments, Shapes, check_segments, common_dtype, resolve_backend
+from .chunked import conv_chunked
 from .reference import conv_reference
 from .state import ConvState
 
-__all__ = ["ConvState", "conv"]
+__all__ = ["ConvState", "conv", "cost"]
+
+BACKENDS = ("reference", "chunked")
 
 
 def conv(
@@ -21,6 +28,64 @@ def conv(
     segments: Segments | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ConvState]:
-    """Causal depthwise convolution."""
-    y, tail = conv_reference(x, weight, bias, activation, None if state is None else state.tail, segments)
-    return y, ConvState(tail)
+    """Causal depthwise convolution of width ``W``::
+
+        y_t = activation(bias + sum_{i < W} weight[:, i] * x_{t - (W-1) + i})
+
+    where inputs before the first token of a row come from its state (zeros when None).
+
+    Args:
+        x: ``[B, T, D]``.
+        weight: ``[D, W]``; ``weight[:, W-1]`` multiplies the current token, as in `torch.nn.Conv1d`.
+        bias: ``[D]``, none when None.
+        activation: None or "silu".
+        state: the ``W - 1`` inputs before the first token, one row a sequence, or a segment.
+        segments: packing of ``[1, total, D]`` inputs; segments may be shorter than the convolution.
+        backend: "auto", "reference" (tap by tap, row by row) or "chunked" (vectorised PyTorch).
+
+    Returns:
+        ``y`` ``[B, T, D]`` in x's dtype (accumulated in fp32 by "chunked"), and ``ConvState(tail [N, W-1, D])`` in fp32
+        (float64 for float64 inputs). Differentiable in x, weight, bias and the tail, and through the returned tail.
+
+    Raises:
+        ValueError: on shapes, dtypes, devices or an unknown activation; the message names the argument.
+    """
+    shapes = Shapes()
+    shapes("x", x, "B T D")
+    shapes("weight", weight, "D W")
+    if bias is not None:
+        shapes("bias", bias, "D")
+    if shapes["T"] < 1:
+        raise ValueError(f"x: expected at least one token, got shape {list(x.shape)}")
+    if shapes["W"] < 1:
+        raise ValueError(f"weight: expected at least one tap, got shape {list(weight.shape)}")
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
+    x, weight, bias = common_dtype(x=x, weight=weight, bias=bias)  # type: ignore[assignment]
+    rows = check_segments(segments, x.shape[0], x.shape[1])
+    tail = None
+    if state is not None:
+        if not isinstance(state, ConvState):
+            raise ValueError(f"state: expected a ConvState, got {type(state).__name__}")
+        Shapes(N=rows, R=shapes["W"] - 1, D=shapes["D"])("state.tail", state.tail, "N R D")
+        if not state.tail.is_floating_point():
+            raise ValueError(f"state.tail: expected a floating dtype, got {state.tail.dtype}")
+        if state.tail.device != x.device:
+            raise ValueError(f"state.tail: expected device {x.device} like x, got {state.tail.device}")
+        tail = state.tail.to(torch.promote_types(x.dtype, torch.float32))
+    run = conv_reference if resolve_backend(backend, BACKENDS, x) == "reference" else conv_chunked
+    with torch.autocast(x.device.type, enabled=False):
+        y, after = run(x, weight, bias, activation, tail, segments)
+    return y, ConvState(after)
+
+
+def cost(B: int, T: int, D: int, W: int = 4, *, bias: bool = False, itemsize: int = 2, backward: bool = False) -> Cost:
+    """Floor of one call: x read once, y written once; ``itemsize`` is the bytes of an element. With ``backward``, of
+    forward and backward together: x and the output's gradient are read again and the gradient of x written."""
+    flops = 2 * B * T * D * W * (3 if backward else 1) + B * T * D * bias
+    state = B * (W - 1) * D * 4
+    elements = B * T * D * (5 if backward else 2) + D * (W + bias) * (3 if backward else 1)
+    return Cost(flops, elements * itemsize + 2 * state, state)
+
+
+from . import cases as _cases  # noqa: E402,F401  (registers the op and its sample inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +29,7 @@ def conv_reference(
         bounds = segments.cu_seqlens_host.tolist()
         parts = [
             conv_reference(x[:, a:b], weight, bias, activation, None if tail is None else tail[n : n + 1], None)
-            for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+            for n, (a, b) in enumerate(pairwise(bounds))
         ]
         return torch.cat([y for y, _ in parts], 1), torch.cat([end for _, end in parts], 0)
     rows, length, channels = x.shape
