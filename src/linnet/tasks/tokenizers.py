@@ -1,0 +1,220 @@
+"""Tokenizers: raw bytes, and any `tokenizers` JSON file.
+
+Every tokenizer maps bytes to ids and back and has an end-of-document token. It marks both ends of each document, so
+that the first byte is predicted from something and bits per byte count everything a reader would have to be told.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+__all__ = ["ByteTokenizer", "JsonTokenizer", "Tokenizer", "load_tokenizer", "make_tokenizer", "train_bpe"]
+
+FILE = "tokenizer.json"
+_END = "<|endoftext|>"
+_KNOWN_ENDS = (_END, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """What the rest of the library needs of a tokenizer.
+
+    Attributes:
+        name: for people, e.g. ``"byte"``.
+        vocab_size: one more than the largest id.
+        end: id of the end-of-document token.
+    """
+
+    name: str
+    vocab_size: int
+    end: int
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Ids of ``text`` (1-D, unsigned), without end-of-document tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """The bytes of ``ids``; end-of-document tokens give nothing."""
+        ...
+
+    def stream(self) -> Callable[[int | None], str]:
+        """A function that turns one id after the other into printable text and holds back incomplete characters.
+        Call it with None at the end to get what is left."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``tokenizer.json`` into an existing folder."""
+        ...
+
+
+class ByteTokenizer:
+    """One token a byte (ids 0 to 255), and 256 as end of document. Loses nothing, whatever the bytes are."""
+
+    name = "byte"
+    vocab_size = 257
+    end = 256
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        return bytes(i for i in map(int, ids) if i < 256)
+
+    def stream(self) -> Callable[[int | None], str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+        def feed(token: int | None) -> str:
+            if token is None:
+                return decoder.decode(b"", final=True)
+            return decoder.decode(self.decode([token]))
+
+        return feed
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder, FILE).write_text(json.dumps({"linnet": "byte"}) + "\n", encoding="utf-8")
+
+
+class JsonTokenizer:
+    """A tokenizer of the `tokenizers` library.
+
+    Args:
+        file: its JSON file. If it knows none of the usual end-of-document tokens, one is added.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a tokenizer, or the `tokenizers` package is missing.
+    """
+
+    def __init__(self, file: str | Path):
+        backend = _library()
+        if not Path(file).is_file():
+            raise FileNotFoundError(
+                f"tokenizer: no file {str(file)!r} (give 'byte', 'bpe:SIZE' or a tokenizers JSON file)"
+            )
+        try:
+            self._start(backend.Tokenizer.from_file(str(file)), Path(file).name)
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"tokenizer: {file} is not a tokenizers JSON file ({error})") from error
+
+    @classmethod
+    def wrap(cls, backend: object, name: str) -> JsonTokenizer:
+        """From a ``tokenizers.Tokenizer`` in memory."""
+        self = cls.__new__(cls)
+        self._start(backend, name)
+        return self
+
+    def _start(self, backend, name: str) -> None:
+        self.backend, self.name = backend, name
+        end = next((t for t in _KNOWN_ENDS if backend.token_to_id(t) is not None), None)
+        if end is None:
+            backend.add_special_tokens([_END])
+            end = _END
+        self.end: int = backend.token_to_id(end)
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: bytes) -> np.ndarray:
+        try:
+            plain = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            near = text[max(0, error.start - 20) : error.start + 20]
+            raise ValueError(
+                f"tokenizer: {self.name} needs UTF-8 text, but byte {error.start} of a document is not ({near!r}); "
+                "the byte tokenizer takes anything"
+            ) from error
+        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        return np.array(self.backend.encode(plain, add_special_tokens=False).ids, dtype=dtype)
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        return self.backend.decode([int(i) for i in ids if int(i) != self.end], skip_special_tokens=False).encode()
+
+    def stream(self) -> Callable[[int | None], str]:
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=False)
+
+        def feed(token: int | None) -> str:
+            if token is None or token == self.end:
+                return ""
+            return decoder.step(self.backend, token) or ""
+
+        return feed
+
+    def save(self, folder: str | Path) -> None:
+        self.backend.save(str(Path(folder, FILE)))
+
+
+def train_bpe(documents: Iterable[bytes], vocab_size: int) -> JsonTokenizer:
+    """Learn a byte-level byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909; on bytes as in GPT-2).
+
+    Args:
+        documents: UTF-8 text.
+        vocab_size: number of tokens, at least 257: the bytes, the end of document and the merges.
+
+    Raises:
+        ValueError: the size is too small, or the `tokenizers` package is missing.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"tokenizer: expected 'bpe:SIZE' with a size of at least 257, got {vocab_size}")
+    library = _library()
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = library.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((d.decode("utf-8", errors="replace") for d in documents), trainer)
+    return JsonTokenizer.wrap(backend, f"bpe:{vocab_size}")
+
+
+def make_tokenizer(spec: str, documents: Iterable[bytes] = ()) -> Tokenizer:
+    """``"byte"``, ``"bpe:SIZE"`` (learned on ``documents``) or the path of a `tokenizers` JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the spec or the file is not valid.
+    """
+    if spec == "byte":
+        return ByteTokenizer()
+    if spec.startswith("bpe:"):
+        size = spec.removeprefix("bpe:")
+        if not size.isdigit():
+            raise ValueError(f"tokenizer: expected 'bpe:SIZE' with a whole number, got {spec!r}")
+        return train_bpe(documents, int(size))
+    return JsonTokenizer(spec)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer saved in a model folder.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        ValueError: its file is damaged.
+    """
+    file = Path(folder, FILE)
+    if not file.is_file():
+        raise FileNotFoundError(f"folder: no tokenizer in {folder} ({FILE} is missing)")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}); restore it from a copy") from error
+    return ByteTokenizer() if content == {"linnet": "byte"} else JsonTokenizer(file)
+
+
+def _library():
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError(
+            "tokenizer: everything but 'byte' needs the tokenizers package; install it with: pip install 'linnet[hf]'"
+        ) from error
+    return tokenizers

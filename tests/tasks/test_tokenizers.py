@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from linnet.tasks import ByteTokenizer, JsonTokenizer, load_tokenizer, make_tokenizer, train_bpe
+
+TEXTS = ["def f(x):\n    return x + 1\n", "Ein Täßchen Kaffee, 3 € 😀\n\n\ttabs", "", " leading and trailing "]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe([t.encode() * 20 for t in TEXTS], 300)
+
+
+@pytest.fixture(params=["byte", "bpe"])
+def tokenizer(request, bpe):
+    return ByteTokenizer() if request.param == "byte" else bpe
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text.encode())
+    assert ids.ndim == 1
+    assert not (ids == tokenizer.end).any()
+    assert ids.size == 0 or ids.max() < tokenizer.vocab_size
+    assert tokenizer.decode(ids) == text.encode()
+    assert tokenizer.decode([tokenizer.end, *ids, tokenizer.end]) == text.encode()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_stream_gives_whole_characters(tokenizer, text):
+    feed = tokenizer.stream()
+    pieces = [feed(int(i)) for i in tokenizer.encode(text.encode())]
+    pieces.append(feed(None))
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_stream_shows_what_is_not_utf8():
+    feed = ByteTokenizer().stream()
+    assert feed(0xC3) + feed(ord("a")) == "\ufffda"
+    feed = ByteTokenizer().stream()
+    assert feed(0xE2) + feed(0x82) == ""
+    assert feed(None) == "\ufffd"
+
+
+def test_saved_with_a_model(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    text = TEXTS[1].encode()
+    assert type(loaded) is type(tokenizer)
+    assert (loaded.vocab_size, loaded.end) == (tokenizer.vocab_size, tokenizer.end)
+    np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
+
+
+def test_bpe_has_the_asked_size_and_compresses(bpe):
+    assert bpe.vocab_size == 300
+    text = TEXTS[0].encode()
+    assert len(bpe.encode(text)) < len(text) / 1.5
+
+
+def test_specs(tmp_path, bpe):
+    assert make_tokenizer("byte").name == "byte"
+    assert make_tokenizer("bpe:280", [t.encode() for t in TEXTS]).vocab_size <= 280
+    bpe.save(tmp_path)
+    assert make_tokenizer(str(tmp_path / "tokenizer.json")).vocab_size == 300
+
+
+def test_a_file_without_an_end_of_document_gets_one(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "words.json"))
+    tokenizer = JsonTokenizer(tmp_path / "words.json")
+    assert (tokenizer.end, tokenizer.vocab_size) == (2, 3)
+
+
+def test_errors(tmp_path, bpe):
+    with pytest.raises(FileNotFoundError, match="no file 'nope.json'"):
+        make_tokenizer("nope.json")
+    with pytest.raises(ValueError, match="bpe:SIZE"):
+        make_tokenizer("bpe:many")
+    with pytest.raises(ValueError, match="at least 257"):
+        make_tokenizer("bpe:100")
+    (tmp_path / "tokenizer.json").write_text("{not json")
+    with pytest.raises(ValueError, match="damaged"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="not a tokenizers JSON file"):
+        make_tokenizer(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="byte 3 of a document"):
+        bpe.encode(b"abc\xff")
+
+
+def test_missing_package(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="needs the tokenizers package"):
+        make_tokenizer("bpe:300", [b"x"])
