@@ -1,0 +1,116 @@
+"""`linnet generate FOLDER`: continue a text with a trained model, printed as it comes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from linnet.models import Decoder
+    from linnet.tasks import Tokenizer
+
+
+def generate(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A run of `linnet train` or a saved model, with its tokenizer.", show_default=False
+        ),
+    ],
+    prompt: Annotated[
+        str, typer.Option(help="Text to continue; `-` reads it from stdin. Empty: begin a new document.")
+    ] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 400,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Stop before this text (may be given again). The end of a document always stops."),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Below 1 plays safe, above 1 dares; 0 takes the likeliest token.", rich_help_panel="Sampling"
+        ),
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.", rich_help_panel="Sampling")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose among the likeliest tokens that reach this probability together.", rich_help_panel="Sampling"
+        ),
+    ] = 0.95,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="The same seed gives the same text; without one it differs each time.",
+            rich_help_panel="Sampling",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, ... or `auto`.", rich_help_panel="Machine")] = "auto",
+) -> None:
+    """Continue a text with a trained model.
+
+    Example: `linnet generate runs/default-small --prompt "def main("`
+    """
+    if any(not text for text in stop or ()):
+        raise ValueError("stop: expected a text, got an empty one")
+    import torch
+
+    from linnet.models import Decoder
+    from linnet.tasks import load_tokenizer
+    from linnet.training import find_model
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = find_model(folder)
+    model, tokenizer = Decoder.load(found, device=device), load_tokenizer(found)
+    generator = torch.Generator(device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    sys.stdout.write(prompt)
+    pieces = continuation(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        stop=stop or [],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+    )
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def continuation(
+    model: Decoder, tokenizer: Tokenizer, prompt: str, *, stop: list[str] | None = None, **options
+) -> Iterator[str]:
+    """Pieces of text that continue ``prompt``, as soon as each is certain: whole characters that no longer can be the
+    beginning of a text to stop at."""
+    from linnet.models import stream
+
+    ids = [tokenizer.end, *(int(i) for i in tokenizer.encode(prompt.encode()))]
+    feed = tokenizer.stream()
+    held = ""
+    for step in stream(model, [ids], stop=[tokenizer.end], **options):
+        held += feed(int(step.tokens[0]))
+        found = [at for text in stop or () if (at := held.find(text)) >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        # The longest end of what is held that a text to stop at begins with.
+        keep = max((n for text in stop or () for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    yield held + feed(None)
