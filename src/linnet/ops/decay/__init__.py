@@ -16,7 +16,7 @@ from .state import DecayState
 
 __all__ = ["DecayState", "MLSTMState", "cost", "decay", "mlstm"]
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "triton")
 
 
 def decay(
@@ -95,7 +95,8 @@ def run(
     backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """The engine behind :func:`decay` and :func:`mlstm`, on checked inputs: un-normalised reading, normaliser, state."""
-    name = resolve_backend(backend, BACKENDS, q)
+    covered = _kernels_cover(q, v, g, gv, u, z)
+    name = resolve_backend(backend, BACKENDS if covered else BACKENDS[:2], q)
     if name == "reference" or (q.shape[1] == 1 and segments is None and backend == "auto"):
         # One token is one step of the recurrence: nothing to chunk, and no registration overhead on the decode path.
         bounds = None if segments is None else segments.cu_seqlens_host.tolist()
@@ -104,8 +105,30 @@ def run(
     if size < 1 or size & (size - 1):
         raise ValueError(f"chunk_size: expected a power of two, got {chunk_size}")
     host = None if segments is None else segments.cu_seqlens_host
-    o, x, S, z_out = _decay(q, k, v, g, gv, u, w, S, z, host, scale, min(size, _ceil_power(q.shape[1])), name)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, gv, u, w, S, z))
+    if name == "chunked":
+        size = min(size, _ceil_power(q.shape[1]))
+    o, x, S, z_out, _ = _decay(q, k, v, g, gv, u, w, S, z, host, scale, size, name, training)
     return o, None if z is None else x, S, None if z is None else z_out
+
+
+def _kernels_cover(
+    q: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, u: Tensor | None, z: Tensor | None
+) -> bool:
+    """Whether the Triton kernels have this mode; the chunked PyTorch form takes the others."""
+    if gv is not None or u is not None or z is not None or (g is not None and g.dim() == 4):
+        return False
+    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and max(q.shape[-1], v.shape[-1]) <= 512
+
+
+def _pieces(q: Tensor, v: Tensor, cu_host: Tensor | None) -> tuple[int, int]:
+    """Tokens between two boundary states kept for the backward pass, and how many of them a call has at most: enough
+    tokens that the states stay below a tenth of the activations, fewer when the pieces are needed to fill the GPU."""
+    B, T, H, K, V = *q.shape[:2], v.shape[2], q.shape[3], v.shape[3]
+    piece = 512 if K * V <= 8192 else 1024 if K * V <= 32768 else 2048
+    while piece > 128 and (B * T // piece) * H * max(1, V // 64) < 264:
+        piece //= 2
+    return piece, B * -(-T // piece) if cu_host is None else T // piece + cu_host.shape[0] - 1
 
 
 def _ceil_power(n: int) -> int:
@@ -174,18 +197,26 @@ def _decay(
     scale: float,
     chunk: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = z_out = edges = None
     with torch.autocast(q.device.type, enabled=False):
-        o, x, S_out, z_out = chunked.forward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk)
-    none = S.new_empty(0)
-    return o, none if x is None else x, S_out, none.clone() if z_out is None else z_out
+        if backend == "triton":
+            from . import kernels
+
+            o, S_out, edges = kernels.forward(q, k, v, g, w, S, cu_host, scale, *_pieces(q, v, cu_host), training)
+        else:
+            o, x, S_out, z_out = chunked.forward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk)
+    return o, *(S.new_empty(0) if y is None else y for y in (x, S_out, z_out, edges))
 
 
 @_decay.register_fake
-def _(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, backend):
+def _(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, backend, training):
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     x = S.new_empty(0) if z is None else S.new_empty(v.shape[:3])
-    return o, x, S.new_empty(S.shape), S.new_empty(0 if z is None else z.shape)
+    kept = backend == "triton" and training
+    edges = S.new_empty(_pieces(q, v, cu_host)[1], *S.shape[1:]) if kept else S.new_empty(0)
+    return o, x, S.new_empty(S.shape), S.new_empty(0 if z is None else z.shape), edges
 
 
 _GRADS = ("q", "k", "v", "g", "gv", "u", "w", "S", "z")
@@ -206,31 +237,42 @@ def _decay_backward(
     scale: float,
     chunk: int,
     backend: str,
+    last: Tensor,
+    edges: Tensor,
+    gates: bool,
     do: Tensor,
     dx: Tensor | None,
     dS: Tensor,
     dz: Tensor | None,
 ) -> list[Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        grads = chunked.backward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, do, dx, dS, dz)
+        if backend == "triton":
+            from . import kernels
+
+            piece, _ = _pieces(q, v, cu_host)
+            grads = kernels.backward(q, k, v, g, w, last, edges, cu_host, scale, piece, do, dS, gates)
+        else:
+            grads = chunked.backward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, do, dx, dS, dz)
     none = S.new_empty(0)
     return [grads[name].contiguous() if name in grads else none.clone() for name in _GRADS]
 
 
 @_decay_backward.register_fake
-def _(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, backend, do, dx, dS, dz):
+def _(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, backend, last, edges, gates, do, dx, dS, dz):
     given = (q, k, v, g, gv, u, w, S, z)
     return [S.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
 
 def _setup(ctx, inputs, output):
-    *tensors, scale, chunk, backend = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, scale, chunk, backend, _ = inputs
+    _, _, last, _, edges = output
+    ctx.save_for_backward(*tensors, last, edges)
     ctx.options = scale, chunk, backend
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, dx, dS, dz):
-    *given, cu_host = ctx.saved_tensors
+def _backward(ctx, do, dx, dS, dz, _):
+    *given, cu_host, last, edges = ctx.saved_tensors
     q, v, S, z = given[0], given[2], given[7], given[8]
     do = v.new_zeros(*q.shape[:2], *v.shape[2:]) if do is None else do.contiguous()
     dS = torch.zeros_like(S) if dS is None else dS.contiguous()
@@ -239,8 +281,10 @@ def _backward(ctx, do, dx, dS, dz):
     else:
         dx = S.new_zeros(v.shape[:3]) if dx is None else dx.contiguous()
         dz = torch.zeros_like(z) if dz is None else dz.contiguous()
-    grads = _decay_backward(*given, cu_host, *ctx.options, do, dx, dS, dz)
-    return *(None if x is None else d for x, d in zip(given, grads, strict=True)), None, None, None, None
+    gates = any(ctx.needs_input_grad[_GRADS.index(name)] for name in ("g", "w"))
+    grads = _decay_backward(*given, cu_host, *ctx.options, last, edges, gates, do, dx, dS, dz)
+    wanted = zip(grads, given, ctx.needs_input_grad[: len(given)], strict=True)
+    return *(d if needed and x is not None else None for d, x, needed in wanted), None, None, None, None, None
 
 
 _decay.register_autograd(_backward, setup_context=_setup)

@@ -242,7 +242,7 @@ register_op(
             _mlstm_case("closed gates", _gates(1.0, -10.0)),
             _mlstm_case("eps", _gates(2.0), eps=1e-6),
             _mlstm_case("hostile gates", _hostile_gates, hostile=True),
-            _mlstm_case("large gates", _gates(15.0), hostile=True),
+            _mlstm_case("large gates", _gates(8.0), hostile=True),
             _mlstm_case("zero keys", _gates(2.0), _no_keys, hostile=True),
         ),
         cost,

@@ -97,9 +97,7 @@ def _tree_factors(g: Tensor, exclusive: bool) -> _Factors:
     read, write = (torch.ones_like(total) if exclusive else total), torch.ones_like(total)
     levels, w = [], 1
     while w < C:
-        (r0, r1), (w0, w1), (t0, t1) = (
-            x.reshape(n, h, C // (2 * w), 2, -1, d).unbind(3) for x in (read, write, total)
-        )
+        (r0, r1), (w0, w1), (t0, t1) = (x.reshape(n, h, C // (2 * w), 2, -1, d).unbind(3) for x in (read, write, total))
         levels.append((r1, w0))
         read, write, total = torch.cat([r0, r1 * t0], 3), torch.cat([w0 * t1, w1], 3), t0 * t1
         w *= 2

@@ -1,0 +1,780 @@
+"""Triton kernels of the decay engine.
+
+One kernel serves every pass. The recurrence written for a reader ``r``, a writer ``s`` and a payload ``p``,
+
+    S_t = exp(g_t) S_{t-1} + ws_t s_t p_t^T              out_t = wr_t r_t^T S_t
+
+is the forward pass with (r, s, p) = (q, k, v). Its three gradients are the same recurrence over other tensors:
+
+    dq: (dO, v, k) forward in time        dv: (k, q, dO) backward in time        dk: (v, dO, q) backward in time
+
+so a program walks the chunks of one sequence (or of one piece of it) in either direction with the state on chip, and
+only the payload's channels are split over programs. Pieces of ``PIECE`` tokens have their boundary states in memory:
+they let a long sequence fill the GPU (every piece starts from its own boundary state), and the gradient of the gates
+start afresh at each, which keeps it free of cancellation over long sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..core import chunk_table
+
+# Log-decays are cut at -80: exp of it is 2e-35, a reset, and sums over a chunk keep four digits of its neighbours.
+
+
+@triton.jit
+def _load(ptr, t0, steps, valid, stride, cols, width, FULL: tl.constexpr):
+    """Tile ``[C, cols]`` from token ``t0`` on of a tensor with ``stride`` elements from token to token."""
+    at = ptr + t0.to(tl.int64) * stride + (steps[:, None] * stride + cols[None, :])
+    if FULL:
+        return tl.load(at, mask=valid[:, None], other=0.0)
+    return tl.load(at, mask=valid[:, None] & (cols < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _state_block(ptr, slot, DR, DP, st_r, st_p, column, BR: tl.constexpr, BP: tl.constexpr):
+    """Columns ``column ..`` of the state number ``slot`` (a block pointer costs no registers between uses)."""
+    base = ptr + slot * DR * DP
+    return tl.make_block_ptr(base, (DR, DP), (st_r, st_p), (0, column), (BR, BP), (1, 0))
+
+
+@triton.jit
+def _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED: tl.constexpr):
+    """First token of a piece, the one after its last, the one after its sequence's last, and the sequence."""
+    if PACKED:
+        n = tl.load(table_ptr + 2 * piece)
+        end = tl.load(cu_ptr + n + 1)
+        first = tl.load(cu_ptr + n) + tl.load(table_ptr + 2 * piece + 1) * PIECE
+    else:
+        per_row = tl.cdiv(T, PIECE)
+        n = piece // per_row
+        end = (n + 1) * T
+        first = n * T + (piece % per_row) * PIECE
+    return first, tl.minimum(first + PIECE, end), end, n
+
+
+@triton.jit
+def _pass_kernel(
+    r_ptr,
+    s_ptr,
+    p_ptr,
+    g_ptr,
+    seen_ptr,  # per token, summed log2-decay of its chunk up to and with it, [H, tokens]
+    left_ptr,  # per token, summed log2-decay of its chunk after it
+    wr_ptr,
+    ws_ptr,
+    start_ptr,  # boundary states [pieces, H, DR, DP] (or [rows, H, DR, DP] when whole sequences are walked)
+    out_ptr,
+    edge_ptr,  # boundary states to be written
+    last_ptr,  # final state
+    total_ptr,  # STATE_ONLY: summed log-decay of the piece
+    dot_ptr,  # GRAD: the readers' (dq) or writers' (dk) other half of q.dq or k.dk
+    row_ptr,
+    col_ptr,
+    cu_ptr,
+    table_ptr,
+    scale,
+    T,
+    PIECE,
+    n_rows,
+    n_pieces,
+    H,
+    HR,
+    HS,
+    HP,
+    HD,
+    DR,
+    DP,
+    st_r,
+    st_p,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    C: tl.constexpr,
+    REVERSE: tl.constexpr,
+    GATE: tl.constexpr,  # 0 none, 1 a constant per head, 2 a scalar per token
+    WR: tl.constexpr,
+    WS: tl.constexpr,
+    START: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STATE_ONLY: tl.constexpr,
+    EDGES: tl.constexpr,
+    LAST: tl.constexpr,
+    PACKED: tl.constexpr,
+    GRAD: tl.constexpr,  # 0 none, 1 rows and columns of the gate gradient (dq), 2 columns only (dk)
+    EXACT: tl.constexpr,
+    FULL: tl.constexpr,
+    TF32: tl.constexpr,
+):
+    splits = tl.cdiv(DP, BP)
+    pid = tl.program_id(0)
+    p_block = pid % splits
+    h = (pid // splits) % H
+    unit = pid // (splits * H)  # a piece when SPLIT, else a sequence
+
+    # Tokens are counted over the whole batch, [B * T].
+    if SPLIT:
+        first, stop, _end, _n = _piece_bounds(unit, cu_ptr, table_ptr, T, PIECE, PACKED)
+        piece0 = unit
+    elif PACKED:
+        first = tl.load(cu_ptr + unit)
+        stop = tl.load(cu_ptr + unit + 1)
+        piece0 = tl.load(table_ptr + unit)
+    else:
+        first = unit * T
+        stop = first + T
+        piece0 = unit * tl.cdiv(T, PIECE)
+
+    r_cols = tl.arange(0, BR)
+    p_cols = p_block * BP + tl.arange(0, BP)
+    if START:
+        origin = _state_block(start_ptr, unit.to(tl.int64) * H + h, DR, DP, st_r, st_p, p_block * BP, BR, BP)
+        S = tl.load(origin, boundary_check=(0, 1), padding_option="zero")
+    else:
+        S = tl.zeros([BR, BP], dtype=tl.float32)
+
+    s_base = s_ptr + h // (H // HS) * DR
+    p_base = p_ptr + h // (H // HP) * DP
+    if not STATE_ONLY:
+        r_base = r_ptr + h // (H // HR) * DR
+        out_base = out_ptr + h * DP
+    line_base = h.to(tl.int64) * n_rows
+    steps = tl.arange(0, C)
+    if GATE == 1:
+        constant = tl.maximum(tl.load(g_ptr + h).to(tl.float32), -80.0) * 1.4426950408889634
+    total_all = 0.0
+
+    walks = 1
+    if not SPLIT:
+        walks = tl.cdiv(stop - first, PIECE)
+    for walk in range(0, walks):
+        if REVERSE:
+            leg = walks - 1 - walk
+        else:
+            leg = walk
+        begin = first + leg * PIECE
+        end = tl.minimum(begin + PIECE, stop)
+        if EDGES:  # the state that enters this piece, in the direction of the walk
+            edge = (piece0 + leg).to(tl.int64) * H + h
+            edge = _state_block(edge_ptr, edge, DR, DP, st_r, st_p, p_block * BP, BR, BP)
+            tl.store(edge, S, boundary_check=(0, 1))
+
+        n_chunks = tl.cdiv(end - begin, C)
+        for it in range(0, n_chunks):
+            if REVERSE:
+                t0 = begin + (n_chunks - 1 - it) * C
+            else:
+                t0 = begin + it * C
+            rows = t0 + steps
+            valid = rows < end
+
+            s = _load(s_base, t0, steps, valid, HS * DR, r_cols, DR, FULL)
+            p = _load(p_base, t0, steps, valid, HP * DP, p_cols, DP, FULL)
+
+            # Gates: what a reader has kept of the entering state, what the leaving state keeps of a writer.
+            if GATE != 0:
+                if GATE == 1:
+                    count = tl.minimum(end - t0, C)
+                    b = constant * tl.minimum(steps + 1, count).to(tl.float32)
+                    tail = constant * tl.maximum(count - 1 - steps, 0).to(tl.float32)
+                    total = constant * count
+                else:
+                    b = tl.load(seen_ptr + line_base + rows, mask=valid, other=0.0)
+                    tail = tl.load(left_ptr + line_base + rows, mask=valid, other=0.0)
+                    total = tl.load(seen_ptr + line_base + tl.minimum(t0 + C, end) - 1)
+                total_all += total
+                if REVERSE:
+                    read = tl.exp2(tail)
+                    write = tl.exp2(b)
+                else:
+                    read = tl.exp2(b)
+                    write = tl.exp2(tail)
+            if WS:
+                ws = tl.load(ws_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
+
+            if not STATE_ONLY:
+                r = _load(r_base, t0, steps, valid, HR * DR, r_cols, DR, FULL)
+                inter = tl.dot(r, S.to(r.dtype), input_precision=TF32)
+                if GATE != 0:
+                    inter = inter * read[:, None]
+                A = tl.dot(r, tl.trans(s), input_precision=TF32)
+                if REVERSE:
+                    seen = (steps[:, None] <= steps[None, :]) & valid[None, :]
+                else:
+                    seen = steps[:, None] >= steps[None, :]
+                if GATE == 0:
+                    A = tl.where(seen, A, 0.0)
+                else:
+                    if EXACT and GATE == 2:  # each pair sums its own gates: no cancellation
+                        g = tl.load(g_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
+                        g = tl.maximum(g, -80.0) * 1.4426950408889634
+                        if REVERSE:
+                            pair = tl.cumsum(tl.where(steps[:, None] < steps[None, :], g[None, :], 0.0), 1)
+                        else:
+                            pair = tl.cumsum(tl.where(steps[:, None] > steps[None, :], g[:, None], 0.0), 0)
+                    elif REVERSE:
+                        pair = b[None, :] - b[:, None]
+                    else:
+                        pair = b[:, None] - b[None, :]
+                    A = A * tl.exp2(tl.where(seen, pair, float("-inf")))
+                if REVERSE:  # backward in time the reading's scale belongs to what is written: the state is dS itself
+                    A = A * scale
+                plain = A
+                if WS:
+                    A = A * ws[None, :]
+                o = inter + tl.dot(A.to(p.dtype), p, input_precision=TF32)
+                if WR:
+                    wr = tl.load(wr_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
+                    o = o * wr[:, None]
+                if not REVERSE:
+                    o = o * scale
+                at = out_base + t0.to(tl.int64) * (H * DP) + (steps[:, None] * (H * DP) + p_cols[None, :])
+                tl.store(at, o.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (p_cols < DP)[None, :])
+
+                if GRAD != 0:
+                    # E_rs, what the pair (reader, writer) contributes to the log-gates between them and, without the
+                    # write weight, to the weight. Pairs inside the chunk come from one tile, so that their sums over
+                    # readers and over writers cancel exactly; pairs that cross chunks come through the state.
+                    dot_base = dot_ptr + h // (H // HD) * DP
+                    d = _load(dot_base, t0, steps, valid, HD * DP, p_cols, DP, FULL)
+                    across = tl.sum(d.to(tl.float32) * inter, 1)
+                    line = p_block.to(tl.int64) * H * n_rows + line_base + rows
+                    if GRAD == 1:
+                        across = across * scale
+                        E = plain * tl.dot(d, tl.trans(p), input_precision=TF32) * scale
+                        if WR:
+                            E = E * wr[:, None]
+                            across = across * wr
+                        tl.store(col_ptr + line, tl.sum(E, 0), mask=valid)
+                        if WS:
+                            E = E * ws[None, :]
+                        tl.store(row_ptr + line, tl.sum(E, 1) + across, mask=valid)
+                    else:
+                        tl.store(col_ptr + line, across, mask=valid)
+
+            # The write: the payload carries the weights, so the writer's tile goes to the tensor cores as loaded.
+            if GATE != 0:
+                S = S * tl.exp2(total)
+                if WS:
+                    write = write * ws
+            elif WS:
+                write = ws
+            elif REVERSE:
+                write = tl.zeros([C], dtype=tl.float32) + 1.0
+            if REVERSE:
+                write = write * scale
+            if (GATE != 0) or WS or REVERSE:
+                p = (p * write[:, None]).to(p.dtype)
+            S = tl.dot(tl.trans(s), p, S, input_precision=TF32)
+
+    if LAST:
+        final = _state_block(last_ptr, unit.to(tl.int64) * H + h, DR, DP, st_r, st_p, p_block * BP, BR, BP)
+        tl.store(final, S, boundary_check=(0, 1))
+    if STATE_ONLY and GATE != 0:
+        if p_block == 0:
+            tl.store(total_ptr + unit * H + h, total_all)
+
+
+@triton.jit
+def _chain_kernel(
+    start_ptr,
+    piece_ptr,
+    total_ptr,
+    edge_ptr,
+    last_ptr,
+    first_ptr,  # [rows + 1] pieces before each sequence (PACKED)
+    per_row,
+    H,
+    SIZE,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Boundary states of the pieces, one after another: ``S <- exp(total) S + piece``."""
+    blocks = tl.cdiv(SIZE, BLOCK)
+    pid = tl.program_id(0)
+    block = pid % blocks
+    h = (pid // blocks) % H
+    n = pid // (blocks * H)
+    if PACKED:
+        first = tl.load(first_ptr + n)
+        count = tl.load(first_ptr + n + 1) - first
+    else:
+        first = n * per_row
+        count = per_row
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    mask = at < SIZE
+    S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * SIZE + at, mask=mask, other=0.0)
+    for it in range(0, count):
+        if REVERSE:
+            piece = first + count - 1 - it
+        else:
+            piece = first + it
+        slot = (piece.to(tl.int64) * H + h) * SIZE + at
+        tl.store(edge_ptr + slot, S, mask=mask)
+        if GATED:
+            S = S * tl.exp2(tl.load(total_ptr + piece * H + h))
+        S += tl.load(piece_ptr + slot, mask=mask, other=0.0)
+    tl.store(last_ptr + (n.to(tl.int64) * H + h) * SIZE + at, S, mask=mask)
+
+
+@triton.jit
+def _sums_kernel(
+    g_ptr,
+    seen_ptr,
+    left_ptr,
+    cu_ptr,
+    table_ptr,
+    T,
+    n_rows,
+    PIECE,
+    H,
+    LENGTH: tl.constexpr,
+    C: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Sums of the log2-decays of each chunk up to a token and after it, laid out ``[H, tokens]``. The second is summed
+    from its own gates: a difference would lose what follows a reset."""
+    pid = tl.program_id(0)
+    h = pid % H
+    first, stop, _end, _n = _piece_bounds(pid // H, cu_ptr, table_ptr, T, PIECE, PACKED)
+    at = tl.arange(0, LENGTH // C)[:, None] * C + tl.arange(0, C)[None, :]
+    rows = first + at
+    valid = (rows < stop) & (at < PIECE)
+    g = tl.load(g_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
+    inner = valid & (rows + 1 < stop) & (at % C + 1 < C)
+    after = tl.load(g_ptr + (rows + 1).to(tl.int64) * H + h, mask=inner, other=0.0).to(tl.float32)
+    line = h.to(tl.int64) * n_rows + rows
+    log2e = 1.4426950408889634
+    tl.store(seen_ptr + line, tl.cumsum(tl.maximum(g, -80.0) * log2e, 1), mask=valid)
+    tl.store(left_ptr + line, tl.cumsum(tl.maximum(after, -80.0) * log2e, 1, reverse=True), mask=valid)
+
+
+@triton.jit
+def _gate_kernel(
+    row_ptr,
+    col_ptr,
+    cross_ptr,
+    w_ptr,
+    edge_ptr,
+    last_ptr,
+    d_edge_ptr,
+    dg_ptr,
+    dw_ptr,
+    cu_ptr,
+    table_ptr,
+    T,
+    n_rows,
+    PIECE,
+    H,
+    SIZE,
+    n_blocks,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WS: tl.constexpr,
+    GATED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Gradients of the log-gates and write weights of one piece from the sums of the dq and dk passes.
+
+    With E_ij the contribution of the pair (reader i, writer j), a gate t collects all pairs j < t <= i: those beyond
+    the piece's end are <S, dS> there, and walking back from it each token adds its pairs as a reader and takes away
+    its pairs as a writer.
+    """
+    pid = tl.program_id(0)
+    h = pid % H
+    piece = pid // H
+    first, stop, end, n = _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED)
+    rows = first + tl.arange(0, LENGTH)
+    valid = (rows < stop) & (tl.arange(0, LENGTH) < PIECE)
+    at = rows.to(tl.int64) * H + h
+    line = h.to(tl.int64) * n_rows + rows
+    row = tl.zeros([LENGTH], dtype=tl.float32)
+    col = tl.zeros([LENGTH], dtype=tl.float32)
+    for _ in range(0, n_blocks):
+        row += tl.load(row_ptr + line, mask=valid, other=0.0)
+        col += tl.load(col_ptr + line, mask=valid, other=0.0)
+        col += tl.load(cross_ptr + line, mask=valid, other=0.0)
+        row_ptr += n_rows * H
+        col_ptr += n_rows * H
+        cross_ptr += n_rows * H
+    if WS:
+        tl.store(dw_ptr + at, col.to(dw_ptr.dtype.element_ty), mask=valid)
+        col = col * tl.load(w_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    if GATED:
+        if stop == end:
+            S_at = last_ptr + (n.to(tl.int64) * H + h) * SIZE
+        else:
+            S_at = edge_ptr + ((piece + 1).to(tl.int64) * H + h) * SIZE
+        dS_at = d_edge_ptr + (piece.to(tl.int64) * H + h) * SIZE
+        acc = tl.zeros([BLOCK], dtype=tl.float32)
+        for k in range(0, SIZE, BLOCK):
+            cols = k + tl.arange(0, BLOCK)
+            S = tl.load(S_at + cols, mask=cols < SIZE, other=0.0)
+            acc += S * tl.load(dS_at + cols, mask=cols < SIZE, other=0.0)
+        dg = tl.cumsum(row - col, 0, reverse=True) + tl.sum(acc, 0)
+        tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=valid)
+
+
+def _chunk(K: int, V: int, dtype: torch.dtype) -> int:
+    """Tokens of a chunk, the same in every pass of a call."""
+    if dtype == torch.float32:
+        return 32 if max(K, V) <= 128 else 16
+    return 64 if max(K, V) <= 256 else 32
+
+
+def _launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth by the size of the state; T never enters."""
+    BR = max(16, triton.next_power_of_2(DR))
+    wide = 32 if dtype == torch.float32 else 64
+    BP = min(wide if BR <= 128 else wide // 2 if BR == 256 else 16, max(16, triton.next_power_of_2(DP)))
+    return {"BR": BR, "BP": BP, "C": C, "num_warps": 4, "num_stages": 3 if BR <= 128 and dtype != torch.float32 else 2}
+
+
+class _Layout:
+    """Sequences and pieces of one call."""
+
+    def __init__(self, q: Tensor, v: Tensor, piece: int, cu_host: Tensor | None):
+        self.B, self.T = q.shape[:2]
+        self.piece, self.chunk = piece, _chunk(q.shape[3], v.shape[3], q.dtype)
+        self.packed = cu_host is not None
+        if cu_host is None:
+            self.rows, self.per_row = self.B, -(-self.T // self.piece)
+            self.pieces, self.longest = self.rows * self.per_row, self.T
+            self.cu = self.table = self.first = None
+        else:
+            lengths = cu_host.diff()
+            self.rows, self.per_row, self.longest = len(lengths), 0, int(lengths.max())
+            self.table = chunk_table(cu_host, self.piece, q.device)
+            self.pieces = len(self.table)
+            counts = torch.zeros(len(cu_host), dtype=torch.int32)
+            counts[1:] = (-(-lengths // self.piece)).cumsum(0)
+            self.cu, self.first = cu_host.to(q.device), counts.to(q.device)
+
+    def split(self, programs: int) -> bool:
+        """Whether to walk pieces rather than whole sequences: when whole ones would leave the GPU half empty, or a
+        single long one would keep it waiting."""
+        uneven = self.packed and self.longest * self.rows > 2 * self.T
+        return self.longest > self.piece and (programs < 96 or (uneven and programs < 1024))
+
+
+def _walk(
+    layout: _Layout,
+    reader: Tensor,
+    writer: Tensor,
+    payload: Tensor,
+    g: _Gate | None,
+    *,
+    H: int,
+    scale: float = 1.0,
+    reverse: bool = False,
+    transposed: bool = False,
+    split: bool,
+    start: Tensor | None,
+    out: Tensor | None = None,
+    wr: Tensor | None = None,
+    ws: Tensor | None = None,
+    edges: Tensor | None = None,
+    last: Tensor | None = None,
+    total: Tensor | None = None,
+    grad: int = 0,
+    dot: Tensor | None = None,
+    row: Tensor | None = None,
+    col: Tensor | None = None,
+) -> None:
+    """Launch one pass; see the module docstring. ``transposed`` says the states in memory are ``[DP, DR]``."""
+    DR, DP = writer.shape[-1], payload.shape[-1]
+    settings = _launch_settings(DR, DP, layout.chunk, writer.dtype)
+    units = layout.pieces if split else layout.rows
+    grid = (units * H * triton.cdiv(DP, settings["BP"]),)
+    gate = 0 if g is None else 1 if g.seen is None else 2
+    heads = [H if x is None else x.shape[2] for x in (reader, writer, payload, dot)]
+    fp32 = writer.dtype == torch.float32
+    _pass_kernel[grid](
+        reader,
+        writer,
+        payload,
+        None if g is None else g.values,
+        None if g is None else g.seen,
+        None if g is None else g.left,
+        wr,
+        ws,
+        start,
+        out,
+        edges,
+        last,
+        total,
+        dot,
+        row,
+        col,
+        layout.cu,
+        layout.table if split else layout.first,
+        scale,
+        layout.T,
+        layout.piece,
+        layout.B * layout.T,
+        layout.pieces,
+        H,
+        *heads,
+        DR,
+        DP,
+        1 if transposed else DP,
+        DR if transposed else 1,
+        REVERSE=reverse,
+        GATE=gate,
+        WR=wr is not None,
+        WS=ws is not None,
+        START=start is not None,
+        SPLIT=split,
+        STATE_ONLY=out is None,
+        EDGES=edges is not None,
+        LAST=last is not None,
+        PACKED=layout.packed,
+        GRAD=grad,
+        EXACT=fp32,
+        FULL=DR == settings["BR"] and DP % settings["BP"] == 0,
+        TF32="tf32x3" if fp32 else "tf32",
+        **settings,
+    )
+
+
+def _chain(
+    layout: _Layout,
+    writer: Tensor,
+    payload: Tensor,
+    g: _Gate | None,
+    ws: Tensor | None,
+    start: Tensor,
+    H: int,
+    pieces: int,
+    *,
+    reverse: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Boundary states of every piece and the final state, from the pieces' own writes."""
+    K, V = writer.shape[-1], payload.shape[-1]
+    own = start.new_empty(pieces, H, K, V)
+    total = start.new_zeros(layout.pieces, H)
+    _walk(
+        layout,
+        writer,  # stands in for the reader: nothing is read
+        writer,
+        payload,
+        g,
+        H=H,
+        scale=scale,
+        reverse=reverse,
+        split=True,
+        start=None,
+        ws=ws,
+        last=own,
+        total=total,
+    )
+    edges, last = torch.empty_like(own), torch.empty_like(start)
+    block = 1024
+    grid = (layout.rows * H * triton.cdiv(K * V, block),)
+    _chain_kernel[grid](
+        start,
+        own,
+        total,
+        edges,
+        last,
+        layout.first,
+        layout.per_row,
+        H,
+        K * V,
+        BLOCK=block,
+        REVERSE=reverse,
+        PACKED=layout.packed,
+        GATED=g is not None,
+    )
+    return edges, last
+
+
+def _splits(layout: _Layout, K: int, V: int, H: int, dtype: torch.dtype) -> bool:
+    return layout.split(layout.rows * H * triton.cdiv(V, _launch_settings(K, V, layout.chunk, dtype)["BP"]))
+
+
+class _Gate(NamedTuple):
+    """A log-decay as the kernels read it: ``[H]`` when constant, else ``[B, T, H]`` with its sums within chunks."""
+
+    values: Tensor
+    seen: Tensor | None
+    left: Tensor | None
+
+
+def _prepare_gate(g: Tensor | None, layout: _Layout) -> _Gate | None:
+    if g is None:
+        return None
+    if all(g.stride(i) == 0 or g.shape[i] == 1 for i in (0, 1)):  # constant over batch and time: it came expanded
+        return _Gate(g[0, 0].contiguous(), None, None)
+    g = g.contiguous()
+    H, tokens = g.shape[2], layout.B * layout.T
+    seen, left = (torch.empty(H, tokens, dtype=torch.float32, device=g.device) for _ in range(2))
+    _sums_kernel[(layout.pieces * H,)](
+        g,
+        seen,
+        left,
+        layout.cu,
+        layout.table,
+        layout.T,
+        tokens,
+        layout.piece,
+        H,
+        LENGTH=triton.next_power_of_2(layout.piece),
+        C=layout.chunk,
+        PACKED=layout.packed,
+    )
+    return _Gate(g, seen, left)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    cu_host: Tensor | None,
+    scale: float,
+    piece: int,
+    pieces: int,
+    edges: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Reading, final state and, with ``edges``, the boundary states the backward pass starts from."""
+    q, k, v, S = q.contiguous(), k.contiguous(), v.contiguous(), S.contiguous()
+    w = None if w is None else w.contiguous()
+    H, K, V = v.shape[2], q.shape[3], v.shape[3]
+    layout = _Layout(q, v, piece, cu_host)
+    gate = _prepare_gate(g, layout)
+    o = torch.empty_like(v)
+    if _splits(layout, K, V, H, q.dtype):
+        bounds, last = _chain(layout, k, v, gate, w, S, H, pieces)
+        _walk(layout, q, k, v, gate, H=H, scale=scale, split=True, start=bounds, out=o, ws=w)
+        return o, last, bounds if edges else None
+    last = torch.empty_like(S)
+    bounds = S.new_empty(pieces, H, K, V) if edges else None
+    _walk(layout, q, k, v, gate, H=H, scale=scale, split=False, start=S, out=o, ws=w, edges=bounds, last=last)
+    return o, last, bounds
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    w: Tensor | None,
+    last: Tensor,
+    bounds: Tensor,
+    cu_host: Tensor | None,
+    scale: float,
+    piece: int,
+    do: Tensor,
+    dS: Tensor,
+    gate_grad: bool,
+) -> dict[str, Tensor]:
+    """Gradients by input name, from those of the reading and of the final state ``last``."""
+    q, k, v, do, dS = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous(), dS.contiguous()
+    w = None if w is None else w.contiguous()
+    H, K, V = v.shape[2], q.shape[3], v.shape[3]
+    layout = _Layout(q, v, piece, cu_host)
+    gate = _prepare_gate(g, layout)
+    gate_grad = gate_grad and (g is not None or w is not None)
+    dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), torch.empty_like(v)
+    blocks = triton.cdiv(K, _launch_settings(V, K, layout.chunk, q.dtype)["BP"])
+    sums = [last.new_empty(blocks, H, layout.B * layout.T) for _ in range(3)] if gate_grad else [None] * 3
+    row, col, cross = sums
+    common: dict[str, Any] = {"H": H, "scale": scale}
+    _walk(
+        layout,
+        do,
+        v,
+        k,
+        gate,
+        split=True,
+        transposed=True,
+        start=bounds,
+        out=dq,
+        ws=w,
+        grad=int(gate_grad),
+        dot=q if gate_grad else None,
+        row=row,
+        col=col,
+        **common,
+    )
+    if _splits(layout, K, V, H, q.dtype):
+        d_bounds, dS0 = _chain(layout, q, do, gate, None, dS, H, len(bounds), reverse=True, scale=scale)
+        _walk(layout, k, q, do, gate, reverse=True, split=True, start=d_bounds, out=dv, wr=w, **common)
+    else:
+        d_bounds, dS0 = torch.empty_like(bounds), torch.empty_like(dS)
+        _walk(
+            layout,
+            k,
+            q,
+            do,
+            gate,
+            reverse=True,
+            split=False,
+            start=dS,
+            out=dv,
+            wr=w,
+            edges=d_bounds,
+            last=dS0,
+            **common,
+        )
+    _walk(
+        layout,
+        v,
+        do,
+        q,
+        gate,
+        reverse=True,
+        split=True,
+        transposed=True,
+        start=d_bounds,
+        out=dk,
+        wr=w,
+        grad=2 * int(gate_grad),
+        dot=k if gate_grad else None,
+        col=cross,
+        **common,
+    )
+    heads = q.shape[2]
+    if heads != H:
+        dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
+    grads = {"q": dq, "k": dk, "v": dv, "S": dS0}
+    if gate_grad:
+        dg = None if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        dw = None if w is None else torch.empty_like(w)
+        _gate_kernel[(layout.pieces * H,)](
+            row,
+            col,
+            cross,
+            w,
+            bounds,
+            last,
+            d_bounds,
+            dg,
+            dw,
+            layout.cu,
+            layout.table,
+            layout.T,
+            layout.B * layout.T,
+            layout.piece,
+            H,
+            K * V,
+            blocks,
+            LENGTH=triton.next_power_of_2(layout.piece),
+            BLOCK=1024,
+            WS=w is not None,
+            GATED=g is not None,
+            PACKED=layout.packed,
+        )
+        grads |= {name: x for name, x in (("g", dg), ("w", dw)) if x is not None}
+    return grads
