@@ -11,7 +11,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..core import Cost, Segments, Shapes, check_segments, common_dtype, resolve_backend
+from ..core import Cost, Segments, Shapes, check_segments, common_dtype, no_autocast, resolve_backend
 from .chunked import attention_chunked
 from .merge import merge
 from .reference import attention_reference
@@ -118,7 +118,7 @@ def attention(
         state = AttentionState(*cache, state.length)  # type: ignore[arg-type]
     scale = shapes["K"] ** -0.5 if scale is None else float(scale)
     name = resolve_backend(backend, BACKENDS, q)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         if name == "reference":
             o, lse, after = attention_reference(q, k, v, window, scale, state, segments)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import Cost, Segments, Shapes, check_segments, common_dtype, resolve_backend
+from ..core import Cost, Segments, Shapes, check_floating, check_segments, common_dtype, no_autocast, resolve_backend
 from .chunked import conv_chunked
 from .reference import conv_reference
 from .state import ConvState
@@ -68,13 +68,10 @@ def conv(
         if not isinstance(state, ConvState):
             raise ValueError(f"state: expected a ConvState, got {type(state).__name__}")
         Shapes(N=rows, R=shapes["W"] - 1, D=shapes["D"])("state.tail", state.tail, "N R D")
-        if not state.tail.is_floating_point():
-            raise ValueError(f"state.tail: expected a floating dtype, got {state.tail.dtype}")
-        if state.tail.device != x.device:
-            raise ValueError(f"state.tail: expected device {x.device} like x, got {state.tail.device}")
+        check_floating("state.tail", state.tail, x.device)
         tail = state.tail.to(torch.promote_types(x.dtype, torch.float32))
     run = conv_reference if resolve_backend(backend, BACKENDS, x) == "reference" else conv_chunked
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         y, after = run(x, weight, bias, activation, tail, segments)
     return y, ConvState(after)
 

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from .segments import Segments
 
-__all__ = ["Shapes", "check_log_decay", "check_segments", "common_dtype", "no_autocast", "value_checks"]
+__all__ = [
+    "Shapes",
+    "check_floating",
+    "check_log_decay",
+    "check_segments",
+    "common_dtype",
+    "no_autocast",
+    "value_checks",
+]
 
 _value_checks = False
 
@@ -73,6 +81,12 @@ def common_dtype(**tensors: Tensor | None) -> list[Any]:
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast is off for the device of ``x`` (the meta device has none to switch off)."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
+def check_floating(name: str, x: Tensor, device: torch.device) -> None:
+    """Refuse integers and other devices, where any floating dtype will do (states, gates)."""
+    if not x.is_floating_point() or x.device != device:
+        raise ValueError(f"{name}: expected a floating tensor on {device}, got {x.dtype} on {x.device}")
 
 
 def check_segments(segments: Segments | None, batch: int, length: int) -> int:

@@ -65,7 +65,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Op:
-    """A registered op; see the fields of :class:`Case` for what its sample inputs mean."""
+    """A registered op; see the fields of :class:`Case` for what its sample inputs mean.
+
+    Attributes:
+        chunk: default ``chunk_size`` where the op takes one, else the length at which its work is cut into blocks.
+        fixed_state: whether the state keeps its size. A growing one grows along axis 1, aligned to the right and padded
+            with zeros in front, and has the dtype of the inputs; a fixed one is fp32.
+        constants: parts of the state that are constants of differentiation (a stabiliser no output depends on).
+    """
 
     name: str
     function: Callable[..., tuple[Tensor, Any]]
@@ -74,6 +81,7 @@ class Op:
     cost: Callable[..., Cost]
     chunk: int = 64
     fixed_state: bool = True
+    constants: tuple[str, ...] = ()
     identities: tuple[Identity, ...] = field(default=())
 
 

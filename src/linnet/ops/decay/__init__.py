@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import Cost, Segments, Shapes, check_log_decay, check_segments, common_dtype, resolve_backend
+from ..core import (
+    Cost,
+    Segments,
+    Shapes,
+    check_floating,
+    check_log_decay,
+    check_segments,
+    common_dtype,
+    resolve_backend,
+)
 from . import chunked, reference
 from .mlstm import MLSTMState, mlstm
 from .state import DecayState
@@ -152,8 +161,7 @@ def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):
         if x is None:
             continue
         shapes(name, x, *layout)
-        if not x.is_floating_point() or x.device != q.device:
-            raise ValueError(f"{name}: expected a floating tensor on {q.device}, got {x.dtype} on {x.device}")
+        check_floating(name, x, q.device)
         if name in ("g", "gv"):
             check_log_decay(name, x)
     if g is not None and g.dim() == 1:
@@ -170,12 +178,12 @@ def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):
             raise ValueError(f"state: expected z {'given' if normalize else 'None'} with normalize={normalize}")
         state_shapes = Shapes(N=rows, H=H, K=K, V=V)
         state_shapes("state.S", state.S, "N H K V")
+        check_floating("state.S", state.S, q.device)
         S, z = state.S.to(acc), None
         if state.z is not None:
             state_shapes("state.z", state.z, "N H K")
+            check_floating("state.z", state.z, q.device)
             z = state.z.to(acc)
-        if S.device != q.device:
-            raise ValueError(f"state.S: expected device {q.device} like q, got {S.device}")
     return q, k, v, g, gv, u, w, S, z, K**-0.5 if scale is None else float(scale)
 
 

@@ -246,6 +246,7 @@ register_op(
             _mlstm_case("zero keys", _gates(2.0), _no_keys, hostile=True),
         ),
         cost,
+        constants=("m",),
         identities=(Identity("the output does not depend on the stabiliser", _shift_of_stabilizer),),
     )
 )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Segments, Shapes, check_segments, common_dtype
+from ..core import Segments, Shapes, check_floating, check_segments, common_dtype
 from .reference import accumulate_dtype
 from .state import DecayState, MLSTMState
 
@@ -65,8 +65,7 @@ def mlstm(
     shapes("i", i, "B T H")
     shapes("f", f, "B T H")
     for name, x in (("i", i), ("f", f)):
-        if not x.is_floating_point() or x.device != q.device:
-            raise ValueError(f"{name}: expected a floating tensor on {q.device}, got {x.dtype} on {x.device}")
+        check_floating(name, x, q.device)
     rows = check_segments(segments, q.shape[0], q.shape[1])
     acc = accumulate_dtype(common_dtype(q=q)[0])  # type: ignore[arg-type]
     if state is None:
@@ -76,6 +75,7 @@ def mlstm(
     elif not isinstance(state, MLSTMState):
         raise ValueError(f"state: expected an MLSTMState, got {type(state).__name__}")
     Shapes(N=rows, H=v.shape[2])("state.m", state.m, "N H")
+    check_floating("state.m", state.m, q.device)
     lf, i = F.logsigmoid(f.to(acc)), i.to(acc)
     before, m = _stabilizer(lf.detach(), i.detach(), state.m.detach(), segments)
     g = lf + (before - m).to(acc)
