@@ -12,7 +12,7 @@ arithmetic does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,19 +107,24 @@ def evaluate(
     *,
     parts: str = "both",
     growing: bool = False,
+    constants: Collection[str] = (),
 ) -> Result:
     """Run ``program(inputs, state)`` forward and backward from random cotangents on everything it returns.
 
     ``key`` seeds the cotangents; ``like`` (the exact result) fixes their shapes where a cache may be padded
     differently; ``parts`` restricts them to the "out" or the "state". In a ``growing`` cache, slots of zeros are
-    padding and get no cotangent: no token would receive its gradient.
+    padding and get no cotangent: no token would receive its gradient. Parts of the state named in ``constants`` take no
+    part in differentiation.
     """
     inputs, state = leaves(inputs), leaves(state)
     out, after = program(inputs, state)
     values = named("out", out) | named("state", after)
     roots, cotangents = [], []
     for name, x in values.items():
-        if not (x.is_floating_point() and x.requires_grad) or parts not in ("both", name.split(".")[0]):
+        kind, _, part = name.partition(".")
+        if not (x.is_floating_point() and x.requires_grad) or parts not in ("both", kind):
+            continue
+        if kind == "state" and part in constants:
             continue
         value = x if like is None else like.values[name]
         # Rounded like bfloat16, so that the same cotangent is exact in every dtype.
@@ -129,7 +134,8 @@ def evaluate(
         roots.append(x)
         cotangents.append(fit(cotangent, x))
     wanted = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
-    wanted |= {name: x for name, x in named("state", state).items() if x.requires_grad}
+    skipped = {f"state.{part}" for part in constants}
+    wanted |= {name: x for name, x in named("state", state).items() if x.requires_grad and name not in skipped}
     found: tuple[Tensor | None, ...] = (None,) * len(wanted)
     if roots:
         found = torch.autograd.grad(roots, list(wanted.values()), cotangents, allow_unused=True)
@@ -140,17 +146,18 @@ def evaluate(
 def error_report(
     got: Result,
     exact: Result,
-    rough: Sequence[Result] | None,
+    rough: Result | Sequence[Result] | None,
     *,
     only: tuple[str, ...] = ("values", "grads"),
     slack: float = 1.0,
 ) -> list[str]:
     """One line for each tensor of ``got`` that is further from ``exact`` than the bound allows; empty when all hold.
 
-    The error of ``rough`` is the largest among its results; None means that ``got`` is float64 itself, bounded by 1e-10
+    The error of ``rough`` is the largest of its results; None means that ``got`` is float64 itself, bounded by 1e-10
     relative to the largest entry. ``slack`` multiplies the bound where a program rounds more often than the reference
     (carrying a state through many calls).
     """
+    rough = [rough] if isinstance(rough, Result) else rough
     problems = []
     for kind in only:
         have, want = getattr(got, kind), getattr(exact, kind)

@@ -125,8 +125,7 @@ class Sample:
         for i in range(3):
             generator = seeded(self.key, "nudged", i)
             inputs, state = nudged(self.inputs, generator), nudged(self.state, generator)
-            growing = not self.op.fixed_state
-            runs.append(evaluate(program, inputs, state, self.key, exact, growing=growing, **options))
+            runs.append(self.evaluate(program, inputs, state, exact, **options))
         return runs
 
     def run(
@@ -136,10 +135,14 @@ class Sample:
         inputs, state = self.inputs, self.state
         if dtype is not None:
             inputs, state = cast(inputs, dtype, self.device), cast(state, dtype, self.device)
-        return evaluate(program, inputs, state, self.key, exact, growing=not self.op.fixed_state, **options)
+        return self.evaluate(program, inputs, state, exact, **options)
+
+    def evaluate(self, program: Program, inputs: dict[str, Any], state: Any, exact: Any, **options: Any) -> Result:
+        options |= {"growing": not self.op.fixed_state, "constants": self.op.constants}
+        return evaluate(program, inputs, state, self.key, exact, **options)
 
     def check(
-        self, program: Program, exact: Result, rough: list[Result] | None, what: str, slack: float = 1.0
+        self, program: Program, exact: Result, rough: Result | list[Result] | None, what: str, slack: float = 1.0
     ) -> Result:
         got = self.run(program, exact)
         self.verdict(error_report(got, exact, rough, slack=slack), what)
@@ -233,7 +236,7 @@ def test_autocast(op: Op, case: Case, backend: str, device: torch.device) -> Non
 
         return run
 
-    rough = [sample.run(under_autocast("reference"), exact)]
+    rough = sample.run(under_autocast("reference"), exact)
     got = sample.check(under_autocast(backend), exact, rough, f"{backend}, under autocast")
     assert got.values[next(iter(got.values))].dtype == torch.bfloat16
 
@@ -270,17 +273,24 @@ def test_gradcheck(op: Op, case: Case, backend: str, device: torch.device) -> No
     sample = Sample(op, case, device, torch.float64, 5, rows=1)
     inputs, state = leaves(sample.inputs), leaves(sample.state)
     names = [n for n, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
-    parts = [x for x in named("state", state).values() if x.requires_grad]
+    moving = {n: x for n, x in named("state", state).items() if x.requires_grad}
+    moving = {n: x for n, x in moving.items() if n.removeprefix("state.") not in op.constants}
 
     def function(*flat: Tensor) -> tuple[Tensor, ...]:
         given = inputs | dict(zip(names, flat, strict=False))
-        rest = iter(flat[len(names) :])
-        before = map_state(lambda x: next(rest) if x.is_floating_point() else x, state)
+        rest, order = iter(flat[len(names) :]), iter(named("state", state))
+        before = map_state(lambda x: next(rest) if next(order) in moving else x, state)
         out, after = sample.call(backend, **({"chunk_size": 2} if _options(op) else {}))(given, before)
-        found = (named("out", out) | named("state", after)).values()
-        return tuple(x for x in found if x.is_floating_point() and x.numel())
+        found = named("out", out)
+        if not op.constants:  # a state scaled by a constant of differentiation is not what finite differences see
+            found |= named("state", after)
+        return tuple(x for x in found.values() if x.is_floating_point() and x.numel())
 
-    assert torch.autograd.gradcheck(function, (*(inputs[n] for n in names), *parts), fast_mode=True)
+    try:
+        torch.autograd.gradcheck(function, (*(inputs[n] for n in names), *moving.values()), fast_mode=True)
+    except torch.autograd.gradcheck.GradcheckError as error:
+        wanted = ", ".join(f"{i} {n}" for i, n in enumerate((*names, *moving)))
+        sample.verdict([str(error).split("\n")[0], f"inputs: {wanted}"], f"{backend}, gradcheck")
 
 
 # -------------------------------------------------------------------------------------------- one call in other ways
@@ -427,7 +437,7 @@ def test_reads_no_memory_it_did_not_write(op: Op, case: Case, backend: str, devi
         clean = sample.run(program)
         with poisoned_memory():
             dirty = sample.run(program)
-        rough = [clean] if backend == "triton" else None
+        rough = clean if backend == "triton" else None
         sample.verdict(error_report(dirty, clean, rough), f"{backend}, memory poisoned, segments {lengths}")
 
 
@@ -469,7 +479,7 @@ def test_compile(op: Op, case: Case, backend: str, device: torch.device) -> None
                 else compiled
             )
             expected = sample.run(program)
-            rough = [expected] if backend == "triton" else None
+            rough = expected if backend == "triton" else None
             got = sample.run(compiled, expected)
             sample.verdict(error_report(got, expected, rough), f"{backend}, compiled, packed {packing is not None}")
 
@@ -547,6 +557,10 @@ def test_bad_input(op: Op, case: Case, device: torch.device) -> None:
         _refuses(op, call, inputs | {name: x.to(elsewhere)}, state, anyone, f"{name} on another device")
         if name not in case.keep_fp32 and len([n for n in tensors if n not in case.keep_fp32]) > 1:
             others = [n for n in tensors if n not in case.keep_fp32]
+            if _legal(call, inputs | {name: x.double()}, state):  # a parameter that may have any floating dtype
+                expected, got = call(inputs, state)[0], call(inputs | {name: x.double()}, state)[0]
+                torch.testing.assert_close(got, expected)
+                continue
             _refuses(op, call, inputs | {name: x.double()}, state, [*others, *parts], f"{name} in float64")
     for name, x in parts.items():
 
