@@ -30,9 +30,9 @@ _FACTOR = 4
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions and devices, and test every op's backends against the float64 reference.
+    """Show versions and devices, and test every op's backends on this machine.
 
-    The exit code is 1 when a backend fails, which makes a new machine or a new PyTorch one command to check.
+    The test compares with the float64 reference. When a backend fails, the exit code is 1.
     """
     facts = {"versions": versions(), "machine": machine()}
     out = console()

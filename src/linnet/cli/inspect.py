@@ -32,7 +32,7 @@ def inspect(
     ] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show one mixer: its paper, recurrence, options, identities, and how large it is."""
+    """Show one mixer: paper, recurrence, options, size and identities."""
     facts = describe(name, d_model)
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, default=str))

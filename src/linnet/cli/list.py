@@ -18,11 +18,11 @@ def list(
     ops: Annotated[bool, typer.Option("--ops", help="List the ops (engines) in place of the mixers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the mixers, or with `--ops` the engines they run on.
+    """List the mixers, or the ops they run on.
 
     `linnet inspect NAME` says everything about one mixer.
     """
-    rows = _ops() if ops else _mixers()
+    rows = _rows(ops)
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -42,7 +42,11 @@ def cite(paper: str) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    return " ".join(re.split(r"\.\s|::|\n\n", text)[0].split()).rstrip(".")
+    return " ".join(re.split(r"\.\s|::|\n\n", text)[0].replace("`", "").split()).rstrip(".")
+
+
+def _rows(ops: bool) -> tuple[dict[str, Any], ...]:
+    return _ops() if ops else _mixers()
 
 
 def _mixers() -> tuple[dict[str, Any], ...]:
