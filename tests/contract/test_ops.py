@@ -71,6 +71,8 @@ def _backend_runs_here(request: pytest.FixtureRequest, device: torch.device) -> 
     backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
     if INTERPRETED and backend != "triton":
         pytest.skip("not a Triton kernel; this session runs Triton's interpreter")
+    if INTERPRETED and request.node.callspec.params.get("dtype") == "bf16":
+        pytest.skip("the interpreter multiplies bfloat16 matrices as if they were integers")
     if backend == "triton" and device.type == "cpu" and not INTERPRETED:
         pytest.skip("Triton kernels run on a CPU only in the interpreter: see test_interpreter.py")
 
@@ -191,14 +193,14 @@ def _join_states(states: list[Any]) -> Any:
 @every_backend
 def test_matches_reference(op: Op, case: Case, backend: str, device: torch.device) -> None:
     C = _chunk(op)
-    for T in (1, 2, 3, C - 1, C, C + 1, 2 * C + 7):
+    for T in (1, C + 1) if INTERPRETED else (1, 2, 3, C - 1, C, C + 1, 2 * C + 7):
         sample = Sample(op, case, device, _dtype(backend), T)
         exact, rough = sample.references()
         sample.check(sample.call(backend), exact, rough, backend)
         sample.state = None
         exact, rough = sample.references()
         sample.check(sample.call(backend), exact, rough, f"{backend}, no initial state")
-    if _options(op):
+    if _options(op) and not INTERPRETED:
         sample = Sample(op, case, device, _dtype(backend), op.chunk + 5, rows=1)
         exact, rough = sample.references()
         sample.check(sample.call(backend, chunk_size=None), exact, rough, f"{backend}, default chunk_size")
@@ -360,7 +362,7 @@ def test_causal(op: Op, case: Case, backend: str, device: torch.device) -> None:
 def test_packed_equals_separate(op: Op, case: Case, backend: str, dtype: str, device: torch.device) -> None:
     C = _chunk(op)
     patterns = [[1, 0, C + 1, 5, 1, C], [C], [0, 3, 2 * C + 3], [1, 1, 1]]
-    if dtype == "bf16":
+    if dtype == "bf16" or INTERPRETED:
         patterns = patterns[:1]
     for lengths in patterns:
         rows, total = len(lengths), sum(lengths)

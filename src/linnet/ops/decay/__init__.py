@@ -104,7 +104,7 @@ def run(
     backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """The engine behind :func:`decay` and :func:`mlstm`, on checked inputs: un-normalised reading, normaliser, state."""
-    covered = _kernels_cover(q, v, g, gv, u, z)
+    covered = kernels_cover(q, v, g, gv, u, z)
     name = resolve_backend(backend, BACKENDS if covered else BACKENDS[:2], q)
     if name == "reference" or (q.shape[1] == 1 and segments is None and backend == "auto"):
         # One token is one step of the recurrence: nothing to chunk, and no registration overhead on the decode path.
@@ -121,7 +121,7 @@ def run(
     return o, None if z is None else x, S, None if z is None else z_out
 
 
-def _kernels_cover(
+def kernels_cover(
     q: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, u: Tensor | None, z: Tensor | None
 ) -> bool:
     """Whether the Triton kernels have this mode; the chunked PyTorch form takes the others."""
@@ -184,7 +184,7 @@ def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):
             state_shapes("state.z", state.z, "N H K")
             check_floating("state.z", state.z, q.device)
             z = state.z.to(acc)
-    return q, k, v, g, gv, u, w, S, z, K**-0.5 if scale is None else float(scale)
+    return q, k, v, g, gv, u, w, S, z, float(K**-0.5 if scale is None else scale)
 
 
 # The registered op. Optional tensors cannot be returned, so an absent normaliser is an empty tensor.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import Case, Identity, Op, register_op
-from . import BACKENDS, cost, decay, mlstm
+from . import BACKENDS, cost, decay, kernels_cover, mlstm
 from .state import DecayState, MLSTMState
 
 H, K, V = 2, 8, 6
@@ -58,7 +58,11 @@ def _case(name: str, *extras: Callable[[torch.Generator, int, int], dict[str, An
         return given
 
     time = ("q", "k", "v", "g", "gv", "w")
-    return Case(name, make, time, state, keep_fp32=("g", "gv", "w"), hostile=hostile)
+    sample = make(torch.Generator(), 1, 1)
+    z = torch.empty(0) if options.get("normalize") else None
+    covered = kernels_cover(sample["q"].float(), sample["v"], sample.get("g"), sample.get("gv"), sample.get("u"), z)
+    backends = BACKENDS if covered else BACKENDS[:2]
+    return Case(name, make, time, state, keep_fp32=("g", "gv", "w"), hostile=hostile, backends=backends)
 
 
 def _bonus(r: torch.Generator, B: int, T: int) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def _constant_gate_is_retention(r: torch.Generator):
 def _ones_column_is_normaliser(r: torch.Generator):
     given, g = _qkv(r, 2, 37), _log_decay(r, 2, 37, H)
     given["q"], given["k"] = given["q"].abs(), given["k"].abs()
-    wide = given | {"v": torch.cat([given["v"], torch.ones(2, 37, H, 1, dtype=torch.float64)], -1)}
+    wide: dict[str, Any] = {**given, "v": torch.cat([given["v"], torch.ones(2, 37, H, 1, dtype=torch.float64)], -1)}
     o = decay(**wide, g=g)[0]
     return o[..., :V] / o[..., V:], decay(**given, g=g, normalize=True, eps=0.0)[0]
 
@@ -236,7 +240,7 @@ register_op(
     Op(
         "mlstm",
         mlstm,
-        BACKENDS,
+        BACKENDS[:2],
         (
             _mlstm_case("gates", _gates(2.0)),
             _mlstm_case("closed gates", _gates(1.0, -10.0)),
