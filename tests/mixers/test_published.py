@@ -175,6 +175,7 @@ def test_shared_key_value_heads_equal_repeated_ones() -> None:
     torch.testing.assert_close(shared(x)[0], full(x)[0], rtol=1e-12, atol=1e-12)
 
 
+@torch.no_grad()
 def test_mlstm_gates_transfer_alike_behind_the_norm() -> None:
     """The gain from input to normalised output against the input gate, for both gates (TFLA, section 5)."""
     torch.manual_seed(0)
@@ -191,7 +192,7 @@ def test_mlstm_gates_transfer_alike_behind_the_norm() -> None:
         for bias in (-14.0, -8.0, 0.0):
             nn.init.constant_(mixer.i_gate.bias, bias)
             h = reading(mixer, x)
-            gains[gate, bias] = float(mixer.norm(h).square().mean().sqrt())
+            gains[gate, bias] = mixer.norm(h).square().mean().sqrt().item()
     for bias in (-14.0, -8.0, 0.0):
         assert abs(gains["exp", bias] - gains["sigmoid", bias]) < 0.02
     assert gains["exp", -14.0] < 0.05 < 0.4 < gains["exp", -8.0] < 0.95 < gains["exp", 0.0]
