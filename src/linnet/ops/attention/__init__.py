@@ -116,7 +116,7 @@ def attention(
         tensors = {"q": q, "k": k, "v": v, "state.k": state.k, "state.v": state.v}
         q, k, v, *cache = common_dtype(**tensors)  # type: ignore[assignment]
         state = AttentionState(*cache, state.length)  # type: ignore[arg-type]
-    scale = shapes["K"] ** -0.5 if scale is None else float(scale)
+    scale = float(shapes["K"] ** -0.5 if scale is None else scale)
     name = resolve_backend(backend, BACKENDS, q)
     with no_autocast(q):
         if name == "reference":

@@ -108,7 +108,7 @@ def _merged_parts(r: torch.Generator):
 
 
 def _zero_queries(r: torch.Generator):
-    given = _qkv(r, 2, 37) | {"q": torch.zeros(2, 37, H, K, dtype=torch.float64)}
+    given: dict[str, Any] = {**_qkv(r, 2, 37), "q": torch.zeros(2, 37, H, K, dtype=torch.float64)}
     count = torch.arange(1, 38, dtype=torch.float64)[:, None, None]
     mean = given["v"].cumsum(1) / count
     (o, lse), _ = attention(**given, return_lse=True)

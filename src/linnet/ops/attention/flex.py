@@ -37,7 +37,7 @@ def flex_usable(q: Tensor, v: Tensor) -> bool:
 
 
 @cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return torch.compile(_call)
 
 
@@ -69,7 +69,8 @@ def flex_attend(
     if window is not None:
         lowest = torch.maximum(lowest, highest - (window - 1))
     call = _call if torch.compiler.is_compiling() else _compiled()
-    o, lse = call(*(x.transpose(1, 2) for x in (q, k, v)), lowest, highest, scale, want_lse)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o, lse = call(q, k, v, lowest, highest, scale, want_lse)
     return o.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -45,5 +46,5 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     total = weights.sum(0)
     empty = total == 0
     safe = torch.where(empty, 1, total)
-    o = sum(w[..., None] * x for w, x in zip(weights / safe, outs, strict=True))
+    o = reduce(torch.add, (w[..., None] * x for w, x in zip(weights / safe, outs, strict=True)))
     return o.to(outs[0].dtype), torch.where(empty, -torch.inf, safe.log() + top)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -89,18 +90,12 @@ class Segments:
 
     def to(self, device: torch.device | str) -> Segments:
         """The same segments with the device tensors moved."""
-        return Segments(
-            self.cu_seqlens.to(device), self.cu_seqlens_host, self.ids.to(device), self.max_len, self.total
-        )
+        return Segments(self.cu_seqlens.to(device), self.cu_seqlens_host, self.ids.to(device), self.max_len, self.total)
 
 
 @lru_cache(maxsize=64)
 def _chunk_table(bounds: tuple[int, ...], chunk: int, device: str) -> Tensor:
-    rows = [
-        (n, c)
-        for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
-        for c in range(-(-(b - a) // chunk))
-    ]
+    rows = [(n, c) for n, (a, b) in enumerate(pairwise(bounds)) for c in range(-(-(b - a) // chunk))]
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 2).to(device)
 
 

@@ -103,7 +103,7 @@ def run(
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """The engine behind :func:`decay` and :func:`mlstm`, on checked inputs: un-normalised reading, normaliser, state."""
+    """The engine behind :func:`decay` and :func:`mlstm`, on checked inputs: un-normalised reading, its sum, state."""
     covered = kernels_cover(q, v, g, gv, u, z)
     name = resolve_backend(backend, BACKENDS if covered else BACKENDS[:2], q)
     if name == "reference" or (q.shape[1] == 1 and segments is None and backend == "auto"):
@@ -215,7 +215,7 @@ def _decay(
             o, S_out, edges = kernels.forward(q, k, v, g, w, S, cu_host, scale, *_pieces(q, v, cu_host), training)
         else:
             o, x, S_out, z_out = chunked.forward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk)
-    return o, *(S.new_empty(0) if y is None else y for y in (x, S_out, z_out, edges))
+    return o, *(S.new_empty(0) if y is None else y for y in (x, S_out, z_out, edges))  # type: ignore[return-value]
 
 
 @_decay.register_fake

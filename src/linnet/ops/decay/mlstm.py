@@ -2,8 +2,9 @@
 
 The stabilised cell (xLSTM, arXiv 2405.04517, eqs. 19-27) scales its memory by ``exp(-m_t)`` with
 ``m_t = max(lf_t + m_{t-1}, i_t)``. Given m, that *is* a scalar decay ``lf_t + m_{t-1} - m_t <= 0`` with a write weight
-``exp(i_t - m_t) <= 1``, so the decay engine runs it. The output does not depend on m, which makes m a constant of differentiation and gives the full
-gradient of the denominator (the published kernels drop it: TFLA, arXiv 2503.14376, appendix).
+``exp(i_t - m_t) <= 1``, so the decay engine runs it. The output does not depend on m, which makes m a constant of
+differentiation and gives the full gradient of the denominator (the published kernels drop it: TFLA, arXiv 2503.14376,
+appendix).
 """
 
 from __future__ import annotations

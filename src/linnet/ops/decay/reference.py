@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,7 @@ def recurrent(
         o, x, S, z = _run(q, k, v, g, gv, u, scale, S, z)
         return o.to(dtype), x, S, z
     parts: list[list[Tensor]] = [[], [], [], []]
-    for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (a, b) in enumerate(pairwise(bounds)):
         S_n, z_n = S[n : n + 1], None if z is None else z[n : n + 1]
         if b > a:
             cut = [None if i is None else i[:, a:b] for i in (q, k, v, g, gv)]
@@ -88,5 +90,5 @@ def recurrent(
         parts[2].append(S_n)
         if z_n is not None:
             parts[3].append(z_n)
-    o, x, S, z = (torch.cat(p, 1 if i < 2 else 0) if p else None for i, p in enumerate(parts))
-    return o.to(dtype), x, S, z  # type: ignore[union-attr,return-value]
+    o, x, states, sums = (torch.cat(p, 1 if i < 2 else 0) if p else None for i, p in enumerate(parts))
+    return o.to(dtype), x, states, sums  # type: ignore[union-attr,return-value]
