@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def pairs_of(documents):
     counts = {}
     for document in documents:
         ids = [END, *document, END]
-        for pair in zip(ids[:-1], ids[1:], strict=True):
+        for pair in pairwise(ids):
             counts[pair] = counts.get(pair, 0) + 1
     return counts
 
@@ -81,9 +82,8 @@ class TestBoth:
 
 
 def test_documents_epoch_holds_every_pair_once():
-    documents = corpus()
-    data = make("documents", batch_tokens=1, context=1)
-    data = make("documents", context=16, batch_tokens=16)
+    documents = corpus(5)
+    data = make("documents", context=16, batch_tokens=16, documents=documents)
     steps = math.lcm(data.pairs, 16) // 16
     seen: dict[tuple[int, int], int] = {}
     for step in range(steps):

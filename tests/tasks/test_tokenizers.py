@@ -76,7 +76,7 @@ def test_a_file_without_an_end_of_document_gets_one(tmp_path):
 
 
 def test_errors(tmp_path, bpe):
-    with pytest.raises(FileNotFoundError, match="no file 'nope.json'"):
+    with pytest.raises(FileNotFoundError, match=r"no file 'nope\.json'"):
         make_tokenizer("nope.json")
     with pytest.raises(ValueError, match="bpe:SIZE"):
         make_tokenizer("bpe:many")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from linnet.training import TrainingConfig, learning_rate
@@ -28,7 +30,7 @@ def test_wsd():
     r = rates(schedule="wsd", decay_share=0.25)
     assert r[10:76] == [1.0] * 66
     assert r[-1] == pytest.approx(0.1)
-    steps = [a - b for a, b in zip(r[75:-1], r[76:], strict=True)]
+    steps = [a - b for a, b in pairwise(r[75:])]
     assert steps == pytest.approx([steps[0]] * len(steps))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,10 @@ class Monitor:
         """End the progress and close the files."""
         if self._progress is not None:
             self._progress.stop()
-        if self._board is not None:
-            self._board.close()
-        self._file.close()
+        with suppress(OSError):  # what a full disk leaves unwritten has been reported
+            if self._board is not None:
+                self._board.close()
+            self._file.close()
 
 
 def _read(file: Path, before: int) -> list[dict[str, Any]]:
