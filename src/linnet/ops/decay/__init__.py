@@ -245,7 +245,6 @@ def _decay_backward(
     scale: float,
     chunk: int,
     backend: str,
-    last: Tensor,
     edges: Tensor,
     gates: bool,
     do: Tensor,
@@ -258,7 +257,7 @@ def _decay_backward(
             from . import kernels
 
             piece, _ = _pieces(q, v, cu_host)
-            grads = kernels.backward(q, k, v, g, w, last, edges, cu_host, scale, piece, do, dS, gates)
+            grads = kernels.backward(q, k, v, g, w, edges, cu_host, scale, piece, do, dS, gates)
         else:
             grads = chunked.backward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, do, dx, dS, dz)
     none = S.new_empty(0)
@@ -266,21 +265,20 @@ def _decay_backward(
 
 
 @_decay_backward.register_fake
-def _(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, backend, last, edges, gates, do, dx, dS, dz):
+def _(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, backend, edges, gates, do, dx, dS, dz):
     given = (q, k, v, g, gv, u, w, S, z)
     return [S.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
 
 def _setup(ctx, inputs, output):
     *tensors, scale, chunk, backend, _ = inputs
-    _, _, last, _, edges = output
-    ctx.save_for_backward(*tensors, last, edges)
+    ctx.save_for_backward(*tensors, output[-1])
     ctx.options = scale, chunk, backend
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, do, dx, dS, dz, _):
-    *given, cu_host, last, edges = ctx.saved_tensors
+    *given, cu_host, edges = ctx.saved_tensors
     q, v, S, z = given[0], given[2], given[7], given[8]
     do = v.new_zeros(*q.shape[:2], *v.shape[2:]) if do is None else do.contiguous()
     dS = torch.zeros_like(S) if dS is None else dS.contiguous()
@@ -290,7 +288,7 @@ def _backward(ctx, do, dx, dS, dz, _):
         dx = S.new_zeros(v.shape[:3]) if dx is None else dx.contiguous()
         dz = torch.zeros_like(z) if dz is None else dz.contiguous()
     gates = any(ctx.needs_input_grad[_GRADS.index(name)] for name in ("g", "w"))
-    grads = _decay_backward(*given, cu_host, *ctx.options, last, edges, gates, do, dx, dS, dz)
+    grads = _decay_backward(*given, cu_host, *ctx.options, edges, gates, do, dx, dS, dz)
     wanted = zip(grads, given, ctx.needs_input_grad[: len(given)], strict=True)
     return *(d if needed and x is not None else None for d, x, needed in wanted), None, None, None, None, None
 

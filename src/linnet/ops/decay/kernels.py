@@ -16,12 +16,14 @@ start afresh at each, which keeps it free of cancellation over long sequences.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core import chunk_table
 
@@ -29,12 +31,20 @@ from ..core import chunk_table
 
 
 @triton.jit
-def _load(ptr, t0, steps, valid, stride, cols, width, FULL: tl.constexpr):
-    """Tile ``[C, cols]`` from token ``t0`` on of a tensor with ``stride`` elements from token to token."""
-    at = ptr + t0.to(tl.int64) * stride + (steps[:, None] * stride + cols[None, :])
-    if FULL:
-        return tl.load(at, mask=valid[:, None], other=0.0)
-    return tl.load(at, mask=valid[:, None] & (cols < width)[None, :], other=0.0)
+def _load(
+    x, head, heads, width, t0, column, valid, C: tl.constexpr, W: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr
+):
+    """Tile ``[C, W]`` of one head of a tensor ``[tokens, heads, width]``, from token ``t0`` and ``column`` on."""
+    if TMA:
+        tile = x.load([t0, head * width + column])
+    else:
+        steps, cols = tl.arange(0, C), column + tl.arange(0, W)
+        at = x + (t0.to(tl.int64) * heads + head) * width + (steps[:, None] * (heads * width) + cols[None, :])
+        if FULL:
+            tile = tl.load(at, mask=valid[:, None], other=0.0)
+        else:
+            tile = tl.load(at, mask=valid[:, None] & (cols < width)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -46,17 +56,19 @@ def _state_block(ptr, slot, DR, DP, st_r, st_p, column, BR: tl.constexpr, BP: tl
 
 @triton.jit
 def _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED: tl.constexpr):
-    """First token of a piece, the one after its last, the one after its sequence's last, and the sequence."""
+    """First token of a piece, the one after its last, its sequence, and whether it begins it."""
     if PACKED:
         n = tl.load(table_ptr + 2 * piece)
+        c = tl.load(table_ptr + 2 * piece + 1)
+        first = tl.load(cu_ptr + n) + c * PIECE
         end = tl.load(cu_ptr + n + 1)
-        first = tl.load(cu_ptr + n) + tl.load(table_ptr + 2 * piece + 1) * PIECE
     else:
         per_row = tl.cdiv(T, PIECE)
         n = piece // per_row
+        c = piece % per_row
+        first = n * T + c * PIECE
         end = (n + 1) * T
-        first = n * T + (piece % per_row) * PIECE
-    return first, tl.minimum(first + PIECE, end), end, n
+    return first, tl.minimum(first + PIECE, end), n, c == 0
 
 
 @triton.jit
@@ -71,6 +83,7 @@ def _pass_kernel(
     ws_ptr,
     start_ptr,  # boundary states [pieces, H, DR, DP] (or [rows, H, DR, DP] when whole sequences are walked)
     out_ptr,
+    out_raw,  # the same memory as a pointer
     edge_ptr,  # boundary states to be written
     last_ptr,  # final state
     total_ptr,  # STATE_ONLY: summed log-decay of the piece
@@ -109,6 +122,8 @@ def _pass_kernel(
     GRAD: tl.constexpr,  # 0 none, 1 rows and columns of the gate gradient (dq), 2 columns only (dk)
     EXACT: tl.constexpr,
     FULL: tl.constexpr,
+    RAGGED: tl.constexpr,
+    TMA: tl.constexpr,
     TF32: tl.constexpr,
 ):
     splits = tl.cdiv(DP, BP)
@@ -119,7 +134,7 @@ def _pass_kernel(
 
     # Tokens are counted over the whole batch, [B * T].
     if SPLIT:
-        first, stop, _end, _n = _piece_bounds(unit, cu_ptr, table_ptr, T, PIECE, PACKED)
+        first, stop, _n, _begins = _piece_bounds(unit, cu_ptr, table_ptr, T, PIECE, PACKED)
         piece0 = unit
     elif PACKED:
         first = tl.load(cu_ptr + unit)
@@ -130,19 +145,12 @@ def _pass_kernel(
         stop = first + T
         piece0 = unit * tl.cdiv(T, PIECE)
 
-    r_cols = tl.arange(0, BR)
-    p_cols = p_block * BP + tl.arange(0, BP)
     if START:
         origin = _state_block(start_ptr, unit.to(tl.int64) * H + h, DR, DP, st_r, st_p, p_block * BP, BR, BP)
         S = tl.load(origin, boundary_check=(0, 1), padding_option="zero")
     else:
         S = tl.zeros([BR, BP], dtype=tl.float32)
 
-    s_base = s_ptr + h // (H // HS) * DR
-    p_base = p_ptr + h // (H // HP) * DP
-    if not STATE_ONLY:
-        r_base = r_ptr + h // (H // HR) * DR
-        out_base = out_ptr + h * DP
     line_base = h.to(tl.int64) * n_rows
     steps = tl.arange(0, C)
     if GATE == 1:
@@ -173,8 +181,8 @@ def _pass_kernel(
             rows = t0 + steps
             valid = rows < end
 
-            s = _load(s_base, t0, steps, valid, HS * DR, r_cols, DR, FULL)
-            p = _load(p_base, t0, steps, valid, HP * DP, p_cols, DP, FULL)
+            s = _load(s_ptr, h // (H // HS), HS, DR, t0, 0, valid, C, BR, FULL, TMA)
+            p = _load(p_ptr, h // (H // HP), HP, DP, t0, p_block * BP, valid, C, BP, FULL, TMA)
 
             # Gates: what a reader has kept of the entering state, what the leaving state keeps of a writer.
             if GATE != 0:
@@ -198,15 +206,16 @@ def _pass_kernel(
                 ws = tl.load(ws_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
 
             if not STATE_ONLY:
-                r = _load(r_base, t0, steps, valid, HR * DR, r_cols, DR, FULL)
-                inter = tl.dot(r, S.to(r.dtype), input_precision=TF32)
-                if GATE != 0:
-                    inter = inter * read[:, None]
+                r = _load(r_ptr, h // (H // HR), HR, DR, t0, 0, valid, C, BR, FULL, TMA)
                 A = tl.dot(r, tl.trans(s), input_precision=TF32)
                 if REVERSE:
-                    seen = (steps[:, None] <= steps[None, :]) & valid[None, :]
+                    seen = steps[:, None] <= steps[None, :]
+                    if RAGGED:
+                        seen = seen & valid[None, :]
                 else:
                     seen = steps[:, None] >= steps[None, :]
+                    if RAGGED:
+                        seen = seen & valid[:, None]
                 if GATE == 0:
                     A = tl.where(seen, A, 0.0)
                 else:
@@ -227,21 +236,31 @@ def _pass_kernel(
                 plain = A
                 if WS:
                     A = A * ws[None, :]
-                o = inter + tl.dot(A.to(p.dtype), p, input_precision=TF32)
+                inter = tl.dot(r, S.to(r.dtype), input_precision=TF32)
+                if GATE != 0:
+                    inter = inter * read[:, None]
+                if GRAD == 0:
+                    o = tl.dot(A.to(p.dtype), p, inter, input_precision=TF32)
+                else:
+                    o = inter + tl.dot(A.to(p.dtype), p, input_precision=TF32)
                 if WR:
                     wr = tl.load(wr_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
                     o = o * wr[:, None]
                 if not REVERSE:
                     o = o * scale
-                at = out_base + t0.to(tl.int64) * (H * DP) + (steps[:, None] * (H * DP) + p_cols[None, :])
-                tl.store(at, o.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (p_cols < DP)[None, :])
+                o = o.to(p.dtype)
+                if TMA and not RAGGED:
+                    out_ptr.store([t0, h * DP + p_block * BP], o)
+                else:
+                    cols = p_block * BP + tl.arange(0, BP)
+                    at = out_raw + (t0.to(tl.int64) * H + h) * DP + (steps[:, None] * (H * DP) + cols[None, :])
+                    tl.store(at, o, mask=valid[:, None] & (cols < DP)[None, :])
 
                 if GRAD != 0:
                     # E_rs, what the pair (reader, writer) contributes to the log-gates between them and, without the
                     # write weight, to the weight. Pairs inside the chunk come from one tile, so that their sums over
                     # readers and over writers cancel exactly; pairs that cross chunks come through the state.
-                    dot_base = dot_ptr + h // (H // HD) * DP
-                    d = _load(dot_base, t0, steps, valid, HD * DP, p_cols, DP, FULL)
+                    d = _load(dot_ptr, h // (H // HD), HD, DP, t0, p_block * BP, valid, C, BP, FULL, TMA)
                     across = tl.sum(d.to(tl.float32) * inter, 1)
                     line = p_block.to(tl.int64) * H * n_rows + line_base + rows
                     if GRAD == 1:
@@ -264,12 +283,15 @@ def _pass_kernel(
                     write = write * ws
             elif WS:
                 write = ws
-            elif REVERSE:
+            elif REVERSE or RAGGED:
                 write = tl.zeros([C], dtype=tl.float32) + 1.0
             if REVERSE:
                 write = write * scale
-            if (GATE != 0) or WS or REVERSE:
-                p = (p * write[:, None]).to(p.dtype)
+            if (GATE != 0) or WS or REVERSE or RAGGED:
+                weighted = p * write[:, None]
+                if RAGGED:  # what lies behind the sequence's end is another's
+                    weighted = tl.where(valid[:, None], weighted, 0.0)
+                p = weighted.to(p.dtype)
             S = tl.dot(tl.trans(s), p, S, input_precision=TF32)
 
     if LAST:
@@ -343,7 +365,7 @@ def _sums_kernel(
     from its own gates: a difference would lose what follows a reset."""
     pid = tl.program_id(0)
     h = pid % H
-    first, stop, _end, _n = _piece_bounds(pid // H, cu_ptr, table_ptr, T, PIECE, PACKED)
+    first, stop, _n, _begins = _piece_bounds(pid // H, cu_ptr, table_ptr, T, PIECE, PACKED)
     at = tl.arange(0, LENGTH // C)[:, None] * C + tl.arange(0, C)[None, :]
     rows = first + at
     valid = (rows < stop) & (at < PIECE)
@@ -363,8 +385,8 @@ def _gate_kernel(
     cross_ptr,
     w_ptr,
     edge_ptr,
-    last_ptr,
     d_edge_ptr,
+    d_first_ptr,
     dg_ptr,
     dw_ptr,
     cu_ptr,
@@ -375,6 +397,7 @@ def _gate_kernel(
     H,
     SIZE,
     n_blocks,
+    n_cross,
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     WS: tl.constexpr,
@@ -383,14 +406,14 @@ def _gate_kernel(
 ):
     """Gradients of the log-gates and write weights of one piece from the sums of the dq and dk passes.
 
-    With E_ij the contribution of the pair (reader i, writer j), a gate t collects all pairs j < t <= i: those beyond
-    the piece's end are <S, dS> there, and walking back from it each token adds its pairs as a reader and takes away
-    its pairs as a writer.
+    With E_ij the contribution of the pair (reader i, writer j), a gate t collects all pairs j < t <= i. At the first
+    token of the piece that is <S, dS> of the state before it; from token to token the pairs it wrote come in and those
+    it read go out.
     """
     pid = tl.program_id(0)
     h = pid % H
     piece = pid // H
-    first, stop, end, n = _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED)
+    first, stop, n, begins = _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED)
     rows = first + tl.arange(0, LENGTH)
     valid = (rows < stop) & (tl.arange(0, LENGTH) < PIECE)
     at = rows.to(tl.int64) * H + h
@@ -400,25 +423,27 @@ def _gate_kernel(
     for _ in range(0, n_blocks):
         row += tl.load(row_ptr + line, mask=valid, other=0.0)
         col += tl.load(col_ptr + line, mask=valid, other=0.0)
-        col += tl.load(cross_ptr + line, mask=valid, other=0.0)
         row_ptr += n_rows * H
         col_ptr += n_rows * H
+    for _ in range(0, n_cross):
+        col += tl.load(cross_ptr + line, mask=valid, other=0.0)
         cross_ptr += n_rows * H
     if WS:
         tl.store(dw_ptr + at, col.to(dw_ptr.dtype.element_ty), mask=valid)
         col = col * tl.load(w_ptr + at, mask=valid, other=0.0).to(tl.float32)
     if GATED:
-        if stop == end:
-            S_at = last_ptr + (n.to(tl.int64) * H + h) * SIZE
+        S_at = edge_ptr + (piece.to(tl.int64) * H + h) * SIZE
+        if begins:
+            dS_at = d_first_ptr + (n.to(tl.int64) * H + h) * SIZE
         else:
-            S_at = edge_ptr + ((piece + 1).to(tl.int64) * H + h) * SIZE
-        dS_at = d_edge_ptr + (piece.to(tl.int64) * H + h) * SIZE
+            dS_at = d_edge_ptr + ((piece - 1).to(tl.int64) * H + h) * SIZE
         acc = tl.zeros([BLOCK], dtype=tl.float32)
         for k in range(0, SIZE, BLOCK):
             cols = k + tl.arange(0, BLOCK)
             S = tl.load(S_at + cols, mask=cols < SIZE, other=0.0)
             acc += S * tl.load(dS_at + cols, mask=cols < SIZE, other=0.0)
-        dg = tl.cumsum(row - col, 0, reverse=True) + tl.sum(acc, 0)
+        change = col - row
+        dg = tl.sum(acc, 0) + (tl.cumsum(change, 0) - change)
         tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=valid)
 
 
@@ -429,12 +454,27 @@ def _chunk(K: int, V: int, dtype: torch.dtype) -> int:
     return 64 if max(K, V) <= 256 else 32
 
 
-def _launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes, warps and pipeline depth by the size of the state; T never enters."""
-    BR = max(16, triton.next_power_of_2(DR))
-    wide = 32 if dtype == torch.float32 else 64
-    BP = min(wide if BR <= 128 else wide // 2 if BR == 256 else 16, max(16, triton.next_power_of_2(DP)))
-    return {"BR": BR, "BP": BP, "C": C, "num_warps": 4, "num_stages": 3 if BR <= 128 and dtype != torch.float32 else 2}
+def _launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, grad: int) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth, by the size of the state and how it is walked; T never enters.
+
+    Measured on Hopper: pieces (split) run two programs a multiprocessor with two stages, whole sequences one program
+    with three; from 256 reading channels on two warp groups share the state. One stage and BP = 32 with two warp
+    groups are slower or wrong there and not used.
+    """
+    BR, widest = max(16, triton.next_power_of_2(DR)), max(16, triton.next_power_of_2(DP))
+    if dtype == torch.float32:
+        return {"BR": BR, "BP": min(32 if BR <= 128 else 16, widest), "C": C, "num_warps": 4, "num_stages": 2}
+    if BR <= 128:
+        return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": 4, "num_stages": 2 if split and BR == 128 else 3}
+    if BR == 512 and grad == 1:
+        return {"BR": BR, "BP": min(32, widest), "C": C, "num_warps": 4, "num_stages": 2}
+    return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": 8, "num_stages": 2}
+
+
+@cache
+def _has_tma(device: torch.device) -> bool:
+    """Whether tiles can be moved by the bulk tensor copy engine (NVIDIA from Hopper on)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 class _Layout:
@@ -490,27 +530,38 @@ def _walk(
 ) -> None:
     """Launch one pass; see the module docstring. ``transposed`` says the states in memory are ``[DP, DR]``."""
     DR, DP = writer.shape[-1], payload.shape[-1]
-    settings = _launch_settings(DR, DP, layout.chunk, writer.dtype)
+    settings = _launch_settings(DR, DP, layout.chunk, writer.dtype, split, grad)
     units = layout.pieces if split else layout.rows
     grid = (units * H * triton.cdiv(DP, settings["BP"]),)
     gate = 0 if g is None else 1 if g.seen is None else 2
     heads = [H if x is None else x.shape[2] for x in (reader, writer, payload, dot)]
     fp32 = writer.dtype == torch.float32
+    full = DR == settings["BR"] and DP % settings["BP"] == 0
+    ragged = layout.packed or layout.T % settings["C"] != 0
+    tma = full and not fp32 and _has_tma(writer.device)
+
+    def tile(x: Tensor | None, width: int) -> Any:
+        if x is None or not tma:
+            return x
+        flat = x.view(layout.B * layout.T, -1)
+        return TensorDescriptor.from_tensor(flat, [settings["C"], width])
+
     _pass_kernel[grid](
-        reader,
-        writer,
-        payload,
+        tile(reader, settings["BR"]),
+        tile(writer, settings["BR"]),
+        tile(payload, settings["BP"]),
         None if g is None else g.values,
         None if g is None else g.seen,
         None if g is None else g.left,
         wr,
         ws,
         start,
+        tile(out, settings["BP"]),
         out,
         edges,
         last,
         total,
-        dot,
+        tile(dot, settings["BP"]),
         row,
         col,
         layout.cu,
@@ -538,7 +589,9 @@ def _walk(
         PACKED=layout.packed,
         GRAD=grad,
         EXACT=fp32,
-        FULL=DR == settings["BR"] and DP % settings["BP"] == 0,
+        FULL=full,
+        RAGGED=ragged,
+        TMA=tma,
         TF32="tf32x3" if fp32 else "tf32",
         **settings,
     )
@@ -598,7 +651,7 @@ def _chain(
 
 
 def _splits(layout: _Layout, K: int, V: int, H: int, dtype: torch.dtype) -> bool:
-    return layout.split(layout.rows * H * triton.cdiv(V, _launch_settings(K, V, layout.chunk, dtype)["BP"]))
+    return layout.split(layout.rows * H * triton.cdiv(V, _launch_settings(K, V, layout.chunk, dtype, False, 0)["BP"]))
 
 
 class _Gate(NamedTuple):
@@ -670,7 +723,6 @@ def backward(
     v: Tensor,
     g: Tensor | None,
     w: Tensor | None,
-    last: Tensor,
     bounds: Tensor,
     cu_host: Tensor | None,
     scale: float,
@@ -679,7 +731,7 @@ def backward(
     dS: Tensor,
     gate_grad: bool,
 ) -> dict[str, Tensor]:
-    """Gradients by input name, from those of the reading and of the final state ``last``."""
+    """Gradients by input name, from those of the reading and of the final state."""
     q, k, v, do, dS = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous(), dS.contiguous()
     w = None if w is None else w.contiguous()
     H, K, V = v.shape[2], q.shape[3], v.shape[3]
@@ -687,9 +739,11 @@ def backward(
     gate = _prepare_gate(g, layout)
     gate_grad = gate_grad and (g is not None or w is not None)
     dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), torch.empty_like(v)
-    blocks = triton.cdiv(K, _launch_settings(V, K, layout.chunk, q.dtype)["BP"])
-    sums = [last.new_empty(blocks, H, layout.B * layout.T) for _ in range(3)] if gate_grad else [None] * 3
-    row, col, cross = sums
+    row, col, cross = None, None, None
+    if gate_grad:  # one partial sum for each block of the payload's channels
+        tiles = [_launch_settings(V, K, layout.chunk, q.dtype, True, grad)["BP"] for grad in (1, 2)]
+        inner, outer = (triton.cdiv(K, tile) for tile in tiles)
+        row, col, cross = (dS.new_empty(n, H, layout.B * layout.T) for n in (inner, inner, outer))
     common: dict[str, Any] = {"H": H, "scale": scale}
     _walk(
         layout,
@@ -758,8 +812,8 @@ def backward(
             cross,
             w,
             bounds,
-            last,
             d_bounds,
+            dS0,
             dg,
             dw,
             layout.cu,
@@ -769,7 +823,8 @@ def backward(
             layout.piece,
             H,
             K * V,
-            blocks,
+            inner,
+            outer,
             LENGTH=triton.next_power_of_2(layout.piece),
             BLOCK=1024,
             WS=w is not None,
