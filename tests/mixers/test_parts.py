@@ -43,6 +43,14 @@ def test_norm_of_what_fp32_cannot_square() -> None:
     assert large.grad is not None and large.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_norm_computes_in_fp32(center: bool) -> None:
+    norm = parts.Norm(64, 1e-6, center=center)
+    x = (_random(8, 64) + 30).bfloat16()  # a mean that would swallow the variance in half precision
+    torch.testing.assert_close(norm(x), norm(x.float()).bfloat16(), rtol=0, atol=0)
+    assert norm.bfloat16()(x).dtype == torch.bfloat16
+
+
 def test_norm_refuses_a_negative_eps() -> None:
     with pytest.raises(ValueError, match="norm_eps: expected a number above 0, got -1"):
         parts.Norm(8, -1)

@@ -1,0 +1,141 @@
+"""Softmax attention (Vaswani et al. 2017), full or over a sliding window, with grouped heads and rotary positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from linnet.ops import AttentionState, Segments, attention, rotary
+from linnet.ops.core import Identity
+
+from . import parts
+from .base import Card, Mixer, register_mixer
+from .claims import inputs, random_mixer, share
+
+
+def _wide_window_is_full(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    full = random_mixer(generator, "attention", 16, num_heads=2)
+    windowed = random_mixer(generator, "attention", 16, num_heads=2, window=11)
+    share(full, windowed, "q_proj", "k_proj", "v_proj", "o_proj")
+    x = inputs(generator, 16, length=11)
+    return windowed(x)[0], full(x)[0]
+
+
+def _window_of_one_is_linear(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    mixer = random_mixer(generator, "attention", 16, num_heads=2, window=1)
+    x = inputs(generator, 16)
+    return mixer(x)[0], mixer.o_proj(mixer.v_proj(x))
+
+
+def _grouped_is_repeated(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    grouped = random_mixer(generator, "attention", 16, num_heads=4, num_kv_heads=2)
+    full = random_mixer(generator, "attention", 16, num_heads=4)
+    share(grouped, full, "q_proj", "o_proj")
+    for name in ("k_proj", "v_proj"):
+        weight = grouped.get_submodule(name).weight.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)  # type: ignore[operator, union-attr]
+        parts.assign(full.get_submodule(name).weight, weight)  # type: ignore[arg-type]
+    x = inputs(generator, 16)
+    return grouped(x)[0], full(x)[0]
+
+
+@register_mixer(
+    "attention",
+    Card(
+        paper="Vaswani et al. 2017, Attention Is All You Need (arXiv 1706.03762); sliding window: Beltagy et al. 2020"
+        " (2004.05150); rotary positions: Su et al. 2021 (2104.09864); grouped heads: Ainslie et al. 2023 (2305.13245)",
+        recurrence="(k_t, v_t) is appended to a cache; o_t = sum_s softmax_s(K^-1/2 q_t.k_s) v_s over s <= t, of the"
+        " last W tokens when windowed",
+        state="2·Hkv·K·T, 2·Hkv·K·min(T, W-1) when windowed",
+        engine="attention",
+        expressivity="TC0: exact recall of what is in view, no memory beyond it",
+        linear_state=False,
+        constant_state=False,
+        examples=(
+            {"d_model": 32, "num_heads": 2},
+            {"d_model": 16, "num_heads": 4, "num_kv_heads": 2, "window": 5, "qk_norm": True},
+            {"d_model": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 6, "rope": False, "qkv_bias": True},
+        ),
+        identities=(
+            Identity("a window of at least the sequence is full attention", _wide_window_is_full),
+            Identity("a window of one is the linear map of values and output", _window_of_one_is_linear),
+            Identity("grouped heads are full heads with repeated keys and values", _grouped_is_repeated),
+        ),
+        notes=(
+            "Positions are rotary or none, not added sinusoids; the projections have no bias unless qkv_bias.",
+            "The cache holds rotated keys, in the dtype of the activations.",
+        ),
+    ),
+)
+class Attention(Mixer):
+    """Causal softmax attention with a key-value cache as its state.
+
+    Args:
+        d_model: width.
+        num_heads: query heads H; d_model / 64 (at least 1) when None.
+        num_kv_heads: heads of keys and values, each shared by H / num_kv_heads query heads; H when None.
+        head_dim: channels K of a head; d_model / H when None.
+        window: tokens a query sees, itself included; all when None.
+        rope: rotate queries and keys by their position; without, attention knows order only through the causal mask.
+        rope_base: base of the rotation's frequencies.
+        qk_norm: RMSNorm with a learned weight on the queries and keys of every head, before the rotation.
+        qkv_bias: biases on the query, key and value projections.
+        norm_eps: of that RMSNorm.
+
+    Raises:
+        ValueError: naming the option, for sizes that do not divide or are out of range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        rope: bool = True,
+        rope_base: float = 10000.0,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.d_model, self.window, self.rope, self.rope_base = d_model, window, rope, rope_base
+        self.num_heads = max(d_model // 64, 1) if num_heads is None else num_heads
+        if head_dim is None:
+            head_dim = parts.check_divisor("num_heads", self.num_heads, d_model, "d_model")
+        parts.check_count(num_heads=self.num_heads, head_dim=head_dim)
+        self.head_dim, self.num_kv_heads = head_dim, self.num_heads if num_kv_heads is None else num_kv_heads
+        parts.check_divisor("num_kv_heads", self.num_kv_heads, self.num_heads, "num_heads")
+        if window is not None:
+            parts.check_count(window=window)
+        parts.check_positive(rope_base=rope_base, norm_eps=norm_eps)
+        if rope and head_dim % 2:
+            raise ValueError(f"rope: expected an even head_dim, got {head_dim}")
+        queries, keys = self.num_heads * head_dim, self.num_kv_heads * head_dim
+        self.q_proj = nn.Linear(d_model, queries, bias=qkv_bias)
+        self.k_proj = nn.Linear(d_model, keys, bias=qkv_bias)
+        self.v_proj = nn.Linear(d_model, keys, bias=qkv_bias)
+        self.q_norm = parts.Norm(head_dim, norm_eps) if qk_norm else None
+        self.k_norm = parts.Norm(head_dim, norm_eps) if qk_norm else None
+        self.o_proj = nn.Linear(queries, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None, segments: Segments | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        parts.check_input(x, self.d_model, segments)
+        cache = None if state is None else parts.unpack(state, AttentionState)
+        q = parts.heads(self.q_proj(x), self.num_heads)
+        k, v = (parts.heads(proj(x), self.num_kv_heads) for proj in (self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope:
+            positions, _ = parts.count_positions(x, None if cache is None else cache.length, segments)
+            q, k = (rotary(y, positions, base=self.rope_base) for y in (q, k))
+        o, cache = attention(q, k, v, window=self.window, state=cache, segments=segments)
+        return self.o_proj(o.flatten(2)), cache
+
+    def init_state(self, rows: int) -> AttentionState:
+        like = self.o_proj.weight
+        empty = like.new_zeros(rows, 0, self.num_kv_heads, self.head_dim)
+        return AttentionState(empty, empty, torch.zeros(rows, dtype=torch.int64, device=like.device))
