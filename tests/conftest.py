@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -16,4 +18,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     device = torch.device(request.config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.exit(f"--device {device}: PyTorch finds no CUDA device here", returncode=4)
+    if device.type == "cuda":
+        with warnings.catch_warnings():  # the first product of the backward thread remarks that it has no context yet
+            warnings.simplefilter("ignore")
+            x = torch.ones(2, 2, device=device, requires_grad=True)
+            (x @ x).sum().backward()
     return device

@@ -6,7 +6,7 @@ few units in the last place of the tensor's own size: an inexact backend fails h
 
 Where rounding is amplified (large scores in an exponential), the error of a single run is a matter of luck. So
 ``rough`` also counts the float64 reference on inputs moved by one fp32 unit in the last place, the least that fp32
-arithmetic does.
+arithmetic does; for kernels on matrix units, by half a unit of the dtype, to which such units round what they multiply.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ def cast(x: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
     return x
 
 
-def nudged(x: Any, generator: torch.Generator) -> Any:
-    """Every floating entry moved by up to one fp32 unit in the last place, in float64."""
+def nudged(x: Any, generator: torch.Generator, unit: float) -> Any:
+    """Every floating entry moved by up to ``unit`` of its own size, in float64."""
     if isinstance(x, dict):
-        return {name: nudged(value, generator) for name, value in x.items()}
+        return {name: nudged(value, generator, unit) for name, value in x.items()}
     if isinstance(x, tuple):
-        return map_state(lambda part: nudged(part, generator), x)
+        return map_state(lambda part: nudged(part, generator, unit), x)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     step = 2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1
-    return x.double() * (1 + torch.finfo(torch.float32).eps * step.to(x.device))
+    return x.double() * (1 + unit * step.to(x.device))
 
 
 def leaves(x: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from linnet.mixers.claims import randomize
 from linnet.ops import Segments, backend
 from linnet.ops.core import map_state, repeat_rows, select_rows, state_bytes, state_tensors
 
-from .support import Program, Result, error_report, evaluate, named, seeded, versions
+from .support import Program, Result, error_report, evaluate, named, nudged, seeded, versions
 
 B = 2
 LENGTHS = (1, 2, 3, 15, 16, 17, 39)
 PACKED = (3, 1, 17, 0, 1, 5)
+ENGINES = tuple(name for name in linnet.ops.__all__ if inspect.isfunction(getattr(linnet.ops, name)))
+GATES = ("g", "gv", "w", "i", "f", "beta")
 LOW = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 each = pytest.mark.parametrize("kind", [pytest.param(cls, id=name) for name, cls in mixers().items()])
@@ -386,13 +389,25 @@ def test_meta_construction_then_reset(kind: type[Mixer], options: dict[str, Any]
     for name, p in mixer.named_parameters():
         assert _finite(p), name
         if torch.equal(one[name], two[name]):
-            assert torch.equal(p, one[name]), f"{name}: expected its constant initial value"
+            # Powers and logarithms of a GPU round differently from those of the CPU the constructor ran on.
+            same = torch.allclose(p, one[name], rtol=1e-6) if device.type != "cpu" else torch.equal(p, one[name])
+            assert same, f"{name}: expected its constant initial value"
         elif p.numel() >= 64:
             assert 0.7 < float((p.std() / one[name].std()).detach()) < 1.4, name
     assert _finite(mixer(_input(mixer, 5))[0])
 
 
 # Dtypes
+
+
+def _nudged(exact: Mixer, x: Tensor, key: int) -> tuple[Mixer, Tensor]:
+    """A float64 mixer and input, every entry moved by one fp32 unit: what fp32 arithmetic may do at the least."""
+    generator, unit = seeded("nudged", key), torch.finfo(torch.float32).eps
+    mixer = copy.deepcopy(exact)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.copy_(nudged(parameter, generator, unit))
+    return mixer, nudged(x.detach(), generator, unit)
 
 
 @every
@@ -405,7 +420,7 @@ def test_low_precision(kind: type[Mixer], options: dict[str, Any], device: torch
     want = _run(exact, x.double(), None)
     got = _run(mixer, x, None, like=want)
     with backend("reference"):
-        rough = _run(mixer, x, None, like=want)
+        rough = [_run(mixer, x, None, like=want), *(_run(*_nudged(exact, x, i), None, like=want) for i in range(3))]
     y, state = mixer(x)
     assert y.dtype == dtype
     _same_structure(state, mixer.init_state(B), shapes=kind.card.constant_state)
@@ -413,7 +428,7 @@ def test_low_precision(kind: type[Mixer], options: dict[str, Any], device: torch
         assert all(s.dtype in (torch.float32, torch.int64) for s in state_tensors(state))
     problems = error_report(got, want, rough)
     assert not problems, "\n".join(problems)
-    _accurate(got, want, dtype)
+    _accurate(got, want, dtype, rough)
 
 
 @every
@@ -431,12 +446,48 @@ def test_autocast(kind: type[Mixer], options: dict[str, Any], device: torch.devi
     _accurate(got, want, torch.bfloat16)
 
 
-def _accurate(got: Result, want: Result, dtype: torch.dtype) -> None:
-    """Output and state within a few roundings of float64: gates in half precision, for one, would not be."""
+@every
+@pytest.mark.parametrize("mode", ["bf16", "autocast"])
+def test_gates_stay_fp32(
+    kind: type[Mixer], options: dict[str, Any], device: torch.device, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever gates an engine is handed, it is handed in fp32, half-precision weights or not."""
+    seen: dict[str, torch.dtype] = {}
+
+    def spying(engine: Any) -> Any:
+        signature = inspect.signature(engine)
+
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            seen.update({name: given[name].dtype for name in GATES if given.get(name) is not None})
+            return engine(*args, **kwargs)
+
+        return spy
+
+    for cls in kind.__mro__[:-1]:
+        module = sys.modules[cls.__module__]
+        for name in ENGINES:
+            if vars(module).get(name) is getattr(linnet.ops, name):
+                monkeypatch.setattr(module, name, spying(getattr(linnet.ops, name)))
+    mixer = _make(kind, options, device, torch.bfloat16 if mode == "bf16" else torch.float32)
+    with torch.autocast(device.type, torch.bfloat16, enabled=mode == "autocast"):
+        mixer(_input(mixer, 3))
+    assert all(dtype == torch.float32 for dtype in seen.values()), seen
+
+
+def _accurate(got: Result, want: Result, dtype: torch.dtype, rough: list[Result] | None = None) -> None:
+    """Output and state within a few roundings of float64: gates in half precision, for one, would not be. Where the
+    recurrence itself amplifies a rounding (``rough``), within what it makes of one."""
     for name, e in want.values.items():
-        if e.is_floating_point():
-            error = (got.values[name].double() - e).square().mean().sqrt() / e.square().mean().sqrt().clamp(min=1e-12)
-            assert error <= 4 * torch.finfo(dtype).eps, f"{name}: relative error {error:.3g}"
+        if not e.is_floating_point():
+            continue
+        size = e.square().mean().sqrt().clamp(min=1e-12)
+        error, *floors = (
+            float((run.values[name].double() - e).square().mean().sqrt() / size) for run in (got, *(rough or ()))
+        )
+        assert error <= max(4 * torch.finfo(dtype).eps, *(3 * f for f in floors), 0.0), (
+            f"{name}: relative error {error:.3g}"
+        )
 
 
 # Hostile inputs

@@ -116,17 +116,21 @@ class Sample:
             options.pop("chunk_size", None)
         return lambda inputs, state: self.op.function(**inputs, state=state, backend=backend, **options)
 
-    def references(self, program: Program | None = None) -> tuple[Result, list[Result] | None]:
+    def references(self, backend: str, program: Program | None = None) -> tuple[Result, list[Result] | None]:
         """The exact and the rough results of ``program``, one plain call of the reference unless given."""
         program = self.call("reference") if program is None else program
         exact = self.run(program, dtype=torch.float64)
-        return exact, None if self.dtype == torch.float64 else self.rough(program, exact)
+        return exact, None if self.dtype == torch.float64 else self.rough(backend, program, exact)
 
-    def rough(self, program: Program, exact: Result, **options: Any) -> list[Result]:
+    def rough(self, backend: str, program: Program, exact: Result, **options: Any) -> list[Result]:
+        # Matrix units take their operands in the dtype: the kernels round states and decayed writes to it as well, as
+        # PyTorch's own products in that dtype would.
+        unit = torch.finfo(self.dtype).eps / 2 if backend == "triton" else torch.finfo(torch.float32).eps
+        unit = max(unit, torch.finfo(torch.float32).eps)
         runs = [self.run(program, exact, **options)]
         for i in range(3):
             generator = seeded(self.key, "nudged", i)
-            inputs, state = nudged(self.inputs, generator), nudged(self.state, generator)
+            inputs, state = nudged(self.inputs, generator, unit), nudged(self.state, generator, unit)
             runs.append(self.evaluate(program, inputs, state, exact, **options))
         return runs
 
@@ -195,14 +199,14 @@ def test_matches_reference(op: Op, case: Case, backend: str, device: torch.devic
     C = _chunk(op)
     for T in (1, C + 1) if INTERPRETED else (1, 2, 3, C - 1, C, C + 1, 2 * C + 7):
         sample = Sample(op, case, device, _dtype(backend), T)
-        exact, rough = sample.references()
+        exact, rough = sample.references(backend)
         sample.check(sample.call(backend), exact, rough, backend)
         sample.state = None
-        exact, rough = sample.references()
+        exact, rough = sample.references(backend)
         sample.check(sample.call(backend), exact, rough, f"{backend}, no initial state")
     if _options(op) and not INTERPRETED:
         sample = Sample(op, case, device, _dtype(backend), op.chunk + 5, rows=1)
-        exact, rough = sample.references()
+        exact, rough = sample.references(backend)
         sample.check(sample.call(backend, chunk_size=None), exact, rough, f"{backend}, default chunk_size")
 
 
@@ -211,7 +215,7 @@ def test_matches_reference(op: Op, case: Case, backend: str, device: torch.devic
 def test_low_precision(op: Op, case: Case, backend: str, dtype: str, device: torch.device) -> None:
     for T in (1, _chunk(op) + 1, 2 * _chunk(op) + 7):
         sample = Sample(op, case, device, LOW[dtype], T)
-        exact, rough = sample.references()
+        exact, rough = sample.references(backend)
         got = sample.check(sample.call(backend), exact, rough, backend)
         first = next(iter(got.values))
         assert got.values[first].dtype == LOW[dtype], (
@@ -227,7 +231,7 @@ def test_low_precision(op: Op, case: Case, backend: str, dtype: str, device: tor
 @every_mild_backend
 def test_autocast(op: Op, case: Case, backend: str, device: torch.device) -> None:
     sample = Sample(op, case, device, torch.float32, _chunk(op) + 1)
-    exact, _ = sample.references()
+    exact, _ = sample.references(backend)
 
     def under_autocast(name: str) -> Program:
         program = sample.call(name)
@@ -250,7 +254,7 @@ def test_one_sided_gradients(op: Op, case: Case, backend: str, device: torch.dev
     program = sample.call(backend)
     for parts in ("out", "state"):
         exact = sample.run(sample.call("reference"), dtype=torch.float64, parts=parts)
-        rough = None if backend != "triton" else sample.rough(sample.call("reference"), exact, parts=parts)
+        rough = None if backend != "triton" else sample.rough(backend, sample.call("reference"), exact, parts=parts)
         got = sample.run(program, exact, parts=parts)
         sample.verdict(error_report(got, exact, rough), f"{backend}, loss on the {parts} only")
     whole = sample.run(program)
@@ -302,7 +306,7 @@ def test_gradcheck(op: Op, case: Case, backend: str, device: torch.device) -> No
 def test_split_anywhere(op: Op, case: Case, backend: str, device: torch.device) -> None:
     T = 2 * _chunk(op) + 7
     sample = Sample(op, case, device, _dtype(backend), T)
-    exact, rough = sample.references()
+    exact, rough = sample.references(backend)
     program = sample.call(backend)
 
     def split(*at: int) -> Program:
@@ -324,7 +328,7 @@ def test_split_anywhere(op: Op, case: Case, backend: str, device: torch.device) 
 def test_steps_equal_one_call(op: Op, case: Case, backend: str, device: torch.device) -> None:
     T = _chunk(op) + 3
     sample = Sample(op, case, device, _dtype(backend), T)
-    exact, rough = sample.references()
+    exact, rough = sample.references(backend)
     program = sample.call(backend)
 
     def steps(inputs: dict[str, Any], state: Any) -> tuple[Any, Any]:
@@ -394,7 +398,7 @@ def test_packed_equals_separate(op: Op, case: Case, backend: str, dtype: str, de
 
         for state in (sample.state, None):
             sample.state = state
-            exact, rough = sample.references(separate)
+            exact, rough = sample.references(backend, separate)
             how = f"packed {lengths}, {'with' if state is not None else 'without'} initial state"
             sample.check(sample.call(backend, segments=segments), exact, rough, f"{backend}, {how}")
 
@@ -402,7 +406,7 @@ def test_packed_equals_separate(op: Op, case: Case, backend: str, dtype: str, de
 @every_backend
 def test_strided_inputs(op: Op, case: Case, backend: str, device: torch.device) -> None:
     sample = Sample(op, case, device, _dtype(backend), _chunk(op) + 3)
-    exact, rough = sample.references()
+    exact, rough = sample.references(backend)
     program = sample.call(backend)
     sample.check(
         lambda inputs, state: program(strided(inputs), strided(state)), exact, rough, f"{backend}, strided inputs"

@@ -55,7 +55,6 @@ def build(target: GPUTarget, passed: dict, width: int = 128, element: str = "bf1
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     tma = target.backend == "cuda" and element == "bf16"
     constants = flags | tiles | {"TMA": tma, "EXACT": element == "fp32"}
-    constants["TF32"] = "tf32x3" if element == "fp32" and target.backend == "cuda" else "ieee"
     used = {
         "g_ptr": flags["GATE"] > 0,
         "seen_ptr": flags["GATE"] == 2,

@@ -124,7 +124,6 @@ def _pass_kernel(
     FULL: tl.constexpr,
     RAGGED: tl.constexpr,
     TMA: tl.constexpr,
-    TF32: tl.constexpr,
 ):
     splits = tl.cdiv(DP, BP)
     pid = tl.program_id(0)
@@ -207,7 +206,7 @@ def _pass_kernel(
 
             if not STATE_ONLY:
                 r = _load(r_ptr, h // (H // HR), HR, DR, t0, 0, valid, C, BR, FULL, TMA)
-                A = tl.dot(r, tl.trans(s), input_precision=TF32)
+                A = tl.dot(r, tl.trans(s), input_precision="ieee")
                 if REVERSE:
                     seen = steps[:, None] <= steps[None, :]
                     if RAGGED:
@@ -226,6 +225,10 @@ def _pass_kernel(
                             pair = tl.cumsum(tl.where(steps[:, None] < steps[None, :], g[None, :], 0.0), 1)
                         else:
                             pair = tl.cumsum(tl.where(steps[:, None] > steps[None, :], g[:, None], 0.0), 0)
+                    elif GATE == 1 and REVERSE:
+                        pair = constant * (steps[None, :] - steps[:, None])
+                    elif GATE == 1:
+                        pair = constant * (steps[:, None] - steps[None, :])
                     elif REVERSE:
                         pair = b[None, :] - b[:, None]
                     else:
@@ -236,13 +239,13 @@ def _pass_kernel(
                 plain = A
                 if WS:
                     A = A * ws[None, :]
-                inter = tl.dot(r, S.to(r.dtype), input_precision=TF32)
+                inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
                 if GATE != 0:
                     inter = inter * read[:, None]
                 if GRAD == 0:
-                    o = tl.dot(A.to(p.dtype), p, inter, input_precision=TF32)
+                    o = tl.dot(A.to(p.dtype), p, inter, input_precision="ieee")
                 else:
-                    o = inter + tl.dot(A.to(p.dtype), p, input_precision=TF32)
+                    o = inter + tl.dot(A.to(p.dtype), p, input_precision="ieee")
                 if WR:
                     wr = tl.load(wr_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
                     o = o * wr[:, None]
@@ -265,7 +268,7 @@ def _pass_kernel(
                     line = p_block.to(tl.int64) * H * n_rows + line_base + rows
                     if GRAD == 1:
                         across = across * scale
-                        E = plain * tl.dot(d, tl.trans(p), input_precision=TF32) * scale
+                        E = plain * tl.dot(d, tl.trans(p), input_precision="ieee") * scale
                         if WR:
                             E = E * wr[:, None]
                             across = across * wr
@@ -292,7 +295,7 @@ def _pass_kernel(
                 if RAGGED:  # what lies behind the sequence's end is another's
                     weighted = tl.where(valid[:, None], weighted, 0.0)
                 p = weighted.to(p.dtype)
-            S = tl.dot(tl.trans(s), p, S, input_precision=TF32)
+            S = tl.dot(tl.trans(s), p, S, input_precision="ieee")
 
     if LAST:
         final = _state_block(last_ptr, unit.to(tl.int64) * H + h, DR, DP, st_r, st_p, p_block * BP, BR, BP)
@@ -592,7 +595,6 @@ def _walk(
         FULL=full,
         RAGGED=ragged,
         TMA=tma,
-        TF32="tf32x3" if fp32 else "tf32",
         **settings,
     )
 
