@@ -15,8 +15,8 @@ from linnet.models import Decoder
 from linnet.training import checkpoints, find_model
 
 SCRIPT = """
+import os
 import sys
-from functools import partial
 import torch
 from linnet.evaluation import bits_per_byte
 from linnet.models import Decoder, DecoderConfig
@@ -25,6 +25,16 @@ from linnet.training import TrainingConfig, train
 
 torch.set_num_threads(1)
 out, accumulate, resume, minutes, packing = sys.argv[1:]
+
+if os.environ.get("FULL_DISK") == os.environ.get("RANK", "0"):  # for the first checkpoint of this process
+    real = torch.save
+
+    def full(*args):
+        torch.save = real
+        raise OSError(28, "No space left on device")
+
+    torch.save = full
+
 documents = [b"some words that follow each other, %d\\n" % (i % 7) * (1 + i % 5) for i in range(40)]
 data = TextData(Corpus("x", documents[:35], documents[35:]), ByteTokenizer(), context=16, batch_tokens=128,
                 packing=packing)
@@ -46,7 +56,7 @@ result = train(
     evaluate=evaluate,
     extras=ByteTokenizer().save,
 )
-print("DONE", result.is_main, result.finished, result.step)
+sys.stdout.write(f"DONE {result.is_main} {result.finished} {result.step}\\n")
 """
 FSDP = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1"]
 FSDP += ["--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -57,7 +67,7 @@ def launch(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 
-    def start(kind, out, *, accumulate=1, resume="new", minutes=0, packing="documents"):
+    def start(kind, out, *, accumulate=1, resume="new", minutes=0, packing="documents", **environment):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -81,7 +91,7 @@ def launch(tmp_path):
             capture_output=True,
             text=True,
             timeout=240,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
         )
         assert done.returncode == 0, done.stderr[-4000:]
         return done
@@ -128,3 +138,11 @@ def test_sharded_run_goes_on_sharded_and_in_one_process(launch, tmp_path):
     done = launch("single", single, resume="resume", accumulate=2)
     assert "goes on with 1" in done.stderr
     assert values(single, "train/loss") == pytest.approx(values(whole, "train/loss"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_one_process_stops_none(launch, tmp_path):
+    done = launch("sharded", tmp_path / "run", FULL_DISK="1")
+    assert "checkpoint not saved: another process could not write: [Errno 28] No space left" in done.stdout
+    assert "DONE True True 6" in done.stdout
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000006"]

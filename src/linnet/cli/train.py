@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Options that may differ when a run goes on: they change how it is shown and kept, not what it computes.
 _FREE = {"device", "minutes", "log_every", "evaluate_every", "save_every", "keep_last"}
 _SAMPLE_TOKENS = 32768  # read in an evaluation during training; the last one reads all of the held-out text
+_EVALUATION_BATCH = 8192  # tokens of a call in evaluation
 _SAMPLES, _PROMPT_BYTES = 3, 80
 _SHELL_PROMPT = '"def main("'
 _MODEL, _DATA, _TRAINING, _MACHINE, _RUN = "Model", "Data", "Optimisation", "Machine", "Run"
@@ -101,7 +103,12 @@ def train(
         typer.Option("--gradient-checkpointing", help="Recompute layers to save memory.", rich_help_panel=_MACHINE),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", rich_help_panel=_RUN, show_default=False)
+        Path | None,
+        typer.Option(
+            help="Run folder. Default: runs/ and the name of the preset or mixers.",
+            rich_help_panel=_RUN,
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.", rich_help_panel=_RUN)
@@ -125,7 +132,7 @@ def train(
 
     On several GPUs: `accelerate launch -m linnet.cli train ...`
     """
-    run = out or Path("runs", preset)
+    run = out or Path("runs", _run_name(preset, mixers))
     options = {name: value for name, value in ctx.params.items() if name not in ("out", "resume")}
     _Session(run, options, ctx if resume else None).go()
 
@@ -270,7 +277,7 @@ class _Session:
             self.text.held_out,
             self.text.held_out_bytes,
             context=self.text.context,
-            batch_size=max(1, min(32, self.text.batch_tokens // self.text.context)),
+            batch_size=max(1, _EVALUATION_BATCH // self.text.context),
             max_tokens=None if final else _SAMPLE_TOKENS,
             part=part,
             parts=parts,
@@ -359,7 +366,7 @@ class _Session:
 
 def _merged(stored: dict[str, Any], given: dict[str, Any], ctx: typer.Context) -> dict[str, Any]:
     """The options of the run, with those that may change as now given. Others must not differ."""
-    merged = dict(stored)
+    merged = stored | {"minutes": None}  # a limit is for one sitting
     flags = {p.name: p.opts[0] for p in ctx.command.params}
     for name, value in given.items():
         source = ctx.get_parameter_source(name)
@@ -405,6 +412,14 @@ def _split_mixers(text: str) -> list[str]:
     if not all(specs):
         raise ValueError(f"--mixers: expected specs separated by commas, got {text!r}")
     return specs
+
+
+def _run_name(preset: str, mixers: str | None) -> str:
+    """The preset, or the names of the mixers that take its place."""
+    if mixers is None:
+        return preset
+    names = dict.fromkeys(re.match(r"\w*", spec).group() for spec in _split_mixers(mixers))  # type: ignore[union-attr]
+    return "-".join(names)
 
 
 def _literal(text: str) -> Any:

@@ -13,27 +13,20 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from linnet.models.io import atomic_folder, read_checkpoint, recover_folder, write_checkpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["checkpoints", "find_model", "gathered_weights", "load_checkpoint", "prune", "save_checkpoint"]
+__all__ = ["checkpoints", "find_model", "load_checkpoint", "prune", "save_checkpoint", "save_model"]
 
 _PREFIX = "model."  # the decoder inside the module that Accelerate prepares
 
@@ -65,8 +58,10 @@ def find_model(folder: str | Path) -> Path:
     )
 
 
-def gathered_weights(objective: nn.Module) -> dict[str, torch.Tensor]:
+def _gathered_weights(objective: nn.Module) -> dict[str, torch.Tensor]:
     """The decoder's full weights on the CPU of the main process (elsewhere empty); every process must call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(objective, options=options)
     return {name.removeprefix(_PREFIX): x for name, x in weights.items() if isinstance(x, torch.Tensor)}
@@ -94,8 +89,14 @@ def save_checkpoint(
     Raises:
         OSError: on every process, when any of them could not write; whatever was in ``folder`` is unchanged.
     """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
     main = accelerator.is_main_process
     partial = folder.parent / f".{folder.name}.partial"  # where atomic_folder lets the main process write
+
+    def begin() -> None:
+        if main:
+            stack.enter_context(atomic_folder(folder, overwrite=True))
 
     def write_own() -> None:
         torch.save(_rng_state(), partial / f"rng-{accelerator.process_index}.pt")
@@ -110,14 +111,39 @@ def save_checkpoint(
         if extras is not None:
             extras(partial)
 
-    with atomic_folder(folder, overwrite=True) if main else nullcontext():
-        accelerator.wait_for_everyone()
-        weights = gathered_weights(objective)
+    with ExitStack() as stack:
+        _together(accelerator, begin)
+        weights = _gathered_weights(objective)
         moments = get_optimizer_state_dict(objective, optimizer)
         _together(accelerator, write_own)
         _together(accelerator, lambda: _save_distributed(moments, partial / "optimizer", accelerator))
         _together(accelerator, write_shared)
-    accelerator.wait_for_everyone()
+        _together(accelerator, stack.close)  # puts the folder in its place
+
+
+def save_model(
+    folder: Path,
+    accelerator: Accelerator,
+    objective: nn.Module,
+    config: dict[str, Any],
+    extras: Callable[[Path], None] | None = None,
+) -> None:
+    """Write an ordinary model folder, replacing it as a whole; every process must call it.
+
+    Raises:
+        OSError: on every process, when it could not be written; whatever was in ``folder`` is unchanged.
+    """
+    weights = _gathered_weights(objective)
+
+    def write() -> None:
+        if not accelerator.is_main_process:
+            return
+        with atomic_folder(folder, overwrite=True) as partial:
+            write_checkpoint(partial, config, weights)
+            if extras is not None:
+                extras(partial)
+
+    _together(accelerator, write)
 
 
 def _together(accelerator: Accelerator, write: Callable[[], None]) -> None:
@@ -160,6 +186,12 @@ def load_checkpoint(
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
 
     hint = f"; remove {folder} to go on from the checkpoint before it"
     try:

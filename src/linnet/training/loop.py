@@ -19,11 +19,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from linnet.models import Decoder, atomic_folder, parameter_groups
-from linnet.models.io import write_checkpoint
+from linnet.models import Decoder, parameter_groups
 from linnet.tasks import Batch
 
-from .checkpoint import checkpoints, gathered_weights, load_checkpoint, prune, save_checkpoint
+from .checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint, save_model
 from .config import TrainingConfig
 from .monitor import Monitor
 from .processes import any_process, make_accelerator, release, stop_signals, summed
@@ -245,12 +244,7 @@ def train(
                 window = _Window(accelerator)
         save()
         if step >= config.steps:
-            weights = gathered_weights(objective)
-            if main:
-                with atomic_folder(out / "model", overwrite=True) as folder:
-                    write_checkpoint(folder, model.config.to_dict(), weights)
-                    if extras is not None:
-                        extras(folder)
+            save_model(out / "model", accelerator, objective, model.config.to_dict(), extras)
             measure(final=True)
         draw()
         return result()
