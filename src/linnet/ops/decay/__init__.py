@@ -134,6 +134,8 @@ def _pieces(q: Tensor, v: Tensor, cu_host: Tensor | None) -> tuple[int, int]:
     """Tokens between two boundary states kept for the backward pass, and how many of them a call has at most: enough
     tokens that the states stay below a tenth of the activations, fewer when the pieces are needed to fill the GPU."""
     B, T, H, K, V = *q.shape[:2], v.shape[2], q.shape[3], v.shape[3]
+    if q.dtype == torch.float32:  # for accuracy: the gates' gradient is a running sum that starts afresh at each piece
+        return 32, B * -(-T // 32) if cu_host is None else T // 32 + cu_host.shape[0] - 1
     piece = 512 if K * V <= 8192 else 1024 if K * V <= 32768 else 2048
     while piece > 128 and (B * T // piece) * H * max(1, V // 64) < 264:
         piece //= 2
