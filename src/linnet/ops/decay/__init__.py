@@ -115,7 +115,7 @@ def run(
         raise ValueError(f"chunk_size: expected a power of two, got {chunk_size}")
     host = None if segments is None else segments.cu_seqlens_host
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, gv, u, w, S, z))
-    if name == "chunked":
+    if name == "chunked" and not torch.compiler.is_compiling():  # there T may be a symbol, which this would fix
         size = min(size, _ceil_power(q.shape[1]))
     o, x, S, z_out, _ = _decay(q, k, v, g, gv, u, w, S, z, host, scale, size, name, training)
     return o, None if z is None else x, S, None if z is None else z_out
@@ -143,7 +143,7 @@ def _pieces(q: Tensor, v: Tensor, cu_host: Tensor | None) -> tuple[int, int]:
 
 
 def _ceil_power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length() if not isinstance(n, torch.SymInt) else 1 << 30
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):
