@@ -37,6 +37,7 @@ from .support import (
 B = 2
 CHUNK = 16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+COMPILE: dict[str, Any] = {"fullgraph": True, "backend": "aot_eager"}
 LOW = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -463,31 +464,37 @@ def test_deterministic(op: Op, case: Case, backend: str, device: torch.device) -
             assert torch.equal(x, getattr(second, kind)[name]), f"{op.name}, {case.name}, {backend}: {name} differs"
 
 
+def _any_length(program: Program, names: list[str]) -> Program:
+    """The compiled ``program`` with the lengths of these arguments as symbols; compiling fails where one gets fixed."""
+
+    def run(inputs: dict[str, Any], state: Any) -> tuple[Any, Any]:
+        for name in names:
+            torch._dynamo.mark_dynamic(inputs[name], 1)
+        return program(inputs, state)
+
+    return run
+
+
 @every_mild_backend
 def test_compile(op: Op, case: Case, backend: str, device: torch.device) -> None:
-    """One graph without breaks: forward, backward, state and packing as in eager mode; one serves every length."""
-    lengths = [3, 0, _chunk(op) + 1, 1]
-    segments = Segments.from_lengths(lengths, device)
-    runs = [((_chunk(op) + 1,), None, False), ((sum(lengths),), segments, False)]
-    if case is op.cases[0]:
-        runs.append(((_chunk(op) + 1, _chunk(op) + 4, 2 * _chunk(op) + 7), None, True))
-    for times, packing, dynamic in runs:
-        compiled: Program | None = None
-        for T in times:
+    """One graph without breaks: forward, backward, state and packing as in eager mode; in an op's first case also one
+    graph for every length."""
+    C, first = _chunk(op), case is op.cases[0]
+    lengths = [3, 0, C + 1, 1]
+    for packing, times in ((None, (C + 1, 2 * C + 7) if first else (C + 1,)), (lengths, (sum(lengths),))):
+        segments = None if packing is None else Segments.from_lengths(packing, device)
+        options = {"segments": segments}
+        compiled = torch.compile(Sample(op, case, device, _dtype(backend), 2).call(backend, **options), **COMPILE)
+        for i, T in enumerate(times):
             sample = Sample(op, case, device, _dtype(backend), T, rows=B if packing is None else 1)
             if packing is not None and case.state is not None:
-                state = case.state(seeded(op.name, T), len(packing))
-                sample.state = cast(state, _dtype(backend), device)
-            program = sample.call(backend, segments=packing)
-            compiled = (
-                torch.compile(program, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-                if compiled is None
-                else compiled
-            )
-            expected = sample.run(program)
+                sample.state = cast(case.state(seeded(op.name, T), len(packing)), _dtype(backend), device)
+
+            expected = sample.run(sample.call(backend, **options))
+            with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+                got = sample.run(_any_length(compiled, sample.time) if len(times) > 1 else compiled, expected)
             rough = expected if backend == "triton" else None
-            got = sample.run(compiled, expected)
-            sample.verdict(error_report(got, expected, rough), f"{backend}, compiled, packed {packing is not None}")
+            sample.verdict(error_report(got, expected, rough), f"{backend}, compiled, packed {packing}")
 
 
 # --------------------------------------------------------------------------------------------- claims and complaints
