@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,6 +96,9 @@ def train(
         str | None,
         typer.Option(help="`no` (fp32), `bf16` or `fp16`. Default: bf16 on a GPU.", rich_help_panel=_MACHINE),
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Of the ops: `auto`, `chunked`, `triton` or `reference`.", rich_help_panel=_MACHINE)
+    ] = "auto",
     compile: Annotated[
         bool, typer.Option("--compile", help="Run the layers through torch.compile.", rich_help_panel=_MACHINE)
     ] = False,
@@ -204,12 +208,10 @@ class _Session:
 
         options = self.options
         names = {field.name for field in dataclasses.fields(TrainingConfig)} & set(options)
-        precision = options["precision"]
-        if precision is None:
+        if options["precision"] is None:
             gpu = options["device"] == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            precision = "bf16" if gpu else "no"
-        values = {name: options[name] for name in names} | {"precision": precision, "warmup_steps": options["warmup"]}
-        return TrainingConfig.from_dict(values)
+            options["precision"] = "bf16" if gpu else "no"
+        return TrainingConfig.from_dict({name: options[name] for name in names} | {"warmup_steps": options["warmup"]})
 
     def _model_config(self) -> DecoderConfig:
         from linnet.presets import load
@@ -231,11 +233,14 @@ class _Session:
 
     def go(self) -> None:
         """Train, and say what came of it."""
+        from linnet.ops import backend
         from linnet.training import train as run_training
 
         out, corpus = self.console, self.corpus
         verb = f"Going on from {self.latest.name} of" if self.latest else "Training"
-        mixers = ", ".join(m if isinstance(m, str) else m["name"] for m in self.model.config.mixers)
+        specs = [m if isinstance(m, str) else str(m["name"]) for m in self.model.config.mixers]
+        groups = [(len(list(group)), spec) for spec, group in groupby(specs)]
+        mixers = ", ".join(f"{count} x {spec}" if count > 1 else spec for count, spec in groups)
         out.print(
             f"{verb} a {self.model.config.num_layers}-layer decoder of {number(self.model.num_parameters())} "
             f"parameters ({escape(mixers)}; width {self.model.config.d_model})"
@@ -245,22 +250,23 @@ class _Session:
             f"{number(corpus.held_out_bytes)} held out; {self.training.steps} steps of "
             f"{number(self.text.batch_tokens)} tokens. Ctrl-C saves and stops."
         )
-        result = run_training(
-            self.model,
-            self.text,
-            self.training,
-            out=self.run,
-            resume=self.latest is not None,
-            evaluate=self._evaluate,
-            extras=self.tokenizer.save,
-            on_save=self._draw,
-            settings={
-                "options": self.options,
-                "data": {"name": corpus.name, "fingerprint": corpus.fingerprint, "baselines": self.baselines},
-                "versions": _versions(),
-            },
-            console=out,
-        )
+        with backend(self.options["backend"]):
+            result = run_training(
+                self.model,
+                self.text,
+                self.training,
+                out=self.run,
+                resume=self.latest is not None,
+                evaluate=self._evaluate,
+                extras=self.tokenizer.save,
+                on_save=self._draw,
+                settings={
+                    "options": self.options,
+                    "data": {"name": corpus.name, "fingerprint": corpus.fingerprint, "baselines": self.baselines},
+                    "versions": _versions(),
+                },
+                console=out,
+            )
         if not result.is_main:
             return
         if result.finished:
@@ -309,11 +315,7 @@ class _Session:
 
         for prompt, continuation in samples:
             out.print(f"\n[dim]{escape(prompt)}[/dim]{escape(continuation)}")
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            title=f"Held-out text: {number(self.corpus.held_out_bytes)} bytes",
-            title_justify="left",
-        )
+        table = Table(box=box.SIMPLE_HEAD)
         table.add_column(f"held-out text ({number(self.corpus.held_out_bytes)} bytes)")
         table.add_column("bits per byte", justify="right")
         table.add_column("has read before")
