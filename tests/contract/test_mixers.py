@@ -390,7 +390,11 @@ def test_meta_construction_then_reset(kind: type[Mixer], options: dict[str, Any]
         assert _finite(p), name
         if torch.equal(one[name], two[name]):
             # Powers and logarithms of a GPU round differently from those of the CPU the constructor ran on.
-            same = torch.allclose(p, one[name], rtol=1e-6, atol=1e-6) if device.type != "cpu" else torch.equal(p, one[name])
+            same = (
+                torch.allclose(p, one[name], rtol=1e-6, atol=1e-6)
+                if device.type != "cpu"
+                else torch.equal(p, one[name])
+            )
             assert same, f"{name}: expected its constant initial value"
         elif p.numel() >= 64:
             assert 0.7 < float((p.std() / one[name].std()).detach()) < 1.4, name
@@ -521,9 +525,9 @@ def test_compile_fullgraph(kind: type[Mixer], options: dict[str, Any], device: t
     _equal(_evaluate(mixer, compiled, x, state, want), want)
 
 
-@every
-def test_compile_packed(kind: type[Mixer], options: dict[str, Any], device: torch.device) -> None:
-    mixer = _make(kind, options, device)
+@each
+def test_compile_packed(kind: type[Mixer], device: torch.device) -> None:
+    mixer = _make(kind, kind.card.examples[-1], device)
     segments = Segments.from_lengths(PACKED, device)
     x = _input(mixer, sum(PACKED), rows=1)
     want = _run(mixer, x, None, segments)
