@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from linnet.cli import app
+from linnet.cli.generate import printable
 from linnet.cli.train import _literal, _split_mixers
 from linnet.models import Decoder
 from linnet.training import checkpoints
@@ -19,6 +20,7 @@ from linnet.training import checkpoints
 runner = CliRunner()
 SMALL = ["--mixers", "gla(num_heads=2), attention(num_heads=2, window=8)", "--d-model", "16", "--layers", "2"]
 SMALL += ["--set", "mlp_hidden=16", "--context", "16", "--batch-size", "64", "--steps", "6", "--device", "cpu"]
+SMALL += ["--evaluate-every", "3", "--save-every", "3"]
 
 
 @pytest.fixture(autouse=True)
@@ -238,6 +240,10 @@ def test_stop_texts_and_whole_characters(
     pieces = list(continuation(model, ByteTokenizer(), "", stop=stops, max_new_tokens=99))
     assert "".join(pieces) == expected[0]
     assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_terminals_are_not_commanded() -> None:
+    assert printable("a\x1b[31mb\r\n\tä€😀") == "a\ufffd[31mb\ufffd\n\tä€😀"
 
 
 def test_mixer_lists() -> None:

@@ -86,10 +86,16 @@ def generate(
         top_p=top_p,
         generator=generator,
     )
+    on_terminal = sys.stdout.isatty()
     for piece in pieces:
-        sys.stdout.write(piece)
+        sys.stdout.write(printable(piece) if on_terminal else piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def printable(text: str) -> str:
+    """``text`` without characters that command a terminal, which a model may well come up with."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def continuation(

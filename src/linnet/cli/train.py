@@ -78,7 +78,7 @@ def train(
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Read no more of the data than this.", rich_help_panel=_DATA)
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_TRAINING)] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_TRAINING)] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Tokens of a step.", rich_help_panel=_TRAINING)] = 4096,
     accumulate: Annotated[
         int, typer.Option(min=1, help="Micro-batches of a step (saves memory).", rich_help_panel=_TRAINING)
@@ -233,6 +233,8 @@ class _Session:
 
     def go(self) -> None:
         """Train, and say what came of it."""
+        import torch
+
         from linnet.ops import backend
         from linnet.training import train as run_training
 
@@ -267,6 +269,8 @@ class _Session:
                 },
                 console=out,
             )
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         if not result.is_main:
             return
         if result.finished:
@@ -298,6 +302,8 @@ class _Session:
 
     def _report(self, result: TrainingResult) -> None:
         """The table of held-out bits per byte, samples, and what lies where."""
+        from .generate import printable
+
         out, reached = self.console, result.last("held_out/bits_per_byte")
         assert reached is not None
         samples = self._samples()
@@ -314,7 +320,7 @@ class _Session:
         (self.run / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
         for prompt, continuation in samples:
-            out.print(f"\n[dim]{escape(prompt)}[/dim]{escape(continuation)}")
+            out.print(f"\n[dim]{escape(printable(prompt))}[/dim]{escape(printable(continuation))}")
         table = Table(box=box.SIMPLE_HEAD)
         table.add_column(f"held-out text ({number(self.corpus.held_out_bytes)} bytes)")
         table.add_column("bits per byte", justify="right")
