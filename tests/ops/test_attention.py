@@ -287,3 +287,36 @@ def test_flex_blocks_cover_the_mask(B: int, T: int, window: int | None, S: int, 
             assert all(blocks[j].all() and blocks[j].shape[1] == size for j in full)
             # Nothing is computed for blocks out of sight; a gap between a query's ranges may touch one more.
             assert len(partial) + len(full) <= sum(bool(block.any()) for block in blocks) + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("B", "T", "window", "S", "lengths"), FLEX)
+def test_long_calls_on_a_gpu(
+    B: int, T: int, window: int | None, S: int, lengths: list[int] | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The lengths from which FlexAttention runs, which are more than the contract suite uses: values and gradients."""
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    inputs, state = _flex_case(B, T, S, lengths)
+    leaves = [
+        torch.cat([x, x], -1).to(device, dtype) for x in inputs
+    ]  # 16 channels, the least that FlexAttention takes
+    cache = [] if state is None else [torch.cat([x, x], -1).to(device, dtype) for x in state[:2]]
+    segments = None if lengths is None else Segments.from_lengths(lengths, device)
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in (*leaves, *cache)]
+        before = None if state is None else AttentionState(given[3], given[4], state.length.to(device))
+        options = {"window": window, "state": before, "segments": segments, "backend": backend}
+        (o, lse), _ = attention(*given[:3], return_lse=True, **options)
+        plain, _ = attention(*given[:3], **options)
+        weights = torch.linspace(-1, 1, o.numel(), device=device, dtype=torch.float64).view_as(o)
+        loss = ((o.double() + 2 * plain.double()) * weights).sum() + (lse.double() * weights[..., 0]).sum()
+        return [o, lse, plain, *torch.autograd.grad(loss, given)]
+
+    exact, rough, got = run(torch.float64, "reference"), run(dtype, "reference"), run(dtype, "chunked")
+    for e, r, x in zip(exact, rough, got, strict=True):
+        size = e.square().mean().sqrt()
+        error, allowed = ((y.double() - e).square().mean().sqrt() for y in (x, r))
+        assert error <= 4 * allowed + 4 * torch.finfo(dtype).eps * size
