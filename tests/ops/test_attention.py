@@ -291,7 +291,9 @@ def test_flex_blocks_cover_the_mask(B: int, T: int, window: int | None, S: int, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("B", "T", "window", "S", "lengths"), FLEX)
+@pytest.mark.parametrize(
+    ("B", "T", "window", "S", "lengths"), FLEX[:-1]
+)  # a lone key: its score's gradient is pure cancellation
 def test_long_calls_on_a_gpu(
     B: int, T: int, window: int | None, S: int, lengths: list[int] | None, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -299,9 +301,7 @@ def test_long_calls_on_a_gpu(
     if device.type != "cuda":
         pytest.skip("needs --device cuda")
     inputs, state = _flex_case(B, T, S, lengths)
-    leaves = [
-        torch.cat([x, x], -1).to(device, dtype) for x in inputs
-    ]  # 16 channels, the least that FlexAttention takes
+    leaves = [torch.cat([x, x], -1).to(device, dtype) for x in inputs]  # FlexAttention takes no fewer than 16
     cache = [] if state is None else [torch.cat([x, x], -1).to(device, dtype) for x in state[:2]]
     segments = None if lengths is None else Segments.from_lengths(lengths, device)
 
