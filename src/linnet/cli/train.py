@@ -78,7 +78,7 @@ def train(
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Read no more of the data than this.", rich_help_panel=_DATA)
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_TRAINING)] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_TRAINING)] = 240,
     batch_size: Annotated[int, typer.Option(min=1, help="Tokens of a step.", rich_help_panel=_TRAINING)] = 4096,
     accumulate: Annotated[
         int, typer.Option(min=1, help="Micro-batches of a step (saves memory).", rich_help_panel=_TRAINING)
