@@ -48,14 +48,14 @@ def plot_loss_curve(
         axes.plot(*zip(*held_out, strict=True), label="held out", **style)
         step, value = held_out[-1]
         axes.annotate(
-            f"{value:.3f}", (step, value), xytext=(0, -15), textcoords="offset points", ha="center", color=_HELD_OUT,
+            f"{value:.3f}", (step, value), xytext=(0, 9), textcoords="offset points", ha="right", color=_HELD_OUT,
             fontsize=9, fontweight="bold",
         )  # fmt: skip
     for (name, value), color in zip((baselines or {}).items(), _BASELINES * 8, strict=False):
         axes.axhline(value, color=color, linewidth=1.1, linestyle=(0, (5, 3)))
-        axes.annotate(
-            f"{name}  {value:.2f}", (1, value), xycoords=axes.get_yaxis_transform(), xytext=(-4, 3),
-            textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color=color,
+        axes.annotate(  # on the left, where the curves are still far above
+            f"{name}  {value:.2f}", (0, value), xycoords=axes.get_yaxis_transform(), xytext=(4, 3),
+            textcoords="offset points", ha="left", va="bottom", fontsize=8.5, color=color,
         )  # fmt: skip
     # The first steps fall steeply from the uniform guess; the axis follows what comes after them.
     late = [v for _, v in (_smooth(train)[len(train) // 20 :] + held_out)] + list((baselines or {}).values())
