@@ -14,7 +14,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from linnet.ops.decay import kernels
+from linnet.ops.decay import launch
+from linnet.ops.decay.kernels import pass_kernel
 
 HOPPER, BLACKWELL, MI300 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), GPUTarget("hip", "gfx942", 64)
 FORWARD = {"EDGES": True, "LAST": True}
@@ -50,8 +51,8 @@ def build(target: GPUTarget, passed: dict, width: int = 128, element: str = "bf1
     """Compile one pass of the kernel with the launch settings the library would use."""
     flags = FLAGS | passed
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[element]
-    chunk = kernels._chunk(width, width, dtype)
-    tiles = kernels._launch_settings(width, width, chunk, dtype, flags["SPLIT"], flags["GRAD"])
+    chunk = launch.chunk_length(width, width, dtype)
+    tiles = launch.launch_settings(width, width, chunk, dtype, flags["SPLIT"], flags["GRAD"])
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     tma = target.backend == "cuda" and element == "bf16"
     constants = flags | tiles | {"TMA": tma, "EXACT": element == "fp32"}
@@ -75,7 +76,7 @@ def build(target: GPUTarget, passed: dict, width: int = 128, element: str = "bf1
     }
     tensors = {"r_ptr": "BR", "s_ptr": "BR", "p_ptr": "BP", "out_ptr": "BP", "dot_ptr": "BP"}
     signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernels._pass_kernel.arg_names):
+    for i, name in enumerate(pass_kernel.arg_names):
         if name in constants or not used.get(name, True):
             signature[name], constexprs[(i,)] = "constexpr", constants.get(name)
         elif name in tensors and tma:
@@ -88,7 +89,7 @@ def build(target: GPUTarget, passed: dict, width: int = 128, element: str = "bf1
             signature[name] = "fp32" if name == "scale" else "*fp32" if name.endswith("_ptr") else "i32"
         if name not in constants and signature[name] != "fp32":
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernels._pass_kernel, signature, constexprs, attributes)
+    source = ASTSource(pass_kernel, signature, constexprs, attributes)
     return compile(source, target=target, options=options)
 
 

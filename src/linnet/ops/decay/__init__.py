@@ -212,9 +212,9 @@ def _decay(
     x = z_out = edges = None
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton":
-            from . import kernels
+            from . import launch
 
-            o, S_out, edges = kernels.forward(q, k, v, g, w, S, cu_host, scale, *_pieces(q, v, cu_host), training)
+            o, S_out, edges = launch.forward(q, k, v, g, w, S, cu_host, scale, *_pieces(q, v, cu_host), training)
         else:
             o, x, S_out, z_out = chunked.forward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk)
     return o, *(S.new_empty(0) if y is None else y for y in (x, S_out, z_out, edges))  # type: ignore[return-value]
@@ -256,10 +256,10 @@ def _decay_backward(
 ) -> list[Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton":
-            from . import kernels
+            from . import launch
 
             piece, _ = _pieces(q, v, cu_host)
-            grads = kernels.backward(q, k, v, g, w, edges, cu_host, scale, piece, do, dS, gates)
+            grads = launch.backward(q, k, v, g, w, edges, cu_host, scale, piece, do, dS, gates)
         else:
             grads = chunked.backward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, do, dx, dS, dz)
     none = S.new_empty(0)
