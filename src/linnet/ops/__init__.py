@@ -4,20 +4,27 @@ from .attention import AttentionState, attention, rotary
 from .conv import ConvState, conv
 from .core import Segments, backend, get_op, ops, value_checks
 from .decay import DecayState, MLSTMState, decay, mlstm
+from .scan import ScanState, SoftmaxScanState, minmax_scan, scan, selective_scan, softmax_scan
 
 __all__ = [
     "AttentionState",
     "ConvState",
     "DecayState",
     "MLSTMState",
+    "ScanState",
     "Segments",
+    "SoftmaxScanState",
     "attention",
     "backend",
     "conv",
     "decay",
     "get_op",
+    "minmax_scan",
     "mlstm",
     "ops",
     "rotary",
+    "scan",
+    "selective_scan",
+    "softmax_scan",
     "value_checks",
 ]
