@@ -89,7 +89,7 @@ def selective_scan(
     acc = reference.accumulate_dtype(x)
     tail = (shapes["D"], shapes["S"])
     h = x.new_zeros(rows, *tail, dtype=acc) if state is None else check_state(state, rows, tail, x.device).to(acc)
-    name = resolve_backend(backend, BACKENDS, x)
+    name = resolve_backend(backend, BACKENDS[:2], x)
     if name == "reference" or is_step(x, segments, backend):
         with no_autocast(x):
             y, h = reference.selective(x, delta, A, B, C, D, h, segments)
