@@ -1,13 +1,15 @@
 """Triton kernel of the scans, forward and backward.
 
-One kernel walks a sequence, or a piece of one, tile by tile: W warps take L tokens each, every thread its own channels.
-A thread first composes the maps of its L tokens, one scan over the W warps gives each the state it starts from, and a
-second walk over the same registers gives the states: everything is read once and written once. Where sequences are
-few, they are cut into pieces: a first launch composes the maps of whole pieces (`TOTALS`), the same kernel scans those,
-and a last launch walks every piece from its own state.
+One kernel walks a sequence, or a piece of one, tile by tile. A tile is W warps of L tokens each: a thread has its own
+channels and composes the maps of its warp's L tokens in registers, one scan over the warps gives every warp the state it
+starts from, and the composed maps, applied to that, are the states. Everything is read once and written once, and the
+next tile is on its way meanwhile. Where sequences are few, they are cut into pieces: a first launch composes the maps of
+whole pieces (`TOTALS`), the same kernel scans those, and a last launch walks every piece from its own state.
 
 The backward pass is the same walk in the other direction of time, over the transposed factors of the next token.
 Channels are numbers, pairs (complex numbers, blocks) or bounds; what differs is in `_apply` and `_compose`.
+
+Tiles are ``[W, L, BD]``. The hints about `V` make the compiler give a thread V neighbouring channels and all L tokens.
 """
 # ruff: noqa: RUF005 (Triton's language has no unpacking into tuples)
 
@@ -62,6 +64,50 @@ def _compose(a, a1, ALGEBRA: tl.constexpr):
     return out
 
 
+@triton.jit
+def _after_real(a1, b1, a, b):
+    return _compose((a,), (a1,), REAL) + _apply((a,), (b,), (b1,), REAL)
+
+
+@triton.jit
+def _after_minmax(a1, b1, a, b):
+    return _compose((a,), (a1,), MINMAX) + _apply((a,), (b,), (b1,), MINMAX)
+
+
+@triton.jit
+def _after_complex(a10, a11, b10, b11, a0, a1, b0, b1):
+    return _compose((a0, a1), (a10, a11), COMPLEX) + _apply((a0, a1), (b0, b1), (b10, b11), COMPLEX)
+
+
+@triton.jit
+def _after_block(a10, a11, a12, a13, b10, b11, a0, a1, a2, a3, b0, b1):
+    a = (a0, a1, a2, a3)
+    return _compose(a, (a10, a11, a12, a13), BLOCK) + _apply(a, (b0, b1), (b10, b11), BLOCK)
+
+
+@triton.jit
+def _over_tokens(a, b, ALGEBRA: tl.constexpr):
+    """Maps from the start of a warp's tokens to each of them, and to the last one."""
+    if ALGEBRA == REAL:
+        i, j = tl.associative_scan((a[0], b[0]), 1, _after_real)
+        k, m = tl.reduce((a[0], b[0]), 1, _after_real, keep_dims=True)
+        out = (i,), (j,), (k,), (m,)
+    elif ALGEBRA == MINMAX:
+        i, j = tl.associative_scan((a[0], b[0]), 1, _after_minmax)
+        k, m = tl.reduce((a[0], b[0]), 1, _after_minmax, keep_dims=True)
+        out = (i,), (j,), (k,), (m,)
+    elif ALGEBRA == COMPLEX:
+        i0, i1, j0, j1 = tl.associative_scan((a[0], a[1], b[0], b[1]), 1, _after_complex)
+        k0, k1, m0, m1 = tl.reduce((a[0], a[1], b[0], b[1]), 1, _after_complex, keep_dims=True)
+        out = (i0, i1), (j0, j1), (k0, k1), (m0, m1)
+    else:
+        maps = (a[0], a[1], a[2], a[3], b[0], b[1])
+        i0, i1, i2, i3, j0, j1 = tl.associative_scan(maps, 1, _after_block)
+        k0, k1, k2, k3, m0, m1 = tl.reduce(maps, 1, _after_block, keep_dims=True)
+        out = (i0, i1, i2, i3), (j0, j1), (k0, k1, k2, k3), (m0, m1)
+    return out
+
+
 # Combining two runs of maps (the earlier first). A run carries the map of all of it and that of all but its last
 # member, so one scan tells every warp both what it leads to and what it starts from.
 
@@ -96,7 +142,7 @@ def _combine_block(
 
 @triton.jit
 def _over_warps(a, b, ALGEBRA: tl.constexpr):
-    """Inclusive and exclusive maps ``(a, b, e, f)`` over axis 0."""
+    """Maps from the start of a tile to the end of each warp's tokens, and to their start."""
     zero = tl.zeros_like(b[0])
     one = zero + 1.0
     if ALGEBRA == REAL:
@@ -117,42 +163,72 @@ def _over_warps(a, b, ALGEBRA: tl.constexpr):
     return out
 
 
-# Reading and writing the numbers of one token for every channel. What is masked is the map that changes nothing.
+# Reading and writing the numbers of one token for every channel. Pairs are moved as one word. What is masked is the map
+# that changes nothing.
 
 
 @triton.jit
-def _factors(ptr, at, mask, ALGEBRA: tl.constexpr):
+def _split(word, like, BITS: tl.constexpr):
+    """The two numbers of an integer of twice their width, the first in its low half."""
+    half: tl.constexpr = tl.int32 if BITS == 32 else tl.int16
+    return word.to(half).to(like, bitcast=True), (word >> BITS).to(half).to(like, bitcast=True)
+
+
+@triton.jit
+def _load_pair(ptr, base, at, mask):
+    BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+    words = ptr.to(tl.pointer_type(tl.int64 if BITS == 32 else tl.int32))
+    return _split(tl.load(words + base + at, mask=mask, other=0), ptr.dtype.element_ty, BITS)
+
+
+@triton.jit
+def _join(x, y, BITS: tl.constexpr):
+    half: tl.constexpr = tl.int32 if BITS == 32 else tl.int16
+    word: tl.constexpr = tl.int64 if BITS == 32 else tl.int32
+    low = x.to(half, bitcast=True).to(word) & ((1 << BITS) - 1)
+    return low | (y.to(half, bitcast=True).to(word) << BITS)
+
+
+@triton.jit
+def _factors(ptr, base, at, mask, ALGEBRA: tl.constexpr):
     if ALGEBRA == REAL:
-        out = (tl.load(ptr + at, mask=mask, other=1.0),)
+        out = (tl.load(ptr + base + at, mask=mask, other=1.0),)
     elif ALGEBRA == MINMAX:
-        out = (tl.load(ptr + at, mask=mask, other=float("inf")),)
+        out = (tl.load(ptr + base + at, mask=mask, other=float("inf")),)
     elif ALGEBRA == COMPLEX:
-        out = (tl.load(ptr + 2 * at, mask=mask, other=1.0), tl.load(ptr + 2 * at + 1, mask=mask, other=0.0))
+        x, y = _load_pair(ptr, base, at, mask)
+        out = (tl.where(mask, x, 1.0).to(x.dtype), y)
     else:
-        out = (
-            tl.load(ptr + 4 * at, mask=mask, other=1.0),
-            tl.load(ptr + 4 * at + 1, mask=mask, other=0.0),
-            tl.load(ptr + 4 * at + 2, mask=mask, other=0.0),
-            tl.load(ptr + 4 * at + 3, mask=mask, other=1.0),
-        )
+        x, y = _load_pair(ptr, 2 * base, 2 * at, mask)
+        u, v = _load_pair(ptr, 2 * base + 1, 2 * at, mask)
+        out = (tl.where(mask, x, 1.0).to(x.dtype), y, u, tl.where(mask, v, 1.0).to(v.dtype))
     return out
 
 
 @triton.jit
-def _vector(ptr, at, mask, ALGEBRA: tl.constexpr, other: tl.constexpr):
+def _vector(ptr, base, at, mask, ALGEBRA: tl.constexpr, other: tl.constexpr):
     if ALGEBRA == REAL or ALGEBRA == MINMAX:  # noqa: SIM109
-        out = (tl.load(ptr + at, mask=mask, other=other),)
+        out = (tl.load(ptr + base + at, mask=mask, other=other),)
     else:
-        out = (tl.load(ptr + 2 * at, mask=mask, other=other), tl.load(ptr + 2 * at + 1, mask=mask, other=other))
+        out = _load_pair(ptr, base, at, mask)
     return out
 
 
 @triton.jit
-def _write(ptr, at, x, mask):
+def _write(ptr, base, at, x, mask):
     """Store the components of ``x`` side by side."""
     n: tl.constexpr = len(x)
-    for c in tl.static_range(n):
-        tl.store(ptr + n * at + c, x[c].to(ptr.dtype.element_ty), mask=mask)
+    to: tl.constexpr = ptr.dtype.element_ty
+    if n == 1:
+        tl.store(ptr + base + at, x[0].to(to), mask=mask)
+    else:
+        BITS: tl.constexpr = to.primitive_bitwidth
+        words = ptr.to(tl.pointer_type(tl.int64 if BITS == 32 else tl.int32))
+        base = base * (n // 2)
+        at = at * (n // 2)
+        tl.store(words + base + at, _join(x[0].to(to), x[1].to(to), BITS), mask=mask)
+        if n == 4:
+            tl.store(words + base + 1 + at, _join(x[2].to(to), x[3].to(to), BITS), mask=mask)
 
 
 @triton.jit
@@ -185,6 +261,24 @@ def _where(mask, x, y):
 
 
 @triton.jit
+def _zeros(x):
+    n: tl.constexpr = len(x)
+    out = ()
+    for c in tl.static_range(n):
+        out = out + (tl.zeros_like(x[c]),)
+    return out
+
+
+@triton.jit
+def _last_warp(x, w, W: tl.constexpr):
+    n: tl.constexpr = len(x)
+    out = ()
+    for c in tl.static_range(n):
+        out = out + (tl.sum(tl.where(w == W - 1, x[c], 0.0), 0, keep_dims=True),)
+    return out
+
+
+@triton.jit
 def _constant(value, ALGEBRA: tl.constexpr):
     """The factor of a constant map."""
     zero = tl.zeros_like(value[0])
@@ -200,24 +294,107 @@ def _constant(value, ALGEBRA: tl.constexpr):
 
 
 @triton.jit
-def _zeros(x):
-    n: tl.constexpr = len(x)
-    out = ()
-    for c in tl.static_range(n):
-        out = out + (tl.zeros_like(x[c]),)
+def _outer(g, h, ALGEBRA: tl.constexpr):
+    """Gradient of the factor from that of the state it led to and the state before."""
+    if ALGEBRA == REAL:
+        out = (g[0] * h[0],)
+    elif ALGEBRA == COMPLEX:
+        out = (g[0] * h[0] + g[1] * h[1], g[1] * h[0] - g[0] * h[1])
+    else:
+        out = (g[0] * h[0], g[0] * h[1], g[1] * h[0], g[1] * h[1])
     return out
 
 
 @triton.jit
-def _row(x):
-    n: tl.constexpr = len(x)
-    out = ()
-    for c in tl.static_range(n):
-        out = out + (x[c][None, :],)
-    return out
+def _taken(a, b, h):
+    """What a cell took to come to ``h``: 0 its state, 1 the upper and 2 the lower bound (the last of these on a tie)."""
+    return tl.where(h[0] == b[0], 2, tl.where(h[0] == a[0], 1, 0)).to(tl.uint8)
 
 
 @triton.jit
+def _sequence(ids_ptr, row, there, STEP: tl.constexpr, near):
+    """The sequence of a packed token, and whether it is another one a step away (where there is one)."""
+    seq = tl.load(ids_ptr + row, mask=there, other=-1)
+    return seq, seq != tl.load(ids_ptr + row + STEP, mask=there & near, other=-1)
+
+
+@triton.jit
+def _tile(
+    a_ptr,
+    b_ptr,
+    h_ptr,
+    code_ptr,
+    start_ptr,
+    ids_ptr,
+    p0,
+    lane,
+    col,
+    within,
+    origin,
+    end,
+    T,
+    D,
+    a_stride,
+    ALGEBRA: tl.constexpr,
+    KIND: tl.constexpr,
+    V: tl.constexpr,
+    STEP: tl.constexpr,
+    GRAD: tl.constexpr,
+    GRAD_A: tl.constexpr,
+    CODE: tl.constexpr,
+    TOTALS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """What the tile from token ``p0`` on needs of memory: factors, values, and what the gradients need."""
+    IDLE: tl.constexpr = float("-inf") if KIND == MINMAX else 0.0
+    ok = within & (lane < end - p0)
+    first_row = origin + p0 * STEP
+    base = tl.multiple_of(first_row * D, V)
+    at = tl.multiple_of(lane * (STEP * D) + col, (1, 1, V))
+    back = tl.multiple_of(base - STEP * D, V)
+    ahead = tl.multiple_of(base + STEP * D, V)
+    if PACKED:
+        p = p0 + lane
+        row = first_row.to(tl.int32) + lane * STEP
+        seq, first = _sequence(ids_ptr, row, p < T, -STEP, p > 0)
+        known = ok & first
+    else:
+        known = ok & (lane + p0 == 0)
+    if GRAD:
+        # The factor that led on from this token; nothing leads on from the last one of a sequence.
+        led = ok & (known == 0)
+        if ALGEBRA == MINMAX:
+            a = ((tl.load(code_ptr + back + at, mask=led, other=0) == 0).to(tl.float32),)
+        else:
+            a_base = tl.multiple_of((first_row - STEP) * a_stride, V)
+            a = _factors(a_ptr, a_base, tl.multiple_of(lane * (STEP * a_stride) + col, (1, 1, V)), led, KIND)
+    else:
+        a_base = tl.multiple_of(first_row * a_stride, V)
+        a = _factors(a_ptr, a_base, tl.multiple_of(lane * (STEP * a_stride) + col, (1, 1, V)), ok, KIND)
+    b = _vector(b_ptr, base, at, ok, KIND, IDLE)
+    extra = (known,)
+    if GRAD and ALGEBRA == MINMAX and not TOTALS:
+        extra = (tl.load(code_ptr + base + at, mask=ok, other=0),)
+    if GRAD_A:  # the state before the last token of the walk is not among the states
+        if PACKED:
+            _, final = _sequence(ids_ptr, row, p < T, STEP, p + 1 < T)
+            lasting = ok & (final == 0)
+        else:
+            lasting = ok & (lane + p0 + 1 < T)
+        extra = _vector(h_ptr, ahead, at, lasting, KIND, 0.0)
+    if PACKED:
+        entering = _fp32(_vector(start_ptr, 0, seq * D + col, known, KIND, 0.0))
+        a = _factor(a, KIND, GRAD)
+        b = _fp32(b)
+        fixed = _apply(a, b, entering, KIND)
+        if CODE:
+            extra = (tl.where(known, _taken(a, b, fixed), 3).to(tl.uint8),)
+        b = _where(known, fixed, b)
+        a = _where(known, _constant(fixed, KIND), a)
+    return a, b, extra
+
+
+@triton.jit(do_not_specialize=["D", "a_stride", "PIECE"])
 def scan_kernel(
     a_ptr,
     b_ptr,  # GRAD: gradient of the states
@@ -237,7 +414,7 @@ def scan_kernel(
     ALGEBRA: tl.constexpr,
     W: tl.constexpr,
     L: tl.constexpr,
-    BD: tl.constexpr,
+    V: tl.constexpr,
     REVERSE: tl.constexpr,
     GRAD: tl.constexpr,
     GRAD_A: tl.constexpr,
@@ -246,193 +423,117 @@ def scan_kernel(
     TOTALS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    # Tokens are counted in the order of the walk, p = 0 ... T - 1, of which `place` is the row in memory.
+    # Tokens are counted in the order of the walk, p = 0 ... T - 1; rows are counted in memory.
+    BD: tl.constexpr = 32 * V
     STEP: tl.constexpr = -1 if REVERSE else 1
     KIND: tl.constexpr = REAL if GRAD and ALGEBRA == MINMAX else ALGEBRA
+    FLIP: tl.constexpr = GRAD and not PACKED  # packed factors are transposed as they are loaded
     blocks = tl.cdiv(D, BD)
     pid = tl.program_id(0)
-    cols = (pid % blocks) * BD + tl.arange(0, BD)
     unit = pid // blocks
     pieces = tl.cdiv(T, PIECE)
-    n = unit // pieces
+    n = (unit // pieces).to(tl.int64)
     piece = unit % pieces
     begin = piece * PIECE
     end = tl.minimum(begin + PIECE, T)
-    origin = n.to(tl.int64) * T
+    origin = n * T
     if REVERSE:
         origin += T - 1
-    inside = cols < D
-    w = tl.arange(0, W)[:, None]
-    col = cols[None, :]
-    within = inside[None, :]
-    idle: tl.constexpr = float("-inf") if KIND == MINMAX else 0.0
+    w = tl.arange(0, W)[:, None, None]
+    lane = w * L + tl.arange(0, L)[None, :, None]
+    cols = (pid % blocks) * BD + tl.arange(0, BD)
+    col = cols[None, None, :]
+    within = tl.max_constancy(cols < D, V)[None, None, :]
 
-    if TOTALS:
-        # (factor, value) of the map of the piece so far
-        nothing = tl.zeros([BD], tl.float32)
+    if TOTALS:  # the map of the piece so far
+        nothing = tl.zeros([1, 1, BD], tl.float32)
         unity = nothing + (float("inf") if KIND == MINMAX else 1.0)
-        value = (nothing + idle,)
+        carry = (nothing + (float("-inf") if KIND == MINMAX else 0.0),)
         total = (unity,)
         if KIND == COMPLEX:
-            value = (nothing, nothing)
+            carry = (nothing, nothing)
             total = (unity, nothing)
         if KIND == BLOCK:
-            value = (nothing, nothing)
+            carry = (nothing, nothing)
             total = (unity, nothing, nothing, unity)
     else:
         # A packed row starts with a map that is constant, whatever comes in.
-        fresh = inside & (piece == 0)
-        carry = _vector(start_ptr, n.to(tl.int64) * D + cols, fresh & (not PACKED), KIND, 0.0)
+        fresh = within & (piece == 0)
+        carry = _vector(start_ptr, n * D, col, fresh & (not PACKED), KIND, 0.0)
         if SPLIT:
-            edge = _vector(edge_ptr, (unit.to(tl.int64) - 1) * D + cols, inside & (piece > 0), KIND, 0.0)
+            edge = _vector(edge_ptr, (unit.to(tl.int64) - 1) * D, col, within & (piece > 0), KIND, 0.0)
             carry = _where(fresh, carry, edge)
 
+    here = _tile(
+        a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, begin, lane, col, within, origin, end, T, D, a_stride,
+        ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
+    )  # fmt: skip
     for p0 in range(begin, end, W * L):
-        factors = ()
-        values = ()
-        befores = ()
-        for i in tl.static_range(L):
-            p = p0 + w * L + i
-            row = origin + p * STEP
-            ok = within & (p < end)
-            at = row * D + col
-            if PACKED:
-                seq = tl.load(ids_ptr + row, mask=p < T, other=-1)
-                first = seq != tl.load(ids_ptr + row - STEP, mask=(p > 0) & (p < T), other=-1)
-                final = seq != tl.load(ids_ptr + row + STEP, mask=p + 1 < T, other=-1)
-                known = ok & first
-                ended = ok & final
-                state_at = seq.to(tl.int64) * D + col
-            else:
-                known = ok & (p == 0)
-                ended = ok & (p == T - 1)
-                state_at = n.to(tl.int64) * D + col + w * 0
-            if GRAD:
-                # The factor that led on from this token; nothing leads on from the last one of a sequence.
-                led = ok & (~known)
-                if ALGEBRA == MINMAX:
-                    code = tl.load(code_ptr + at - STEP * D, mask=led, other=0)
-                    a = ((code == 0).to(tl.float32),)
-                else:
-                    a = _factors(a_ptr, (row - STEP) * a_stride + col, led, KIND)
-            else:
-                a = _factors(a_ptr, row * a_stride + col, ok, KIND)
-            b = _vector(b_ptr, at, ok, KIND, idle)
-            if PACKED:
-                entering = _fp32(_vector(start_ptr, state_at, known, KIND, 0.0))
-                a = _factor(a, KIND, GRAD)
-                b = _fp32(b)
-                if CODE:
-                    code = _taken(a, b, entering)
-                fixed = _apply(a, b, entering, KIND)
-                b = _where(known, fixed, b)
-                a = _where(known, _constant(fixed, KIND), a)
-            factors = factors + (a,)
-            values = values + (b,)
-            if GRAD and ALGEBRA == MINMAX and not TOTALS:
-                befores = befores + ((tl.load(code_ptr + at, mask=ok, other=0),),)
-            elif GRAD_A:
-                befores = befores + (_vector(h_ptr, at + STEP * D, ok & (~ended), KIND, 0.0),)
-            elif CODE and PACKED:
-                befores = befores + ((tl.where(known, code, -1),),)
-
-        FLIP: tl.constexpr = GRAD and not PACKED
-        a = _factor(factors[0], KIND, FLIP)
-        b = _fp32(values[0])
-        for i in tl.static_range(1, L):
-            a2 = _factor(factors[i], KIND, FLIP)
-            b = _apply(a2, _fp32(values[i]), b, KIND)
-            a = _compose(a2, a, KIND)
-        a, b, e, f = _over_warps(a, b, KIND)
+        coming = _tile(
+            a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, p0 + W * L, lane, col, within, origin, end, T, D,
+            a_stride, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
+        )  # fmt: skip
+        factors, values, extra = here
+        a = _factor(factors, KIND, FLIP)
+        b = _fp32(values)
+        to_a, to_b, k, m = _over_tokens(a, b, KIND)
+        k, m, e, f = _over_warps(k, m, KIND)
         if TOTALS:
-            a = _last_warp(a, w, W)
-            b = _last_warp(b, w, W)
-            value = _apply(a, b, value, KIND)
-            total = _compose(a, total, KIND)
+            k = _last_warp(k, w, W)
+            carry = _apply(k, _last_warp(m, w, W), carry, KIND)
+            total = _compose(k, total, KIND)
         else:
-            h = _apply(e, f, _row(carry), KIND)
-            carry = _last_warp(_apply(a, b, _row(carry), KIND), w, W)
-            for i in tl.static_range(L):
-                p = p0 + w * L + i
-                row = origin + p * STEP
-                ok = within & (p < end)
-                at = row * D + col
-                a = _factor(factors[i], KIND, FLIP)
-                b = _fp32(values[i])
-                if CODE:
-                    code = _taken(a, b, h)
-                    if PACKED:
-                        code = tl.where(befores[i][0] < 0, code, befores[i][0])
-                    tl.store(code_ptr + at, code.to(tl.uint8), mask=ok)
-                h = _apply(a, b, h, KIND)
-                if GRAD and ALGEBRA == MINMAX:
-                    _write(da_ptr, at, (tl.where(befores[i][0] == 1, h[0], 0.0),), ok)
-                    _write(y_ptr, at, (tl.where(befores[i][0] == 2, h[0], 0.0),), ok)
-                else:
-                    _write(y_ptr, at, h, ok)
+            start = _apply(e, f, carry, KIND)
+            h = _apply(to_a, to_b, start, KIND)
+            carry = _last_warp(_apply(k, m, carry, KIND), w, W)
+            ok = within & (lane < end - p0)
+            base = tl.multiple_of((origin + p0 * STEP) * D, V)
+            at = tl.multiple_of(lane * (STEP * D) + col, (1, 1, V))
+            if CODE:
+                code = _taken(a, b, h)
                 if PACKED:
-                    seq = tl.load(ids_ptr + row, mask=p < T, other=-1)
-                    final = seq != tl.load(ids_ptr + row + STEP, mask=p + 1 < T, other=-1)
-                    ended = ok & final
-                    state_at = seq.to(tl.int64) * D + col
-                else:
-                    ended = ok & (p == T - 1)
-                    state_at = n.to(tl.int64) * D + col + w * 0
+                    code = tl.where(extra[0] == 3, code, extra[0])
+                tl.store(code_ptr + base + at, code, mask=ok)
+            if GRAD and ALGEBRA == MINMAX:
+                _write(da_ptr, base, at, (tl.where(extra[0] == 1, h[0], 0.0),), ok)
+                _write(y_ptr, base, at, (tl.where(extra[0] == 2, h[0], 0.0),), ok)
+            else:
+                _write(y_ptr, base, at, h, ok)
+            if PACKED:
+                p = p0 + lane
+                row = (origin + p0 * STEP).to(tl.int32) + lane * STEP
+                seq, final = _sequence(ids_ptr, row, p < T, STEP, p + 1 < T)
+                ended = ok & final
+                state = seq * D + col
                 if GRAD_A:
-                    earliest = _fp32(_vector(init_ptr, state_at, ended, KIND, 0.0))
-                    before = _where(ended, earliest, _fp32(befores[i]))
-                    _write(da_ptr, at, _outer(h, before, KIND), ok)
-                if PACKED:
-                    if GRAD:
-                        if ALGEBRA == MINMAX:
-                            own = ((befores[i][0] == 0).to(tl.float32),)
-                        else:
-                            own = _factor(_factors(a_ptr, row * a_stride + col, ended, KIND), KIND, True)
-                        _write(last_ptr, state_at, _apply(own, _zeros(h), h, KIND), ended)
-                    else:
-                        _write(last_ptr, state_at, h, ended)
+                    earliest = _fp32(_vector(init_ptr, 0, state, ended, KIND, 0.0))
+                    _write(da_ptr, base, at, _outer(h, _where(ended, earliest, _fp32(extra)), KIND), ok)
+                if GRAD and ALGEBRA == MINMAX:
+                    _write(last_ptr, 0, state, (tl.where(extra[0] == 0, h[0], 0.0),), ended)
+                elif GRAD:
+                    own = _factors(a_ptr, (origin + p0 * STEP) * a_stride, lane * (STEP * a_stride) + col, ended, KIND)
+                    _write(last_ptr, 0, state, _apply(_factor(own, KIND, True), _zeros(h), h, KIND), ended)
+                else:
+                    _write(last_ptr, 0, state, h, ended)
+            elif GRAD_A:  # the last token of the walk: see below
+                _write(da_ptr, base, at, _outer(h, _fp32(extra), KIND), ok & (lane + p0 + 1 < T))
+        here = coming
 
     if TOTALS:
-        at = unit.to(tl.int64) * D + cols
-        _write(da_ptr, at, total, inside)
-        _write(y_ptr, at, value, inside)
+        at = unit.to(tl.int64) * D
+        _write(da_ptr, at, col, total, within)
+        _write(y_ptr, at, col, carry, within)
     elif not PACKED:
         if end == T:
-            state = n.to(tl.int64) * D + cols
+            final = origin + (T - 1) * STEP
+            if GRAD_A:
+                earliest = _fp32(_vector(init_ptr, n * D, col, within, KIND, 0.0))
+                _write(da_ptr, final * D, col, _outer(carry, earliest, KIND), within)
             if GRAD:
-                row = origin + (T - 1) * STEP
                 if ALGEBRA == MINMAX:
-                    code = tl.load(code_ptr + row * D + cols, mask=inside, other=0)
-                    own = ((code == 0).to(tl.float32),)
+                    own = ((tl.load(code_ptr + final * D + col, mask=within, other=0) == 0).to(tl.float32),)
                 else:
-                    own = _factor(_factors(a_ptr, row * a_stride + cols, inside, KIND), KIND, True)
-                _write(last_ptr, state, _apply(own, _zeros(carry), carry, KIND), inside)
+                    own = _factor(_factors(a_ptr, final * a_stride, col, within, KIND), KIND, True)
+                _write(last_ptr, n * D, col, _apply(own, _zeros(carry), carry, KIND), within)
             else:
-                _write(last_ptr, state, carry, inside)
-
-
-@triton.jit
-def _taken(a, b, h):
-    """What a cell takes: 0 its state, 1 the upper and 2 the lower bound."""
-    return tl.where(b[0] > _min(h[0], a[0]), 2, tl.where(h[0] > a[0], 1, 0))
-
-
-@triton.jit
-def _last_warp(x, w, W: tl.constexpr):
-    n: tl.constexpr = len(x)
-    out = ()
-    for c in tl.static_range(n):
-        out = out + (tl.sum(tl.where(w == W - 1, x[c], 0.0), 0),)
-    return out
-
-
-@triton.jit
-def _outer(g, h, ALGEBRA: tl.constexpr):
-    """Gradient of the factor from that of the state it led to and the state before."""
-    if ALGEBRA == REAL:
-        out = (g[0] * h[0],)
-    elif ALGEBRA == COMPLEX:
-        out = (g[0] * h[0] + g[1] * h[1], g[1] * h[0] - g[0] * h[1])
-    else:
-        out = (g[0] * h[0], g[0] * h[1], g[1] * h[0], g[1] * h[1])
-    return out
+                _write(last_ptr, n * D, col, carry, within)

@@ -16,28 +16,32 @@ __all__ = ["backward", "forward"]
 ALGEBRAS = {"real": REAL.value, "complex": COMPLEX.value, "block": BLOCK.value, "minmax": MINMAX.value}
 
 
-def tile(algebra: str, D: int, device: torch.device) -> dict[str, int]:
-    """Warps W, tokens L a warp takes at once, and channels BD of a program; T never enters."""
+def tile(algebra: str, D: int, packed: bool, device: torch.device) -> dict[str, int]:
+    """Warps W, tokens L of a warp, and channels V of a thread; T never enters.
+
+    Measured on Hopper: what counts are the bytes on their way, so many tokens a thread; more warps with fewer each are
+    slower. A pair moves as one word of twice the width, so it takes half the channels to fill a transaction.
+    """
     if device.type == "cpu":  # the interpreter: tiles that a short sequence fills more than once
-        return {"W": 2, "L": 2, "BD": 4, "num_warps": 2}
-    lengths = {"real": 8, "minmax": 8, "complex": 4, "block": 4}
-    return {"W": 16, "L": lengths[algebra], "BD": 64 if D > 32 else 32, "num_warps": 16}
+        return {"W": 2, "L": 4, "V": 1, "num_warps": 2}
+    lengths = {"real": 16, "minmax": 16, "complex": 16, "block": 8}
+    wide = D > 32 and D % 2 == 0 and algebra in ("real", "minmax")
+    return {"W": 8, "L": lengths[algebra] // (2 if packed else 1), "V": 2 if wide else 1, "num_warps": 8}
 
 
 @cache
 def _programs(device: torch.device) -> int:
     """Programs that fill the device."""
-    if device.type == "cpu":
-        return 4
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if device.type == "cpu" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _piece(rows: int, T: int, D: int, step: int, BD: int, device: torch.device) -> int:
-    """Tokens of a piece: the whole sequence when there are enough of them to fill half of the device."""
-    columns, wanted = rows * triton.cdiv(D, BD), _programs(device)
-    if 2 * columns >= wanted - wanted // 8 or 2 * step >= T:
+def _piece(rows: int, T: int, D: int, step: int, width: int, device: torch.device) -> int:
+    """Tokens of a piece: the whole sequence where that fills half of the device, or is too short to be worth the two
+    launches more that pieces take."""
+    columns, wanted = rows * triton.cdiv(D, width), _programs(device)
+    if columns * 5 >= wanted * 2 or T <= (2 if device.type == "cpu" else 16) * step:
         return T
-    pieces = min(triton.cdiv(wanted, columns), triton.cdiv(T, step))
+    pieces = min(triton.cdiv(wanted, columns), triton.cdiv(T, 4 * step))
     return triton.cdiv(triton.cdiv(T, pieces), step) * step
 
 
@@ -60,10 +64,10 @@ def _walk(
 ) -> None:
     """One scan of ``b`` ``[rows, T, D, *]``: states into ``y`` and ``last``, by way of pieces where rows are few."""
     rows, T, D = b.shape[:3]
-    settings = tile(algebra, D, b.device)
-    piece = _piece(rows, T, D, settings["W"] * settings["L"], settings["BD"], b.device)
+    settings = tile(algebra, D, ids is not None, b.device)
+    piece = _piece(rows, T, D, settings["W"] * settings["L"], 32 * settings["V"], b.device)
     pieces = triton.cdiv(T, piece)
-    columns = triton.cdiv(D, settings["BD"])
+    columns = triton.cdiv(D, 32 * settings["V"])
 
     def launch(y: Tensor, da: Tensor | None, edges: Tensor | None, totals: bool) -> None:
         scan_kernel[(rows * pieces * columns,)](

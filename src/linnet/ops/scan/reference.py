@@ -19,9 +19,9 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 def apply(algebra: str, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     """One step of the recurrence from the state ``h``."""
-    if algebra == "minmax":  # a tie, and with it the gradient, goes to the past; NaN goes on
-        h = torch.where((h <= a) | h.isnan(), h, a)
-        return torch.where((h >= b) | h.isnan(), h, b)
+    if algebra == "minmax":  # a tie, and with it the gradient, goes to the bound; NaN goes on
+        h = torch.where((h < a) | h.isnan(), h, a)
+        return torch.where((h > b) | h.isnan(), h, b)
     if algebra == "block":
         return a[..., 0] * h[..., :1] + a[..., 1] * h[..., 1:] + b
     return a * h + b
