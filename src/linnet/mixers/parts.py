@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linnet.ops import ConvState, DecayState, Segments, conv
+from linnet.ops import ConvState, DecayState, ScanState, Segments, conv
 from linnet.ops.core import check_segments
 
 __all__ = [
     "DecayConvState",
     "GateLinear",
     "Norm",
+    "ScanConvState",
     "ShortConv",
     "assign",
     "check_choice",
@@ -36,6 +37,7 @@ __all__ = [
     "heads",
     "projections",
     "rms_norm",
+    "scan_state",
     "soft_cap",
     "state_dtype",
     "token_shift",
@@ -49,6 +51,13 @@ class DecayConvState(NamedTuple):
     """State of a mixer with one decay memory and a short convolution in front (None without one)."""
 
     decay: DecayState
+    conv: ConvState | None = None
+
+
+class ScanConvState(NamedTuple):
+    """State of a mixer with one scanned memory and a short convolution in front (None without one)."""
+
+    scan: ScanState
     conv: ConvState | None = None
 
 
@@ -75,6 +84,11 @@ def decay_state(like: Tensor, rows: int, num_heads: int, K: int, V: int, normali
     new = {"dtype": state_dtype(like), "device": like.device}
     z = torch.zeros(rows, num_heads, K, **new) if normalize else None
     return DecayState(torch.zeros(rows, num_heads, K, V, **new), z)
+
+
+def scan_state(like: Tensor, rows: int, *tail: int) -> ScanState:
+    """The zero state of the scan engine, on the device of the parameter ``like``."""
+    return ScanState(torch.zeros(rows, *tail, dtype=state_dtype(like), device=like.device))
 
 
 # Checks of options and inputs
@@ -240,13 +254,14 @@ class Norm(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution with SiLU in front of an engine, over several streams at once.
+    """Causal depthwise convolution in front of an engine, over several streams at once.
 
     ``(a, b, ...), state = conv(a, b, ..., state=None, segments=None)`` with streams ``[B, T, D_i]``.
     """
 
-    def __init__(self, channels: int, size: int, *, bias: bool = False):
+    def __init__(self, channels: int, size: int, *, bias: bool = False, activation: str | None = "silu"):
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
@@ -261,7 +276,7 @@ class ShortConv(nn.Module):
     ) -> tuple[tuple[Tensor, ...], ConvState]:
         x = torch.cat(streams, -1)
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        y, state = conv(x, weight, bias, activation="silu", state=state, segments=segments)
+        y, state = conv(x, weight, bias, activation=self.activation, state=state, segments=segments)
         return y.split([s.shape[-1] for s in streams], -1), state
 
     def init_state(self, rows: int) -> ConvState:
