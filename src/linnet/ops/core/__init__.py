@@ -1,6 +1,7 @@
 """What every engine shares: packing, state tuples, input checks, the registry and the choice of a backend."""
 
 from .checks import Shapes, check_floating, check_log_decay, check_segments, common_dtype, no_autocast, value_checks
+from .differentiable import differentiable
 from .registry import BACKENDS, Case, Cost, Identity, Op, backend, get_op, ops, register_op, resolve_backend
 from .segments import Segments, chunk_table
 from .state import detach, map_state, repeat_rows, select_rows, state_bytes, state_tensors, to
@@ -20,6 +21,7 @@ __all__ = [
     "chunk_table",
     "common_dtype",
     "detach",
+    "differentiable",
     "get_op",
     "map_state",
     "no_autocast",
