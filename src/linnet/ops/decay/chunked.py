@@ -233,8 +233,7 @@ def forward(
     scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Arguments and results as in :func:`linnet.ops.decay.reference.recurrent`."""
-    dtype = v.dtype
+    """Arguments and results as in :func:`linnet.ops.decay.reference.recurrent`, the reading not yet rounded."""
     c = _prepare(q, k, v, g, gv, u, w, cu_host, chunk)
     S_in, z_in, S, z = _scan(c, S, z)
     read = _times(c.q, c.key and c.key.prefix)
@@ -255,7 +254,7 @@ def forward(
         o = o + own[..., None] * c.v
         x = None if x is None else x + own
     return (
-        _join(o * scale, c.plan).to(dtype).contiguous(),
+        _join(o * scale, c.plan).contiguous(),
         None if x is None else _join(x[..., None] * scale, c.plan)[..., 0].contiguous(),
         S,
         z,
