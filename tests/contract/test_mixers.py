@@ -486,7 +486,7 @@ def _accurate(got: Result, want: Result, dtype: torch.dtype, rough: list[Result]
     """Output and state within a few roundings of float64: gates in half precision, for one, would not be. Where the
     recurrence itself amplifies a rounding (``rough``), within what it makes of one."""
     for name, e in want.values.items():
-        if not e.is_floating_point():
+        if not e.is_floating_point() or e.numel() == 0:
             continue
         size = e.square().mean().sqrt().clamp(min=1e-12)
         error, *floors = (
