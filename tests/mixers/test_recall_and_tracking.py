@@ -89,8 +89,8 @@ def overwrite_recall(mixer: str, steps: int) -> float:
     [
         ("deltanet(num_heads=2, head_dim=16, conv_size=0)", 300),
         ("gated_deltanet(num_heads=2, head_dim=16, expand_v=1.0, conv_size=0)", 200),
-        ("kda(num_heads=2, head_dim=16, conv_size=0)", 100),
-        ("gated_deltanet2(num_heads=2, head_dim=16, conv_size=0)", 150),
+        ("kda(num_heads=2, head_dim=16, conv_size=0)", 200),
+        ("gated_deltanet2(num_heads=2, head_dim=16, conv_size=0)", 200),
     ],
 )
 def test_the_delta_rule_recalls_the_latest_value_of_a_key(mixer: str, steps: int) -> None:
