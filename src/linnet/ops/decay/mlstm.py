@@ -22,7 +22,7 @@ from ..core import (
     differentiable,
     resolve_backend,
 )
-from .reference import accumulate_dtype
+from ..core.chunks import accumulate_dtype
 from .state import DecayState, MLSTMState
 
 _FLOOR = -1e4  # for m alone: exp of anything lower is 0 next to the denominator's 1
