@@ -4,11 +4,13 @@ from .attention import AttentionState, attention, rotary
 from .conv import ConvState, conv
 from .core import Segments, backend, get_op, ops, value_checks
 from .decay import DecayState, MLSTMState, decay, mlstm
+from .lti import LTIState, lti, lti_diagonal
 
 __all__ = [
     "AttentionState",
     "ConvState",
     "DecayState",
+    "LTIState",
     "MLSTMState",
     "Segments",
     "attention",
@@ -16,6 +18,8 @@ __all__ = [
     "conv",
     "decay",
     "get_op",
+    "lti",
+    "lti_diagonal",
     "mlstm",
     "ops",
     "rotary",
