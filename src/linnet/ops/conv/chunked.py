@@ -24,9 +24,9 @@ def conv_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in :func:`linnet.ops.conv`; returns ``(y [B, T, D], tail [N, W-1, D])``.
 
-    Beyond 64 taps by FFT (:mod:`wide`). Up to there one shifted multiply-add a tap, accumulated in fp32. On one CPU core at B=8, T=512, D=256, W=4 forward and backward
-    take 27 ms in fp32 and 19 ms in bf16 this way, 34 and 38 ms through `F.conv1d(groups=D)`; one step 0.1 ms against
-    0.25 and 2.8 ms.
+    Beyond 64 taps by FFT (see `wide.py`). Up to there one shifted multiply-add a tap, accumulated in fp32: on one CPU
+    core at B=8, T=512, D=256, W=4 forward and backward take 27 ms in fp32 and 19 ms in bf16 this way, 34 and 38 ms
+    through `F.conv1d(groups=D)`; one step 0.1 ms against 0.25 and 2.8 ms.
     """
     reach = weight.shape[1] - 1
     if reach == 0:

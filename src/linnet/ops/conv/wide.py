@@ -2,8 +2,8 @@
 
 One FFT over the whole sequence costs least and mixes the rounding errors of all tokens, so that a large input changes
 outputs long before it. Here the sequence is halved again and again: the right half of each block of 2s tokens reads
-its left half through an FFT of that size, at every s, and blocks of 64 tokens read themselves directly. From the size on
-that the kernel fits into, each block reads only the one before it. That is about log2(W / 64) FFTs over the sequence.
+its left half through an FFT of that size, at every s, and blocks of 64 tokens read themselves directly. From the size
+on that the kernel fits into, each block reads only the one before it. That makes about log2(W / 64) FFTs in all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BLOCK = 64
 
 
 def conv_wide(x: Tensor, kernel: Tensor) -> Tensor:
-    """``y_t = sum_j kernel[:, j] x_{t-j}`` over the tokens there are: ``x [B, T, D]``, ``kernel [D, W]``, fp32 or float64.
+    """``y_t = sum_j kernel[:, j] x_{t-j}`` over the tokens there are; ``x [B, T, D]``, ``kernel [D, W]``, fp32 or more.
 
     Source of the halving: relaxed multiplication (van der Hoeven 2002), as for convolution layers in Flash Inference
     (arXiv 2410.12982).

@@ -186,7 +186,7 @@ def _run(
                 raise ValueError(f"chunk_size: expected a power of two, got {chunk_size}")
             if not torch.compiler.is_compiling():  # there T may be a symbol, which this would fix
                 size = min(size, 1 << (u.shape[1] - 1).bit_length())
-            system = chunked.dense_system(*given, size) if dense else chunked.diagonal_system(*given, size)
+            system = chunked.dense_system(*given, size=size) if dense else chunked.diagonal_system(*given, size=size)
             y, after = chunked.chunked(u, system, x.flatten(2), segments, acc)
             x = after.reshape(x.shape)
     return y.to(u.dtype), LTIState(x)

@@ -20,7 +20,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
-def _dense(generator: torch.Generator, outputs: int) -> dict[str, Tensor]:
+def _dense(generator: torch.Generator, outputs: int) -> dict[str, Any]:
     """A HiPPO system per channel, in a basis of its own, with steps that remember a few to many tokens."""
     A, B = hippo("legs", S)
     A, B = bilinear(A, B.expand(D, S), torch.tensor([0.02, 0.1, 0.5], dtype=torch.float64))
@@ -29,7 +29,7 @@ def _dense(generator: torch.Generator, outputs: int) -> dict[str, Tensor]:
     return {"A": A, "B": B, "C": _normal(generator, D, outputs, S)}
 
 
-def _diagonal(generator: torch.Generator, outputs: int, reset: bool = False) -> dict[str, Tensor]:
+def _diagonal(generator: torch.Generator, outputs: int, reset: bool = False) -> dict[str, Any]:
     g = -torch.rand(D, P, dtype=torch.float64, generator=generator)
     if reset:
         g[0] = -torch.inf

@@ -1,4 +1,4 @@
-"""Linear time-invariant systems chunk by chunk: the convolutional view inside a chunk, the recurrent one between chunks.
+"""Linear time-invariant systems chunk by chunk: a convolution inside a chunk, the recurrence between chunks.
 
 The transition is the same for every token, so one set of matrices serves all chunks of a channel. For chunks of ``C``
 tokens with the inputs ``U`` as columns and the state ``x`` that each begins with,
@@ -90,8 +90,8 @@ def _apply(matrix: Tensor, x: Tensor) -> Tensor:
 def chunked(u: Tensor, system: System, x: Tensor, segments: Segments | None, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     """``u [B, T, D]``, states ``x [N, D, S]``: ``(y [B, T, D, M], x [N, D, S])``, all in ``acc``.
 
-    A sequence of T tokens has ``T // C`` whole chunks and one more, which may be empty: the state it begins with is what
-    the state after the last token is made from.
+    A sequence of T tokens has ``T // C`` whole chunks and one more, which may be empty: from the state it begins with,
+    that after the last token is made.
     """
     D, M, size = system.kernel.shape
     rows, (batch, length) = x.shape[0], u.shape[:2]

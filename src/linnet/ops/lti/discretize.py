@@ -60,7 +60,7 @@ def bilinear_diagonal(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor,
     2)``. Arguments and results as in :func:`zoh`."""
     half = _complex(A) * dt / 2
     up, down = 1 + half, 1 - half
-    # The modulus from both squares: (|up|^2 - |down|^2) / |down|^2 = 4 Re half / |down|^2 loses no digits for small steps.
+    # |up|^2 / |down|^2 - 1, without the difference of two numbers close to 1 that a small step would make of it
     ratio = 4 * half.real / down.abs().square()
     return torch.log1p(ratio) / 2, up.angle() - down.angle(), torch.view_as_real(dt * _complex(B) / down)
 

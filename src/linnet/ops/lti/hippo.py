@@ -1,4 +1,4 @@
-"""HiPPO transitions: continuous-time systems whose state is a running expansion of the past in orthogonal polynomials."""
+"""HiPPO transitions: continuous-time systems whose state expands the past in orthogonal polynomials."""
 
 from __future__ import annotations
 

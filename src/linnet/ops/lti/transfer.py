@@ -34,8 +34,8 @@ def vandermonde_kernel(g: Tensor, theta: Tensor, B: Tensor, C: Tensor, length: i
     """``K_j = Re sum_p C_p B_p exp(j (g_p + i theta_p))`` for j < length, ``[D, M, L]``; arguments as in
     :func:`linnet.ops.lti_diagonal`.
 
-    The exponents are split, ``j = block j1 + j0``, so that about ``2 sqrt(L)`` powers a mode are computed, and the rest is
-    one product of matrices; neither time nor memory holds ``[D, P, L]``.
+    The exponents are split, ``j = block j1 + j0``, so that about ``2 sqrt(L)`` powers a mode are computed and the rest
+    is a product of matrices: nothing of size ``[D, P, L]`` is ever held.
 
     Source: S4D (arXiv 2206.11893) section 3.2.
     """
@@ -84,8 +84,8 @@ def cauchy_kernel(lam: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, leng
 
 
 def dplr(lam: Tensor, P: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same continuous system as dense real matrices ``A [D, N, N]``, ``B [D, N]`` and ``C [D, M, N]``, over the real
-    and imaginary parts of one of each conjugate pair."""
+    """The same continuous system as dense real matrices ``A [D, N, N]``, ``B [D, N]`` and ``C [D, M, N]``; the state is
+    the real and imaginary parts of one of each conjugate pair."""
     turn = torch.stack([torch.view_as_real(lam), torch.view_as_real(1j * lam)], -1)  # [D, N/2, 2, 2] columns
     pairs, size = torch.view_as_real(P).flatten(-2), 2 * lam.shape[-1]
     A = torch.zeros(*lam.shape[:-1], size // 2, size // 2, 2, 2, dtype=pairs.dtype, device=pairs.device)
