@@ -9,7 +9,21 @@ if TYPE_CHECKING:
     from linnet import mixers, models, ops
     from linnet.mixers import build_mixer
     from linnet.models import Decoder, DecoderConfig, generate
-    from linnet.ops import Segments, attention, backend, conv, decay, lti, lti_diagonal, mlstm, value_checks
+    from linnet.ops import (
+        Segments,
+        attention,
+        backend,
+        conv,
+        decay,
+        lti,
+        lti_diagonal,
+        minmax_scan,
+        mlstm,
+        scan,
+        selective_scan,
+        softmax_scan,
+        value_checks,
+    )
 
 __version__ = "0.1.0"
 
@@ -26,10 +40,14 @@ __all__ = [
     "generate",
     "lti",
     "lti_diagonal",
+    "minmax_scan",
     "mixers",
     "mlstm",
     "models",
     "ops",
+    "scan",
+    "selective_scan",
+    "softmax_scan",
     "value_checks",
 ]
 
@@ -45,7 +63,11 @@ _MODULES = {
         "decay",
         "lti",
         "lti_diagonal",
+        "minmax_scan",
         "mlstm",
+        "scan",
+        "selective_scan",
+        "softmax_scan",
         "value_checks",
     ),
 }

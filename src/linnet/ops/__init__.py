@@ -5,6 +5,7 @@ from .conv import ConvState, conv
 from .core import Segments, backend, get_op, ops, value_checks
 from .decay import DecayState, MLSTMState, decay, mlstm
 from .lti import LTIState, lti, lti_diagonal
+from .scan import ScanState, SoftmaxScanState, minmax_scan, scan, selective_scan, softmax_scan
 
 __all__ = [
     "AttentionState",
@@ -12,7 +13,9 @@ __all__ = [
     "DecayState",
     "LTIState",
     "MLSTMState",
+    "ScanState",
     "Segments",
+    "SoftmaxScanState",
     "attention",
     "backend",
     "conv",
@@ -20,8 +23,12 @@ __all__ = [
     "get_op",
     "lti",
     "lti_diagonal",
+    "minmax_scan",
     "mlstm",
     "ops",
     "rotary",
+    "scan",
+    "selective_scan",
+    "softmax_scan",
     "value_checks",
 ]
