@@ -3,7 +3,7 @@
 from .accuracy import Accuracy, accuracy
 from .baselines import NGram, baselines, gzip_bits_per_byte, xz_bits_per_byte
 from .bits_per_byte import bits_per_byte
-from .plots import plot_loss_curve
+from .plots import plot_curves, plot_loss_curve
 
 __all__ = [
     "Accuracy",
@@ -12,6 +12,7 @@ __all__ = [
     "baselines",
     "bits_per_byte",
     "gzip_bits_per_byte",
+    "plot_curves",
     "plot_loss_curve",
     "xz_bits_per_byte",
 ]

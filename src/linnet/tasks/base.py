@@ -53,6 +53,8 @@ class Task:
         lengths: tokens of a row in training, then lengths to test at (ascending).
         vocab_size: token ids and answers are below it.
         chance: accuracy of the best guess that has not read the row.
+        compressed: whether the answers at all positions are read out of the output at the last one, by a
+            :class:`linnet.models.Compressor`.
         causal: whether what was read up to a scored position settles its answer (what follows does not matter).
     """
 
@@ -60,6 +62,7 @@ class Task:
     source: ClassVar[str]
     lengths: ClassVar[tuple[int, ...]] = (64, 128, 256)
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    compressed: ClassVar[bool] = False
     causal: ClassVar[bool] = True
     vocab_size: int
     chance: float

@@ -14,6 +14,7 @@ import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ import torch
 from rich.console import Console
 
 from linnet.evaluation import accuracy
-from linnet.mixers import split_specs
-from linnet.models import Decoder, DecoderConfig
+from linnet.mixers import parse_spec, split_specs
+from linnet.models import Compressor, Decoder, DecoderConfig
 from linnet.ops.core import state_bytes
-from linnet.tasks import Task, TaskData, build_task
+from linnet.tasks import Task, TaskData, build_task, get_task
 
 from .checkpoint import checkpoints
 from .config import TrainingConfig
@@ -113,9 +114,10 @@ class Comparison:
         for spec, n in self.tests.values():  # complain before anything is trained
             TaskData(build_task(spec), length=n, batch_size=1).sample(0)
         self.data(0).sample(0)
+        assert self.vocab_size  # its grammars are built outside of the meta device
         with torch.device("meta"):
             for mixer, size, _ in self.cells():
-                Decoder(self.config(mixer, size))
+                self.frame(self.config(mixer, size))
         self.training_config(0)
 
     def cells(self) -> Iterator[tuple[str, int, int]]:
@@ -132,6 +134,11 @@ class Comparison:
         return DecoderConfig.from_dict({**defaults, **self.model, **shape, "mixers": split_specs(mixer, "+")})
 
     @property
+    def frame(self) -> type[Decoder]:
+        """The class of the models."""
+        return Compressor if get_task(parse_spec(self.task, "task")[0]).compressed else Decoder
+
+    @cached_property
     def vocab_size(self) -> int:
         """Of the task and its tests."""
         return max(build_task(spec).vocab_size for spec in (self.task, *(spec for spec, _ in self.tests.values())))
@@ -237,35 +244,46 @@ def _run_cell(comparison: Comparison, mixer: str, size: int, seed: int, folder: 
     if folder.exists() and not going_on:  # stopped before its first checkpoint
         shutil.rmtree(folder)
     torch.manual_seed(seed)
-    model = Decoder(comparison.config(mixer, size))
+    model = comparison.frame(comparison.config(mixer, size))
     tests = {name: (build_task(spec), n) for name, (spec, n) in comparison.tests.items()}
     first, length = next(iter(tests.values()))
 
     def follow(model: Any, *, part: int, parts: int, **_: Any) -> dict[str, float]:
         return {"accuracy": accuracy(model, first, length, rows=min(64, comparison.test_rows)).answers / parts}
 
-    if going_on and (folder / "model").is_dir():  # trained, and stopped while it was tested
-        raise ValueError(f"out: {folder} is trained but not tested; remove it to go on")
-    result = train(
-        model,
-        comparison.data(seed),
-        comparison.training_config(seed),
-        out=folder,
-        resume=going_on,
-        evaluate=follow,
-        console=Console(quiet=True),
-    )
-    if not result.finished:
-        return None
-    cell = _test(model.eval(), tests, result, comparison.test_rows, (mixer, size, seed))
+    if (folder / "model").is_dir():  # trained, and stopped while it was tested
+        model = comparison.frame.load(folder / "model")
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        seconds = json.loads((checkpoints(folder)[-1] / "trainer.json").read_text(encoding="utf-8"))["seconds"]
+    else:
+        result = train(
+            model,
+            comparison.data(seed),
+            comparison.training_config(seed),
+            out=folder,
+            resume=going_on,
+            evaluate=follow,
+            console=Console(quiet=True),
+        )
+        if not result.finished:
+            return None
+        records, seconds = result.records, result.seconds
+    cell = _test(model.eval(), tests, comparison.test_rows, records, seconds, (mixer, size, seed))
     partial = folder / f".{CELL_FILE}.partial"
     partial.write_text(json.dumps(dataclasses.asdict(cell), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / CELL_FILE)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing goes on from them
     return cell
 
 
 def _test(
-    model: Decoder, tests: Mapping[str, tuple[Task, int]], result: Any, rows: int, key: tuple[str, int, int]
+    model: Decoder,
+    tests: Mapping[str, tuple[Task, int]],
+    rows: int,
+    records: Sequence[Mapping[str, Any]],
+    seconds: float,
+    key: tuple[str, int, int],
 ) -> Cell:
     held, reached = {}, {}
     device = model.embed_tokens.weight.device
@@ -274,16 +292,16 @@ def _test(
             one = TaskData(task, length=length, batch_size=1, split="test").sample(0).tokens.to(device)
             held[name] = state_bytes(model(one).state)
         reached[name] = accuracy(model, task, length, rows=rows)._asdict()
-    speeds = [r["perf/tokens_per_s"] for r in result.records if "perf/tokens_per_s" in r]
-    curve = [(r["step"], r["held_out/accuracy"]) for r in result.records if "held_out/accuracy" in r]
-    loss = result.last("train/loss")
+    speeds = [r["perf/tokens_per_s"] for r in records if "perf/tokens_per_s" in r]
+    curve = [(r["step"], r["held_out/accuracy"]) for r in records if "held_out/accuracy" in r]
+    losses = [r["train/loss"] for r in records if "train/loss" in r]
     return Cell(
         *key,
         parameters=model.num_parameters(),
         state_bytes=held,
         tokens_per_s=round(statistics.median(speeds), 1),
-        seconds=round(result.seconds, 2),
-        loss=round(loss if loss is not None else float("nan"), 5),
+        seconds=round(seconds, 2),
+        loss=round(losses[-1], 5),
         accuracy=reached,
         curve=curve,
     )
