@@ -1,14 +1,18 @@
 """Measuring models: bits per byte, what compressors reach on the same text, and curves."""
 
+from .accuracy import Accuracy, accuracy
 from .baselines import NGram, baselines, gzip_bits_per_byte, xz_bits_per_byte
 from .bits_per_byte import bits_per_byte
-from .plots import plot_loss_curve
+from .plots import plot_curves, plot_loss_curve
 
 __all__ = [
+    "Accuracy",
     "NGram",
+    "accuracy",
     "baselines",
     "bits_per_byte",
     "gzip_bits_per_byte",
+    "plot_curves",
     "plot_loss_curve",
     "xz_bits_per_byte",
 ]
