@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_curves", "plot_loss_curve"]
+__all__ = ["plot_curves", "plot_dissection", "plot_loss_curve"]
 
 _INK, _MUTED, _GRID = "#1f2933", "#66727f", "#e4e7eb"
 _TRAIN, _HELD_OUT = "#7fb0d6", "#d1495b"
@@ -36,7 +37,9 @@ def plot_loss_curve(
     train = [(r["step"], r[f"train/{unit}"]) for r in records if f"train/{unit}" in r]
     held_out = [(r["step"], r[f"held_out/{unit}"]) for r in records if f"held_out/{unit}" in r]
 
-    figure, axes = _canvas("optimiser step", "bits per byte" if unit == "bits_per_byte" else "loss (nats per token)", title)
+    figure, axes = _canvas(
+        "optimiser step", "bits per byte" if unit == "bits_per_byte" else "loss (nats per token)", title
+    )
     if train:
         axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=0.8, alpha=0.55)
         axes.plot(*zip(*_smooth(train), strict=True), color=_TRAIN, linewidth=2.0, label="training")
@@ -113,6 +116,61 @@ def plot_curves(
     if curves:
         figure.legend(frameon=False, labelcolor=_INK, loc="outside lower left", ncols=2, fontsize=8.5)
     figure.savefig(path)
+
+
+def plot_dissection(path: str | Path, parts: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
+    """Draw what :func:`linnet.evaluation.dissect` found: a row an engine call, with who reads whom, how far back, how
+    much of the past is carried over each cut, and the eigenvalues of the transitions.
+
+    Args:
+        path: the PNG file to write (replaced if it exists).
+        parts: the linear ones, as ``LinearPart`` turned into a mapping.
+        title: shown above.
+
+    Raises:
+        ValueError: no parts.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    if not parts:
+        raise ValueError("parts: expected at least one linear engine call, got none")
+    figure = Figure(figsize=(13, 0.5 + 3.1 * len(parts)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=11, fontweight="bold")
+    for part, (mixing, lags, cuts, plane) in zip(parts, figure.subplots(len(parts), 4, squeeze=False), strict=True):
+        mixing.imshow(part["mixing"], cmap="Blues", interpolation="nearest")
+        _label(mixing, "token read", "token reading", f"{part['engine']}: who reads whom")
+        lags.set_yscale("log")
+        lags.yaxis.set_minor_formatter(NullFormatter())
+        lags.plot(part["lags"], color=_HELD_OUT, linewidth=1.8, marker="o", markersize=3)
+        _label(lags, "tokens ago", "|Phi|", f"memory: {part['reach']:.1f} tokens on average")
+        at = range(1, len(part["ranks"]) + 1)
+        cuts.plot(at, part["full"], color=_MUTED, linewidth=1.1, linestyle=(0, (5, 3)), label="possible")
+        cuts.plot(at, part["ranks"], color=_TRAIN, linewidth=1.8, marker="o", markersize=3, label="exact")
+        cuts.plot(at, part["used"], color=_HELD_OUT, linewidth=1.8, marker="s", markersize=3, label="above 1%")
+        cuts.legend(frameon=False, labelcolor=_INK, fontsize=8)
+        _label(cuts, "cut before token", "rank", "numbers carried over a cut")
+        turn = [2 * math.pi * i / 180 for i in range(181)]
+        plane.plot([math.cos(a) for a in turn], [math.sin(a) for a in turn], color=_GRID, linewidth=1.2)
+        plane.axhline(0, color=_GRID, linewidth=0.8)
+        plane.axvline(0, color=_GRID, linewidth=0.8)
+        plane.scatter(*zip(*part["eigenvalues"] or [(math.nan, math.nan)], strict=True), s=9, color=_TRAIN, alpha=0.6)
+        plane.set_aspect("equal")
+        plane.set_xticks([-1, 0, 1])
+        plane.set_yticks([-1, 0, 1])
+        _label(plane, "real", "imaginary", "eigenvalues of the transitions")
+    figure.savefig(path)
+
+
+def _label(axes: Any, x: str, y: str, title: str) -> None:
+    """Names and colours of one of several panels."""
+    axes.set_xlabel(x, color=_MUTED, fontsize=8)
+    axes.set_ylabel(y, color=_MUTED, fontsize=8)
+    axes.set_title(title, loc="left", color=_INK, fontsize=9)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(which="both", colors=_MUTED, length=0, labelsize=7)
 
 
 def _canvas(x: str, y: str, title: str) -> tuple[Any, Any]:

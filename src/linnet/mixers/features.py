@@ -32,7 +32,7 @@ class TaylorFeatures(nn.Module):
     def reset_parameters(self) -> None:
         """Fill the tables: of each monomial the one of a degree less that it extends, by which channel, and the
         product of the factorials of its powers."""
-        shorter = {(): 0}
+        shorter: dict[tuple[int, ...], int] = {(): 0}
         for degree in range(1, self.order + 1):
             longer = list(combinations_with_replacement(range(self.size), degree))
             rows = [(shorter[m[:-1]], m[-1], math.prod(math.factorial(m.count(c)) for c in set(m))) for m in longer]

@@ -20,7 +20,7 @@ MEASURES = ("legs", "legt", "lagt")
 
 def _is_a_convolution(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     mixer, x = random_mixer(generator, "lssl", 6, state_size=5), inputs(generator, 6, length=70)
-    return mixer.respond(x, None, None)[0][..., 0], conv(x, krylov_kernel(*mixer.system(), 70)[:, 0].flip(-1))[0]
+    return mixer.respond(x, None, None)[0][..., 0], conv(x, krylov_kernel(*mixer.system(), length=70)[:, 0].flip(-1))[0]
 
 
 def _is_a_gated_average(generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ MEASURES = ("legs", "legt", "lagt")
 
 def _is_a_convolution(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     mixer, x = random_mixer(generator, "s4", 6, state_size=8, measure="legt"), inputs(generator, 6, length=51)
-    kernel = cauchy_kernel(*mixer.structure(), mixer.steps(), 51)[:, 0]
+    kernel = cauchy_kernel(*mixer.structure(), dt=mixer.steps(), length=51)[:, 0]
     return mixer.respond(x, None, None)[0], conv(x, kernel.flip(-1))[0]
 
 

@@ -56,4 +56,6 @@ def run(experiment: Experiment) -> Outcome:
     for mixer in (VECTOR, SLOW):
         far = mean_accuracy(cells, mixer, "256, far")
         bars.append(Bar(f"accuracy at 256 tokens, 64 or more after the write, {LABELS[mixer]}", far, at_least=0.9))
-    return Outcome(bars, by_test(cells, LABELS, {"64": 64, "256, far": 256}), x="tokens of a row", y="accuracy at reads")
+    return Outcome(
+        bars, by_test(cells, LABELS, {"64": 64, "256, far": 256}), x="tokens of a row", y="accuracy at reads"
+    )

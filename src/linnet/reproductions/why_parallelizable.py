@@ -49,7 +49,9 @@ def run(experiment: Experiment) -> Outcome:
 
     bars = [Bar(f"{label}, 100 tokens", late(m, "100"), 0.98, published="1.000") for m, label in TRACK.items()]
     bars += [Bar(f"{label}, 40 tokens", late(m, "40"), at_most=0.65, published="near 0") for m, label in CANNOT.items()]
-    bars += [Bar(f"{label}, 100 tokens", late(m, "100"), at_most=0.55, published="near 0") for m, label in CANNOT.items()]
+    bars += [
+        Bar(f"{label}, 100 tokens", late(m, "100"), at_most=0.55, published="near 0") for m, label in CANNOT.items()
+    ]
     gru = next(iter(TRACK))
     bars.append(Bar("GRU, 256 tokens", late(gru, "256"), 0.98, published="1.000 (sLSTM)"))
     places = {name: float(n) for name, n in TESTS.items()}

@@ -17,7 +17,8 @@ CLOSE, PAD = 14, 15
 
 
 @register_task(
-    "listops", "Tay et al. 2020, Long Range Arena (arXiv 2011.04006), after Nangia & Bowman 2018: nested list operations"
+    "listops",
+    "Tay et al. 2020, Long Range Arena (arXiv 2011.04006), after Nangia & Bowman 2018: nested list operations",
 )
 class ListOps(Task):
     """Nested MIN, MAX, MED and SM (sum mod 10) over digits; the value, after the last bracket.

@@ -17,7 +17,8 @@ def distinct(rows: int, count: int, high: int, generator: torch.Generator) -> Te
 
 
 @register_task(
-    "mqar", "Arora et al. 2023, Zoology (arXiv 2312.04927): multi-query associative recall, with its power-law distances"
+    "mqar",
+    "Arora et al. 2023, Zoology (arXiv 2312.04927): multi-query associative recall, with its power-law distances",
 )
 class MQAR(Task):
     """Pairs of a key and a value, then the keys again at power-law distances among fill; each asks for its value.

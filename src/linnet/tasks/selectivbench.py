@@ -225,7 +225,9 @@ class SelectivBench(Task):
         if self.distractors:
             legal = grammar.successor >= 0
             legal[END, grammar.symbol(grammar.starts)] = True
-            foreign = torch.multinomial((~legal[states.gather(1, element)]).flatten(0, 1).double(), 1, generator=generator).view(rows, total)
+            foreign = torch.multinomial(
+                (~legal[states.gather(1, element)]).flatten(0, 1).double(), 1, generator=generator
+            ).view(rows, total)
             symbol, shown = torch.where(own, symbol, foreign), inside
         tokens = F.one_hot(symbol, grammar.letters + 1) * shown.unsqueeze(2).float()
         if self.noise:

@@ -12,7 +12,7 @@ from .checks import (
 )
 from .registry import BACKENDS, Case, Cost, Identity, Op, backend, get_op, ops, register_op, resolve_backend
 from .segments import Segments, chunk_table
-from .state import detach, map_state, repeat_rows, select_rows, state_bytes, state_tensors, to
+from .state import detach, map_state, named_tensors, repeat_rows, select_rows, state_bytes, state_tensors, to
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +32,7 @@ __all__ = [
     "detach",
     "get_op",
     "map_state",
+    "named_tensors",
     "no_autocast",
     "ops",
     "register_op",
