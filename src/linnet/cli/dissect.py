@@ -213,7 +213,7 @@ def _print_tracking(screen: Any, expressivity: str, tracking: dict[str, dict[str
         table.add_row(name, *cells, result["verdict"])
     screen.print(table)
     screen.print(
-        f"One layer, {steps} steps on rows of 4, 8 and 16 tokens; accuracy in the last tenth of a row. Not learned does "
-        "not mean not representable.\n",
+        f"One layer, {steps} steps on rows of 4, 8 and 16 tokens; accuracy in the last tenth of a row. Not learned "
+        "does not mean not representable.\n",
         style="dim",
     )

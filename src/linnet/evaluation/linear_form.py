@@ -195,13 +195,15 @@ def transfer(call: EngineCall) -> Tensor:
     T, shape = call.values.shape[1], call.values.shape[2:]
     m = shape.numel()
     probes = torch.eye(T * m).to(call.values).view(T * m, T, *shape)
-    read = torch.cat([call.rows(part)[0].flatten(2) for part in probes.split(_ROWS)])
+    size = _ROWS if call.arguments.get("segments") is None else 1  # a packed call has one row
+    read = torch.cat([call.rows(part)[0].flatten(2) for part in probes.split(size)])
     return read.view(T, m, T, -1).permute(2, 3, 0, 1)
 
 
 @torch.no_grad()
 def canonical(call: EngineCall) -> Canonical | None:
-    """The matrices of a linear call in the coordinates of its own state; None when the state grows with the sequence.
+    """The matrices of a linear call, not packed, in the coordinates of its own state; None when that grows with the
+    sequence.
 
     Memory are the parts of the state that the values reach; the others (sums of keys, stabilisers) go their own way.
     """

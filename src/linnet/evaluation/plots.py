@@ -132,7 +132,7 @@ def plot_dissection(path: str | Path, parts: Sequence[Mapping[str, Any]], *, tit
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     if not parts:
         raise ValueError("parts: expected at least one linear engine call, got none")
@@ -143,6 +143,8 @@ def plot_dissection(path: str | Path, parts: Sequence[Mapping[str, Any]], *, tit
         mixing.imshow(part["mixing"], cmap="Blues", interpolation="nearest")
         _label(mixing, "token read", "token reading", f"{part['engine']}: who reads whom")
         lags.set_yscale("log")
+        lags.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        lags.yaxis.set_major_formatter("{x:g}")
         lags.yaxis.set_minor_formatter(NullFormatter())
         lags.plot(part["lags"], color=_HELD_OUT, linewidth=1.8, marker="o", markersize=3)
         _label(lags, "tokens ago", "|Phi|", f"memory: {part['reach']:.1f} tokens on average")
