@@ -38,7 +38,7 @@ def phi_of(form: Canonical) -> Tensor:
 
 def decay_call(T: int = 12, K: int = 3, V: int = 2, **options) -> EngineCall:
     given = {"q": normal(1, T, 1, K), "k": normal(1, T, 1, K, seed=1), "v": normal(1, T, 1, V, seed=2), "scale": 1.0}
-    return EngineCall("decay", given | options, "v")
+    return EngineCall("decay", given | options, "v", T)
 
 
 GATES = {
@@ -57,7 +57,7 @@ def test_matrices_transfer_and_layer_agree(gate: str) -> None:
     call = decay_call(**GATES[gate])
     form, phi = canonical(call), transfer(call)
     assert form is not None and nonlinearity(call) < 1e-12
-    v, y = call.values[0].flatten(1), call.run()[0][0].flatten(1)
+    v, y = call.values, call.run()[0][0].flatten(1)
     torch.testing.assert_close(simulate(form, v), y, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.einsum("ipjm,jm->ip", phi, v), y, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(phi_of(form), phi, rtol=1e-12, atol=1e-12)
@@ -104,7 +104,7 @@ def test_ranks_of_heads() -> None:
     one = {"q": normal(1, T, 1, 3), "k": normal(1, T, 1, 3, seed=1), "v": normal(1, T, 1, 1, seed=2)}
     profiles = [
         ranks(transfer(call), 1e-9)[0]
-        for call in (linear, EngineCall("attention", one | {"window": 5}, "v"), EngineCall("attention", one, "v"))
+        for call in (linear, EngineCall("attention", one | {"window": 5}, "v", T), EngineCall("attention", one, "v", T))
     ]
     assert [[profile[s - 1] for s in cuts] for profile in profiles] == [[3] * 5, [4] * 5, [4, 8, 12, 8, 4]]
     assert [profile[1] for profile in profiles] == [2, 2, 2]
@@ -118,7 +118,7 @@ def test_minimal_realisation_round_trip(tokens: int) -> None:
     phi = transfer(call)
     form = realise(phi)
     torch.testing.assert_close(phi_of(form), phi, rtol=1e-9, atol=1e-11)
-    v = call.values[0].flatten(1)
+    v = call.values
     torch.testing.assert_close(simulate(form, v), call.run()[0][0].flatten(1), rtol=1e-9, atol=1e-11)
     assert [A.shape[1] for A in form.A] == [min(2 * s, 2 * (tokens - s), 6) for s in range(tokens)]
 
@@ -142,7 +142,7 @@ def test_packing_is_block_diagonal() -> None:
 def test_what_is_not_linear_is_found_out() -> None:
     """The key of delta-like or normalised layers is not a value."""
     call = decay_call(**GATES["normalised"])
-    assert nonlinearity(EngineCall("decay", call.arguments, "k")) > 1e-3
+    assert nonlinearity(call._replace(value="k")) > 1e-3
 
 
 def test_engine_calls_of_a_mixer() -> None:

@@ -155,7 +155,7 @@ class Classifier(nn.Module):
 
 @pytest.mark.slow
 def test_a_trained_layer_runs_at_another_sampling_rate() -> None:
-    """Trained on all samples; on every second or fourth it is as good with steps that much longer (zero-order hold), and
+    """Trained on all samples; on every second or fourth it is as good with steps so much longer (zero-order hold) and
     lost with its old ones."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)

@@ -148,8 +148,7 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 
 def _part(call: EngineCall) -> LinearPart:
-    read = call.run()[0][0].flatten(1)
-    values = call.values[0].flatten(1)
+    read, values = call.run()[0][0].flatten(1), call.values
     T, m, p = *values.shape, read.shape[1]
     facts: dict[str, Any] = {"engine": call.engine, "values": m, "readings": p, "nonlinearity": nonlinearity(call)}
     if facts["nonlinearity"] > _SAME:

@@ -110,44 +110,56 @@ def affine_steps(mixer: Mixer, x: Tensor, state: Any) -> tuple[Tensor, Tensor]:
 
 
 class EngineCall(NamedTuple):
-    """One call of an engine inside a mixer: its name in the registry, its arguments, and which of them is written."""
+    """One call of an engine inside a mixer.
+
+    Attributes:
+        engine: its name in the registry.
+        arguments: of the call.
+        value: name of the one that is written into the state.
+        length: tokens T. An argument may have several entries a token (the substeps of a product of transitions).
+    """
 
     engine: str
     arguments: dict[str, Any]
     value: str
+    length: int
 
     @property
     def values(self) -> Tensor:
-        """``[1, T, ...]``."""
-        return self.arguments[self.value]
+        """``[T, m]``, what is written for each token."""
+        return self.arguments[self.value].reshape(self.length, -1)
 
     def run(self, **changed: Any) -> tuple[Tensor, Any]:
         """The reading and the state, with some arguments changed."""
         out, state = ops()[self.engine].function(**self.arguments | changed)
         return (out if isinstance(out, Tensor) else out[0]), state
 
-    def rows(self, values: Tensor, part: slice = slice(None), state: Any = None) -> tuple[Tensor, Any]:
-        """The call on rows of other values ``[R, T', ...]`` over a part of the time, everything else repeated."""
-        length, count = self.values.shape[1], values.shape[0]
-        other = {
-            name: x[:, part].expand(count, *[-1] * (x.dim() - 1))
-            for name, x in self.arguments.items()
-            if isinstance(x, Tensor) and x.dim() > 1 and x.shape[:2] == (1, length)
-        }
-        return self.run(**other | {self.value: values, "state": state})
+    def rows(self, values: Tensor, start: int = 0, stop: int | None = None, state: Any = None) -> tuple[Tensor, Any]:
+        """The readings ``[R, T', p]`` of rows of other values ``[R, T', m]`` from one token to another, everything else
+        repeated, and the state."""
+        stop = self.length if stop is None else stop
+        other = {}
+        for name in {name for case in ops()[self.engine].cases for name in case.time}:
+            x = self.arguments.get(name)
+            if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == 1 and x.shape[1] % self.length == 0:
+                each = x.shape[1] // self.length
+                other[name] = x[:, start * each : stop * each].expand(len(values), *[-1] * (x.dim() - 1))
+        values = values.reshape(other[self.value].shape)
+        read, after = self.run(**other | {self.value: values, "state": state})
+        return read.flatten(2), after
 
 
 @torch.no_grad()
 def engine_calls(mixer: Mixer, x: Tensor) -> list[EngineCall]:
     """The engine calls (short convolutions apart) that ``mixer`` makes on ``x [1, T, D]``, in order."""
     found: list[EngineCall] = []
-    with _recording(mixer, found):
+    with _recording(mixer, found, x.shape[1]):
         mixer(x)
     return found
 
 
 @contextmanager
-def _recording(mixer: Mixer, found: list[EngineCall]) -> Iterator[None]:
+def _recording(mixer: Mixer, found: list[EngineCall], length: int) -> Iterator[None]:
     """Mixers find an engine by the name under which their module imported it: for the time of a call, those names lead
     to functions that take notes."""
     mixers()  # all of their modules are loaded now
@@ -156,12 +168,13 @@ def _recording(mixer: Mixer, found: list[EngineCall]) -> Iterator[None]:
     engines = {op.function: op.name for op in ops().values() if op.name != "conv"}
 
     def noting(function: Callable[..., Any], engine: str) -> Callable[..., Any]:
-        signature = inspect.signature(function)
-        value = next((name for name in _VALUES if name in signature.parameters), "")
-
         def call(*args: Any, **kwargs: Any) -> Any:
-            if value:
-                found.append(EngineCall(engine, dict(signature.bind(*args, **kwargs).arguments), value))
+            given = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+            time = {name for case in ops()[engine].cases for name in case.time} & given.keys()
+            # Where nothing is called a value, as in nonlinear cells, whatever comes in over time will do.
+            value = next((name for name in (*_VALUES, *sorted(time)) if name in time), None)
+            if value is not None:
+                found.append(EngineCall(engine, given, value, length))
             return function(*args, **kwargs)
 
         return call
@@ -183,8 +196,8 @@ def _recording(mixer: Mixer, found: list[EngineCall]) -> Iterator[None]:
 def nonlinearity(call: EngineCall) -> float:
     """How far the reading is from additive and homogeneous in the values, relative to its size; 0 when it is linear."""
     generator = torch.Generator().manual_seed(0)
-    one, two = (torch.randn(call.values.shape, generator=generator, dtype=torch.float64).to(call.values) for _ in "12")
-    parts = [call.rows(v)[0] for v in (one, two, 2 * one - 3 * two)]
+    one, two = torch.randn(2, *call.values.shape, generator=generator, dtype=torch.float64).to(call.values)
+    parts = [call.rows(v[None])[0] for v in (one, two, 2 * one - 3 * two)]
     want = 2 * parts[0] - 3 * parts[1]
     return float((parts[2] - want).abs().max() / want.abs().max().clamp(min=1e-300))
 
@@ -192,11 +205,10 @@ def nonlinearity(call: EngineCall) -> float:
 @torch.no_grad()
 def transfer(call: EngineCall) -> Tensor:
     """``Phi [T, p, T, m]``: the reading at every token for one-hot values at every token."""
-    T, shape = call.values.shape[1], call.values.shape[2:]
-    m = shape.numel()
-    probes = torch.eye(T * m).to(call.values).view(T * m, T, *shape)
+    T, m = call.values.shape
+    probes = torch.eye(T * m).to(call.values).view(T * m, T, m)
     size = _ROWS if call.arguments.get("segments") is None else 1  # a packed call has one row
-    read = torch.cat([call.rows(part)[0].flatten(2) for part in probes.split(size)])
+    read = torch.cat([call.rows(part)[0] for part in probes.split(size)])
     return read.view(T, m, T, -1).permute(2, 3, 0, 1)
 
 
@@ -209,27 +221,24 @@ def canonical(call: EngineCall) -> Canonical | None:
     """
     if not ops()[call.engine].fixed_state:
         return None
-    values, T = call.values, call.values.shape[1]
-    m = values[0, 0].numel()
+    values, (T, m) = call.values, call.values.shape
     state = call.arguments.get("state")
     if state is None:  # of a sequence without tokens
         state = select_rows(call.run(segments=Segments.from_lengths([0, T], values.device))[1], torch.tensor([0]))
-    once, twice = (named_tensors("", call.run(**{call.value: f * values})[1]) for f in (1, 2))
+    once, twice = (named_tensors("", call.rows(f * values[None])[1]) for f in (1, 2))
     reached = {path for path, x in once.items() if not torch.equal(x, twice[path])}
     n = sum(x.numel() for path, x in once.items() if path in reached)
-    unit = torch.eye(n + m).to(values)
-    before, written = unit[:, :n], unit[:, n:].view(n + m, 1, *values.shape[2:])
+    unit = torch.eye(n + m, dtype=torch.float64)
+    before, written = unit[:, :n], unit[:, None, n:].to(values)
     found: list[list[Tensor]] = [[], [], [], []]
     for t in range(T):
-        part = slice(t, t + 1)
-        start = _replace(repeat_rows(state, n + m), before.to(torch.promote_types(before.dtype, torch.float32)),
-                         lambda path: path in reached)  # fmt: skip
-        read, after = call.rows(written, part, start)
+        start = _replace(repeat_rows(state, n + m), before, lambda path: path in reached)
+        read, after = call.rows(written, t, t + 1, start)
         after = torch.cat([x.flatten(1) for path, x in named_tensors("", after).items() if path in reached], 1)
-        columns = after[:n].T, after[n:].T, read.flatten(1)[:n].T, read.flatten(1)[n:].T
+        columns = after[:n].T, after[n:].T, read[:n, 0].T, read[n:, 0].T
         for matrices, matrix in zip(found, columns, strict=True):
             matrices.append(matrix)
-        state = call.rows(values[:, part], part, state)[1]
+        state = call.rows(values[None, t : t + 1], t, t + 1, state)[1]
     return Canonical(*found)
 
 
