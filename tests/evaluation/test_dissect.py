@@ -33,7 +33,6 @@ def test_every_mixer_can_be_taken_apart(name: str) -> None:
             assert part.error < 1e-9
             assert len(part.ranks) == 4 and all(0 <= a <= b for a, b in zip(part.ranks, part.full, strict=True))
             assert part.state is None or part.state >= max(part.ranks)
-    assert mixer.card.engine in {part.engine.split("_")[0] for part in found.parts} | {"decay"}
     json.dumps(found.to_dict(), allow_nan=False)
     assert next(mixer.parameters()).dtype == torch.float32  # a copy was taken apart
 
