@@ -128,8 +128,11 @@ class LSSL(StateSpace):
         C = parts.fp32(self.C)
         return *bilinear(self.transition(), hippo(self.measure, self.size)[1].to(C), self.steps(), self.alpha), C
 
-    def respond(self, x: Tensor, state: LTIState | None, segments: Segments | None) -> tuple[Tensor, LTIState]:
-        return lti(x, *self.system(), state=state, segments=segments)
+    def run(
+        self, x: Tensor, system: tuple[Tensor, ...], state: LTIState | None, segments: Segments | None
+    ) -> tuple[Tensor, LTIState]:
+        A, B, C = system
+        return lti(x, A, B, C, state=state, segments=segments)
 
     def mix(self, y: Tensor, x: Tensor) -> Tensor:
         return self.out_proj(F.gelu(y + self.skip * x[..., None]).flatten(2))

@@ -121,9 +121,16 @@ class S4(StateSpace):
         P, B, C = (torch.view_as_complex(parts.fp32(p).contiguous()) for p in (self.P, self.B, self.C))
         return torch.complex(-parts.fp32(self.log_decay).exp(), parts.fp32(self.frequency)), P, B, C[:, None]
 
-    def respond(self, x: Tensor, state: LTIState | None, segments: Segments | None) -> tuple[Tensor, LTIState]:
+    def system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``A, B, C`` of the discrete system at the present rate, as `linnet.lti` takes them."""
         A, B, C = dplr(*self.structure())
-        y, state = lti(x, *bilinear(A, B, self.steps()), C, state=state, segments=segments)
+        return *bilinear(A, B, self.steps()), C
+
+    def run(
+        self, x: Tensor, system: tuple[Tensor, ...], state: LTIState | None, segments: Segments | None
+    ) -> tuple[Tensor, LTIState]:
+        A, B, C = system
+        y, state = lti(x, A, B, C, state=state, segments=segments)
         return y[..., 0], state
 
     def init_state(self, rows: int) -> LTIState:

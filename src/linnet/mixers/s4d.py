@@ -116,8 +116,11 @@ class S4D(StateSpace):
         one = torch.stack([torch.ones_like(A[..., 0]), torch.zeros_like(A[..., 0])], -1)
         return *RULES[self.rule](A, one, self.steps()[:, None]), 2 * parts.fp32(self.C)[:, None]
 
-    def respond(self, x: Tensor, state: LTIState | None, segments: Segments | None) -> tuple[Tensor, LTIState]:
-        y, state = lti_diagonal(x, *self.system(), state=state, segments=segments)
+    def run(
+        self, x: Tensor, system: tuple[Tensor, ...], state: LTIState | None, segments: Segments | None
+    ) -> tuple[Tensor, LTIState]:
+        g, theta, B, C = system
+        y, state = lti_diagonal(x, g, theta, B, C, state=state, segments=segments)
         return y[..., 0], state
 
     def init_state(self, rows: int) -> LTIState:

@@ -106,14 +106,21 @@ class S5(StateSpace):
         parts.assign(self.B, torch.view_as_real(V.mH @ B.to(V.dtype)).flatten(0, 1))
         parts.assign(self.C, torch.view_as_real(C.to(V.dtype) @ V).flatten(1, 2))
 
-    def respond(self, x: Tensor, state: ScanState | None, segments: Segments | None) -> tuple[Tensor, ScanState]:
+    def system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors ``[P, 2]``, input map ``[P, D, 2]`` and output map ``[D, P, 2]``, of which the real part is read."""
         poles = torch.stack([-parts.fp32(self.log_decay).exp(), parts.fp32(self.frequency)], -1)
         g, theta, B = zoh(poles[:, None], parts.fp32(self.B), self.steps()[:, None])
         a = torch.stack([g.exp() * theta.cos(), g.exp() * theta.sin()], -1)[:, 0]
+        return a, B, 2 * parts.fp32(self.C)
+
+    def run(
+        self, x: Tensor, system: tuple[Tensor, ...], state: ScanState | None, segments: Segments | None
+    ) -> tuple[Tensor, ScanState]:
+        a, B, C = system
         u = F.linear(x, B.transpose(1, 2).flatten(0, 1).to(x.dtype)).unflatten(-1, (-1, 2))
         h, state = scan(a, u, state=state, segments=segments)
-        read = self.C * self.C.new_tensor([2.0, -2.0])  # 2 Re(c h)
-        return F.linear(h.flatten(2), read.flatten(1)), state
+        read = C * C.new_tensor([1.0, -1.0])  # Re(c h)
+        return F.linear(h.flatten(2), read.flatten(1).to(h.dtype)), state
 
     def init_state(self, rows: int) -> ScanState:
         return ScanState(parts.fp32(self.C).new_zeros(rows, len(self.log_decay), 2))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet.ops import Segments
+from linnet.ops.core import no_autocast
 from linnet.ops.lti import nplr
 
 from . import parts
@@ -49,7 +50,7 @@ def spectrum(init: str, pairs: int) -> Tensor:
 
 
 class StateSpace(Mixer):
-    """``GLU(W GELU(y + D x))`` around ``y = respond(x)``, a linear system for each channel.
+    """``GLU(W GELU(y + D x))`` around ``y = respond(x)``, a linear system: subclasses have a ``system`` and ``run`` it.
 
     Args:
         d_model: width.
@@ -77,9 +78,19 @@ class StateSpace(Mixer):
         """The step of each channel (or state), at the sampling rate of the input."""
         return self.rate * parts.fp32(self.log_dt).exp()
 
-    def respond(self, x: Tensor, state: Any, segments: Segments | None) -> tuple[Tensor, Any]:
-        """What the system makes of ``x [B, T, D]``, and its state."""
+    def system(self) -> tuple[Tensor, ...]:
+        """The discrete system at the present rate, in fp32, as the layer's engine takes it."""
         raise NotImplementedError
+
+    def run(self, x: Tensor, system: tuple[Tensor, ...], state: Any, segments: Segments | None) -> tuple[Tensor, Any]:
+        """What ``system`` makes of ``x [B, T, D]``, and its state."""
+        raise NotImplementedError
+
+    def respond(self, x: Tensor, state: Any, segments: Segments | None) -> tuple[Tensor, Any]:
+        """:meth:`run` at the present rate."""
+        with no_autocast(x):  # with its matrices in half precision it would be another system
+            system = self.system()
+        return self.run(x, system, state, segments)
 
     def mix(self, y: Tensor, x: Tensor) -> Tensor:
         """The output of the layer, from that of the system and the input."""
