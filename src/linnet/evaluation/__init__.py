@@ -3,16 +3,22 @@
 from .accuracy import Accuracy, accuracy
 from .baselines import NGram, baselines, gzip_bits_per_byte, xz_bits_per_byte
 from .bits_per_byte import bits_per_byte
+from .language import Bucket, by_position, copy_bits, question_score, swap_accuracy
 from .plots import plot_curves, plot_loss_curve
 
 __all__ = [
     "Accuracy",
+    "Bucket",
     "NGram",
     "accuracy",
     "baselines",
     "bits_per_byte",
+    "by_position",
+    "copy_bits",
     "gzip_bits_per_byte",
     "plot_curves",
     "plot_loss_curve",
+    "question_score",
+    "swap_accuracy",
     "xz_bits_per_byte",
 ]

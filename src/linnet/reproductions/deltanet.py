@@ -6,12 +6,11 @@ from .base import Bar, Experiment, Outcome, by_test, mean_accuracy, register_rep
 
 HEAD = "num_heads=2, head_dim=16, conv_size=0"
 LINEAR = "linear_attention(num_heads=2, expand_k=0.5, expand_v=0.5, feature_map='silu', normalize=False)"
-GATE = "gla(num_heads=2, expand_k=0.5, expand_v=0.5, gate_logit_normalizer=1.0)"
+GATE = "gla(num_heads=2, expand_k=0.5, expand_v=0.5)"
 DELTA = f"deltanet({HEAD})"
 FAMILY = {
     "gated_deltanet": f"gated_deltanet({HEAD}, expand_v=1.0)",
     "kda": f"kda({HEAD})",
-    "gated_deltanet2": f"gated_deltanet2({HEAD})",
 }
 
 

@@ -60,7 +60,7 @@ class Task:
 
     name: ClassVar[str]
     source: ClassVar[str]
-    lengths: ClassVar[tuple[int, ...]] = (64, 128, 256)
+    lengths: tuple[int, ...] = (64, 128, 256)
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     compressed: ClassVar[bool] = False
     causal: ClassVar[bool] = True
