@@ -42,6 +42,7 @@ class Bucket(NamedTuple):
     tokens: int
 
 
+@torch.no_grad()
 def _nats(model: Decoder, tokens: Tensor) -> Tensor:
     """Loss of each token but the first, ``[B, T - 1]``."""
     tokens = tokens.to(model.embed_tokens.weight.device)
@@ -58,7 +59,6 @@ def _windows(tokens: np.ndarray, length: int, rows: int) -> Tensor:
     return torch.from_numpy(np.stack([tokens[at : at + length] for at in places]).astype(np.int64))
 
 
-@torch.no_grad()
 def by_position(model: Decoder, tokens: np.ndarray, num_bytes: int, *, length: int, rows: int = 16) -> list[Bucket]:
     """Loss over the position in windows of ``length`` tokens: how much a longer context helps, and whether the model
     holds beyond the one it was trained with.
@@ -87,7 +87,6 @@ def by_position(model: Decoder, tokens: np.ndarray, num_bytes: int, *, length: i
     return buckets
 
 
-@torch.no_grad()
 def copy_bits(model: Decoder, tokens: np.ndarray, *, length: int, rows: int = 16) -> tuple[float, float]:
     """Bits per token of a piece of text, and of the same piece read a second time right behind it.
 
@@ -107,7 +106,6 @@ def copy_bits(model: Decoder, tokens: np.ndarray, *, length: int, rows: int = 16
     return float(nats[:, : length - 1].mean()), float(nats[:, length:].mean())
 
 
-@torch.no_grad()
 def question_score(
     model: Decoder, tokenizer: Tokenizer, family: str, *, budget: int, questions: int = 16, seed: int = 0
 ) -> float:
@@ -128,7 +126,7 @@ def question_score(
     def ids(text: str) -> list[int]:
         return [int(i) for i in tokenizer.encode(text.encode())]
 
-    reserve = min(GENERATED[family.split("_")[0]], budget // 4)
+    reserve = min(GENERATED.get(family.split("_")[0], 0), budget // 4)
     score = 0.0
     for n in range(questions):
         question = make_question(family, budget, seeded(seed, n), lambda text: len(ids(text)), reserve)
@@ -139,7 +137,6 @@ def question_score(
     return score / questions
 
 
-@torch.no_grad()
 def swap_accuracy(
     model: Decoder, tokenizer: Tokenizer, *, swaps: Sequence[int] = (0, 1, 2, 4, 8), questions: int = 32, seed: int = 0
 ) -> dict[int, float]:

@@ -50,7 +50,7 @@ class Cell:
         seconds: of training.
         loss: of the last training step.
         accuracy: for every test :class:`linnet.evaluation.Accuracy` as a mapping.
-        curve: (step, accuracy at the first test) during training.
+        curve: [step, accuracy at the first test] during training.
     """
 
     mixer: str
@@ -62,7 +62,7 @@ class Cell:
     seconds: float
     loss: float
     accuracy: dict[str, dict[str, float]]
-    curve: list[tuple[int, float]]
+    curve: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def _test(
             held[name] = state_bytes(model(one).state)
         reached[name] = accuracy(model, task, length, rows=rows)._asdict()
     speeds = [r["perf/tokens_per_s"] for r in records if "perf/tokens_per_s" in r]
-    curve = [(r["step"], r["held_out/accuracy"]) for r in records if "held_out/accuracy" in r]
+    curve = [[r["step"], r["held_out/accuracy"]] for r in records if "held_out/accuracy" in r]
     losses = [r["train/loss"] for r in records if "train/loss" in r]
     return Cell(
         *key,

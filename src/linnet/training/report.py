@@ -100,7 +100,7 @@ def write_report(out: str | Path, comparison: Comparison, cells: Sequence[Cell])
     progress = {}
     for cell in cells:
         label = f"{cell.mixer}, d={cell.d_model}" if len(comparison.sizes) > 1 else cell.mixer
-        progress.setdefault(label, cell.curve)
+        progress.setdefault(label, [(step, value) for step, value in cell.curve])
     first = next(iter(comparison.tests))
     title = f"{comparison.task}: first initialisation during training, test {first}"
     plot_curves(out / PROGRESS, progress, x="optimiser step", y="accuracy", title=title, limits=_SHARES)
