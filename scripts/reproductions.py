@@ -18,7 +18,11 @@ from linnet.reproductions import reproductions
 from linnet.reproductions.base import draw
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PLOTS, PAGE = ROOT / "reproductions" / "results", ROOT / "docs" / "reproductions", ROOT / "docs" / "reproductions.md"
+RESULTS, PLOTS, PAGE = (
+    ROOT / "reproductions" / "results",
+    ROOT / "docs" / "reproductions",
+    ROOT / "docs" / "reproductions.md",
+)
 
 
 def cell(text: object) -> str:
@@ -53,7 +57,9 @@ def entry(result: dict[str, Any]) -> str:
     for row in result["measured"]:
         measured = "not a number" if row["measured"] is None else f"{row['measured']:.4g}"
         met = "" if row["bar"].startswith("none") else "met" if row["passed"] else "**missed**"
-        lines.append("| " + " | ".join(cell(x) for x in (row["what"], row["published"], measured, row["bar"], met)) + " |")
+        lines.append(
+            "| " + " | ".join(cell(x) for x in (row["what"], row["published"], measured, row["bar"], met)) + " |"
+        )
     lines += ["", f"![{result['title']}](reproductions/{result['name']}.png)"]
     return "\n".join(lines)
 
@@ -61,15 +67,13 @@ def entry(result: dict[str, Any]) -> str:
 def page(results: list[dict[str, Any]]) -> str:
     """docs/reproductions.md."""
     head = (
-        "# Reproductions\n\nMade from `reproductions/results` by `scripts/reproductions.py`. Each is the central claim of a"
-        " paper as an experiment of about three minutes on one CPU core, so the figures are not those of the paper: the"
-        " published ones stand beside them for the direction they point in. Bars were set before the run; a missed bar stays"
-        " missed here. `linnet reproduce` lists them, `linnet reproduce NAME` runs one."
+        "# Reproductions\n\nMade from `reproductions/results` by `scripts/reproductions.py`. Each is the central claim"
+        " of a paper as an experiment of about three minutes on one CPU core, so the figures are not those of the"
+        " paper: the published ones stand beside them for the direction they point in. Bars were set before the run; a"
+        " missed bar stays missed here. `linnet reproduce` lists them, `linnet reproduce NAME` runs one."
     )
     table = ["| | claim | result |", "|---|---|---|"]
-    table += [
-        f"| [{cell(r['title'])}](#{anchor(r['title'])}) | {cell(r['claim'])} | {verdict(r)} |" for r in results
-    ]
+    table += [f"| [{cell(r['title'])}](#{anchor(r['title'])}) | {cell(r['claim'])} | {verdict(r)} |" for r in results]
     return "\n\n".join([head, "\n".join(table), *map(entry, results)]) + "\n"
 
 

@@ -88,7 +88,18 @@ class TestEval:
         for i in range(20):
             (text / f"{i}.txt").write_text(f"Once upon a time, for the {i}th time, there was a fox.\n" * 20)
         run = tmp_path / "run"
-        line = ["--mixers", "gla(num_heads=2)", "--d-model", 16, "--layers", 1, "--set", "mlp_hidden=16", "--context", 16]
+        line = [
+            "--mixers",
+            "gla(num_heads=2)",
+            "--d-model",
+            16,
+            "--layers",
+            1,
+            "--set",
+            "mlp_hidden=16",
+            "--context",
+            16,
+        ]
         line += ["--batch-size", 64, "--steps", 2, "--device", "cpu", "--data", text, "--out", run, "--held-out", 0.2]
         assert call("train", *line).exit_code == 0
         found = call("eval", run, "--rows", 2, "--questions", 1, "--context", 600)

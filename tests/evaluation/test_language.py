@@ -24,7 +24,16 @@ TEXT = np.random.default_rng(0).integers(0, 256, 500)
 
 def test_loss_over_the_position_is_the_loss(model):
     buckets = by_position(model, TEXT, len(TEXT), length=100, rows=3)
-    assert [(b.first, b.last) for b in buckets] == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 100)]
+    assert [(b.first, b.last) for b in buckets] == [
+        (1, 1),
+        (2, 2),
+        (3, 4),
+        (5, 8),
+        (9, 16),
+        (17, 32),
+        (33, 64),
+        (65, 100),
+    ]
     windows = torch.from_numpy(np.stack([TEXT[at : at + 101] for at in (0, 199, 399)]))
     loss = model.loss(windows[:, :-1], windows[:, 1:]).item()
     total = sum(math.log(b.perplexity) * b.tokens for b in buckets)

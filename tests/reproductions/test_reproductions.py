@@ -76,7 +76,8 @@ def test_bars() -> None:
 
 
 def test_transfer_behaviour() -> None:
-    """The claim of TFLA that needs no training: after the norm both gates pass the same, and the epsilon shifts where."""
+    """The claim of TFLA that needs no training: after the norm both gates pass the same, and the epsilon shifts
+    where."""
     fine, coarse = gains(1e-6, 64), gains(1e-2, 64)
     for found in (fine, coarse):
         for a, b in zip(*found.values(), strict=True):

@@ -21,7 +21,8 @@ _WHAT, _BUDGET, _RUN = "What", "Budget", "Run"
 
 def compare(
     task: Annotated[
-        str, typer.Option(help='Task: `parity`, "group(group=\'S3\')", …; `linnet list --tasks`.', rich_help_panel=_WHAT)
+        str,
+        typer.Option(help="Task: `parity`, \"group(group='S3')\", …; `linnet list --tasks`.", rich_help_panel=_WHAT),
     ] = "flipflop",
     mixers: Annotated[
         str,
@@ -44,13 +45,16 @@ def compare(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.", rich_help_panel=_BUDGET)] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_BUDGET)] = 3e-3,
     test_rows: Annotated[int, typer.Option(min=1, help="Rows of a test.", rich_help_panel=_BUDGET)] = 256,
-    device: Annotated[str, typer.Option(help="`auto` (a GPU if there is one) or `cpu`.", rich_help_panel=_RUN)] = "auto",
+    device: Annotated[
+        str, typer.Option(help="`auto` (a GPU if there is one) or `cpu`.", rich_help_panel=_RUN)
+    ] = "auto",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder. Default: runs/compare- and the task.", rich_help_panel=_RUN, show_default=False),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the comparison in --out, with its settings.", rich_help_panel=_RUN)
+        bool,
+        typer.Option("--resume", help="Go on with the comparison in --out, with its settings.", rich_help_panel=_RUN),
     ] = False,
 ) -> None:
     """Train mixers on a synthetic task in the same decoder and compare their accuracy by length.
@@ -87,7 +91,9 @@ def compare(
         screen.print(f"\nStopped; everything is saved. Go on:  [bold]linnet compare --resume --out {folder}[/bold]")
         return
     screen.print(_table(comparison, write_report(folder, comparison, cells)))
-    screen.print(f"Saved in [bold]{folder}[/bold]: index.html (all of it), accuracy.png, training.png, results.json, cells/")
+    screen.print(
+        f"Saved in [bold]{folder}[/bold]: index.html (all of it), accuracy.png, training.png, results.json, cells/"
+    )
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -98,7 +104,9 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 def _table(comparison: Comparison, rows: list[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, caption="accuracy: mean, and the range over initialisations", caption_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, caption="accuracy: mean, and the range over initialisations", caption_justify="left"
+    )
     table.add_column("mixer", style="bold")
     for name in comparison.tests:
         table.add_column(name, justify="right")

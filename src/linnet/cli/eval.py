@@ -29,9 +29,7 @@ def eval(
         int | None, typer.Option(min=2, help="Longest context, in tokens. Default: eight times that of the training.")
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Windows and pieces of text that are read.")] = 16,
-    questions: Annotated[
-        int, typer.Option(min=0, help="Questions of each kind; 0 leaves them out.")
-    ] = 8,
+    questions: Annotated[int, typer.Option(min=0, help="Questions of each kind; 0 leaves them out.")] = 8,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, ... or `auto`.")] = "auto",
 ) -> None:
     """Measure a trained language model: loss by context length, copying, recall and state tracking.
@@ -51,7 +49,9 @@ def eval(
     options = _options(run)
     if data is None and "data" not in options:
         raise ValueError(f"data: {run} does not say what it was trained on; name a text with --data")
-    text = load_corpus(data or options["data"], held_out=options.get("held_out", 0.05), max_bytes=options.get("max_bytes"))
+    text = load_corpus(
+        data or options["data"], held_out=options.get("held_out", 0.05), max_bytes=options.get("max_bytes")
+    )
     model, tokenizer = Decoder.load(folder, device=device), load_tokenizer(folder)
     trained = int(options.get("context", 256))
     results = _measure(model, tokenizer, text.held_out, trained, context or 8 * trained, rows, questions)

@@ -16,7 +16,9 @@ from .show import console
 
 
 def reproduce(
-    name: Annotated[str | None, typer.Argument(help="Which one; without it they are listed.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Which one; without it they are listed.", show_default=False)
+    ] = None,
     all: Annotated[bool, typer.Option("--all", help="Run every one.")] = False,
     budget: Annotated[
         str, typer.Option(help="`cpu`: about three minutes of one core. `gpu`: larger, where there is such a version.")
@@ -77,7 +79,9 @@ def _list(known: dict[str, Any]) -> None:
 
 def _table(result: dict[str, Any]) -> Table:
     verdict = "quick run, no verdict" if result["quick"] else "reproduces" if result["passed"] else "does not reproduce"
-    table = Table(box=box.SIMPLE_HEAD, title=f"{result['name']}: {verdict}, {result['seconds']:.0f} s", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{result['name']}: {verdict}, {result['seconds']:.0f} s", title_justify="left"
+    )
     for column in ("figure", "published", "measured", "bar", ""):
         table.add_column(column, justify="right" if column == "measured" else "left")
     for row in result["measured"]:

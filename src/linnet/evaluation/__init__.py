@@ -1,10 +1,10 @@
 """Measuring models: bits per byte, what compressors reach on the same text, and curves."""
 
-from .scoring import Accuracy, accuracy
 from .baselines import NGram, baselines, gzip_bits_per_byte, xz_bits_per_byte
 from .bits_per_byte import bits_per_byte
 from .language import Bucket, by_position, copy_bits, question_score, swap_accuracy
 from .plots import plot_curves, plot_loss_curve
+from .scoring import Accuracy, accuracy
 
 __all__ = [
     "Accuracy",

@@ -1,7 +1,8 @@
-"""Probes of a trained language model: loss over the position, copying, questions about a text, variables that are swapped.
+"""Probes of a trained language model: loss over the position, copying, questions about a text, variables that are
+swapped.
 
-All of them start from an empty state and need no data but a text. A model of a few million parameters answers no question
-in words; copying and loss over the position tell such models apart.
+All of them start from an empty state and need no data but a text. A model of a few million parameters answers no
+question in words; copying and loss over the position tell such models apart.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def _nats(model: Decoder, tokens: Tensor) -> Tensor:
     """Loss of each token but the first, ``[B, T - 1]``."""
     tokens = tokens.to(model.embed_tokens.weight.device)
     logits = model(tokens[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(
+        len(tokens), -1
+    )
 
 
 def _windows(tokens: np.ndarray, length: int, rows: int) -> Tensor:
@@ -140,8 +143,8 @@ def question_score(
 def swap_accuracy(
     model: Decoder, tokenizer: Tokenizer, *, swaps: Sequence[int] = (0, 1, 2, 4, 8), questions: int = 32, seed: int = 0
 ) -> dict[int, float]:
-    """State tracking in Python: three variables, lines that swap two of them, and the value of one: the share of questions
-    in which the right one of the three values is the likeliest. Chance is 1/3.
+    """State tracking in Python: three variables, lines that swap two of them, and the value of one: the share of
+    questions in which the right one of the three values is the likeliest. Chance is 1/3.
 
     Args:
         model: the decoder, in evaluation mode.

@@ -36,7 +36,9 @@ def plot_loss_curve(
     train = [(r["step"], r[f"train/{unit}"]) for r in records if f"train/{unit}" in r]
     held_out = [(r["step"], r[f"held_out/{unit}"]) for r in records if f"held_out/{unit}" in r]
 
-    figure, axes = _canvas("optimiser step", "bits per byte" if unit == "bits_per_byte" else "loss (nats per token)", title)
+    figure, axes = _canvas(
+        "optimiser step", "bits per byte" if unit == "bits_per_byte" else "loss (nats per token)", title
+    )
     if train:
         axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=0.8, alpha=0.55)
         axes.plot(*zip(*_smooth(train), strict=True), color=_TRAIN, linewidth=2.0, label="training")

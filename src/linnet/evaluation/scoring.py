@@ -77,7 +77,10 @@ def accuracy(
     right, whole, late, answers, ends = 0, 0, 0, 0, 0
     seen = 0
     for step in range(-(-rows // size)):
-        sample = Sample(*(None if x is None else x[: rows - seen].to(device) for x in data.sample(step)))
+        tokens, targets, elements = data.sample(step)
+        take = slice(rows - seen)
+        elements = None if elements is None else elements[take].to(device)
+        sample = Sample(tokens[take].to(device), targets[take].to(device), elements)
         seen += sample.targets.shape[0]
         good, scored = count_right(model(sample.tokens).logits, sample)
         right += int(good.sum())

@@ -17,13 +17,14 @@ FAMILY = {
 @register_reproduction(
     "deltanet",
     title="DeltaNet: overwriting what is stored under a key",
-    paper="Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length (arXiv 2406.06484)",
+    paper="Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length (arXiv"
+    " 2406.06484)",
     claim="The delta rule replaces the value stored under a key where linear attention adds to it, so it recalls what"
     " linear attention blurs.",
-    published="MAD, accuracy in %: in-context recall DeltaNet 100, linear attention 91.0, GLA 80.8; noisy recall 100, 75.6,"
-    " 81.6. DeltaNet solves the hardest MQAR setting without convolution.",
-    setup="32 writes of a value (of 16) to one of 12 keys, so that keys are overwritten, then 8 questions for the latest"
-    " value. One layer of width 64 without MLP, 2 heads of K = V = 16, no convolution, 300 steps of 64 rows.",
+    published="MAD, accuracy in %: in-context recall DeltaNet 100, linear attention 91.0, GLA 80.8; noisy recall 100,"
+    " 75.6, 81.6. DeltaNet solves the hardest MQAR setting without convolution.",
+    setup="32 writes of a value (of 16) to one of 12 keys, so that keys are overwritten, then 8 questions for the"
+    " latest value. One layer of width 64 without MLP, 2 heads of K = V = 16, no convolution, 300 steps of 64 rows.",
     needs=("deltanet", "gla", "linear_attention"),
 )
 def run(experiment: Experiment) -> Outcome:

@@ -27,8 +27,8 @@ PUBLISHED = "training perplexity, 340M / 7B tokens"
     "gla",
     title="GLA: data-dependent forgetting",
     paper="Yang et al. 2023, Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv 2312.06635)",
-    claim="A linear recurrence whose decay depends on the data models sequences that one with a constant decay, or none,"
-    " does not.",
+    claim="A linear recurrence whose decay depends on the data models sequences that one with a constant decay, or"
+    " none, does not.",
     published="Gate ablation, 340M parameters, 7B tokens, training perplexity: no gate 23.21, constant decay 16.55,"
     " data-dependent scalar 15.56, GLA 14.77.",
     setup="Flip-flop: remember the last written bit among distractors (a tenth of the tokens write, a tenth read). One"
@@ -56,4 +56,6 @@ def run(experiment: Experiment) -> Outcome:
     for mixer in (VECTOR, SLOW):
         far = mean_accuracy(cells, mixer, "256, far")
         bars.append(Bar(f"accuracy at 256 tokens, 64 or more after the write, {LABELS[mixer]}", far, at_least=0.9))
-    return Outcome(bars, by_test(cells, LABELS, {"64": 64, "256, far": 256}), x="tokens of a row", y="accuracy at reads")
+    return Outcome(
+        bars, by_test(cells, LABELS, {"64": 64, "256, far": 256}), x="tokens of a row", y="accuracy at reads"
+    )

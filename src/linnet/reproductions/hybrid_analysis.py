@@ -27,10 +27,10 @@ PURE = (f"{SMALL} + {SMALL}", f"{GATED} + {GATED}")
     paper="Wang et al. 2025, A Systematic Analysis of Hybrid Linear Attention (arXiv 2507.06457)",
     claim="Language modelling hardly depends on the share of attention layers, but recall does: a few attention layers"
     " among linear ones bring it back.",
-    published="RULER, mean over six linear mixers at 340M and 1.3B: pure linear .256, one attention layer in 25 .338, in 7"
-    " .390, in 4 .397.",
-    setup="Recall beyond the state: 32 pairs of different keys (of 64) and values (of 16), each pair in one token, then 8"
-    " questions; two layers of width 64, 300 steps of 64 rows. Only the claim about recall is tested.",
+    published="RULER, mean over six linear mixers at 340M and 1.3B: pure linear .256, one attention layer in 25 .338,"
+    " in 7 .390, in 4 .397.",
+    setup="Recall beyond the state: 32 pairs of different keys (of 64) and values (of 16), each pair in one token, then"
+    " 8 questions; two layers of width 64, 300 steps of 64 rows. Only the claim about recall is tested.",
     needs=("attention", "linear_attention", "simple_gla"),
 )
 def run(experiment: Experiment) -> Outcome:

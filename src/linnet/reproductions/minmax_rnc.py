@@ -12,12 +12,12 @@ TESTS = {"96": 96, "1024": 1024, "8192": 8192}
     "minmax_rnc",
     title="MinMax cascades: latching for 8,192 steps",
     paper="Ronca 2026, MinMax Recurrent Neural Cascades (arXiv 2605.06384)",
-    claim="A recurrence of minima and maxima neither fades nor explodes, so a cascade trained on short rows keeps a symbol"
-    " for any length, where decaying recurrences lose it.",
+    claim="A recurrence of minima and maxima neither fades nor explodes, so a cascade trained on short rows keeps a"
+    " symbol for any length, where decaying recurrences lose it.",
     published="Abstract: all synthetic tasks solved perfectly, trained on 256 to 511 tokens and evaluated on 1,024,000,"
     " ahead of the recurrent baselines tested.",
-    setup="Latching: the first token (one of 4) at every position, among 20 tokens. Two layers of width 64, 300 steps of 64"
-    " rows of 32 to 96 tokens; 32 test rows of 96, 1,024 and 8,192 tokens; accuracy in the last tenth.",
+    setup="Latching: the first token (one of 4) at every position, among 20 tokens. Two layers of width 64, 300 steps"
+    " of 64 rows of 32 to 96 tokens; 32 test rows of 96, 1,024 and 8,192 tokens; accuracy in the last tenth.",
     needs=("gla", "mingru", "minmax"),
 )
 def run(experiment: Experiment) -> Outcome:

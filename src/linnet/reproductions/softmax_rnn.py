@@ -1,4 +1,5 @@
-"""Softmax attention as a recurrence: every Taylor order of the exponential adds to what linear attention can tell apart."""
+"""Softmax attention as a recurrence: every Taylor order of the exponential adds to what linear attention can tell
+apart."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ SOFTMAX = f"attention({HEADS})"
     title="Softmax attention as a recurrence: Taylor orders",
     paper="Mongaras & Larson 2025, On the Expressiveness of Softmax Attention: A Recurrent Neural Network Perspective"
     " (arXiv 2507.23632)",
-    claim="Softmax attention is a sum of recurrences, one for each power of the scores: with more of them, a recurrent model"
-    " approaches it, and a norm of the output can take the place of the division.",
-    published="Loss curves only: the loss falls towards that of softmax attention with every Taylor order, and a norm in place"
-    " of the denominator matches it.",
-    setup="Recall of 48 pairs (keys and values of 64 each, a pair in one token) by 16 questions: one layer of width 64 with"
-    " 4 heads of 16 channels, no MLP, no positions, 300 steps of 32 rows. Orders 1 to 3 with an RMSNorm of the output,"
-    " order 2 also with the division.",
+    claim="Softmax attention is a sum of recurrences, one for each power of the scores: with more of them, a recurrent"
+    " model approaches it, and a norm of the output can take the place of the division.",
+    published="Loss curves only: the loss falls towards that of softmax attention with every Taylor order, and a norm"
+    " in place of the denominator matches it.",
+    setup="Recall of 48 pairs (keys and values of 64 each, a pair in one token) by 16 questions: one layer of width 64"
+    " with 4 heads of 16 channels, no MLP, no positions, 300 steps of 32 rows. Orders 1 to 3 with an RMSNorm of the"
+    " output, order 2 also with the division.",
     needs=("attention", "softmax_taylor"),
 )
 def run(experiment: Experiment) -> Outcome:
@@ -45,7 +46,9 @@ def run(experiment: Experiment) -> Outcome:
         Bar("softmax attention", softmax, 0.99, published="the limit"),
         Bar("gain of order 2 over order 1", reached[2] - reached[1], 0.1, published="more than 0"),
         Bar("gain of order 3 over order 2", reached[3] - reached[2], 0.0, published="more than 0"),
-        Bar("what is left between order 3 and softmax attention", softmax - reached[3], at_most=0.1, published="closes"),
+        Bar(
+            "what is left between order 3 and softmax attention", softmax - reached[3], at_most=0.1, published="closes"
+        ),
         Bar("order 2, norm less division", reached[2] - divided, at_least=-0.05, published="the norm matches"),
     ]
     curves = {

@@ -17,7 +17,8 @@ CLOSE, PAD = 14, 15
 
 
 @register_task(
-    "listops", "Tay et al. 2020, Long Range Arena (arXiv 2011.04006), after Nangia & Bowman 2018: nested list operations"
+    "listops",
+    "Tay et al. 2020, Long Range Arena (arXiv 2011.04006), after Nangia & Bowman 2018: nested list operations",
 )
 class ListOps(Task):
     """Nested MIN, MAX, MED and SM (sum mod 10) over digits; the value, after the last bracket.
@@ -99,8 +100,8 @@ class ListOps(Task):
 class Pathfinder(Task):
     """An image of dashed curves, pixel by pixel, and two discs: do they lie at the ends of the same curve?
 
-    Ids: 0 background, 1 a dash, 2 a disc; the answer, 0 or 1, is due at the last pixel. A row of T positions is an image
-    of the side √T.
+    Ids: 0 background, 1 a dash, 2 a disc; the answer, 0 or 1, is due at the last pixel. A row of T positions is an
+    image of the side √T.
 
     Args:
         curves: how many, at least 2. Pixels of different curves are at least 6 apart.

@@ -9,24 +9,83 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import IGNORE, Sample, Task, register_task
+from .base import IGNORE, Sample, Task, register_task, seeded
+from .recall import distinct
 
-__all__ = ["FAMILIES", "Question", "Ruler", "make_question", "string_match"]
+__all__ = ["FAMILIES", "Question", "Ruler", "TokenNeedle", "make_question", "string_match"]
 
-ADJECTIVES = (
-    "amber brave calm dusty eager faint gentle hollow icy jolly keen lively mellow narrow olive proud quiet rapid silent "
-    "tidy upper vivid warm young"
-).split()
-NOUNS = (
-    "anchor bridge candle dragon engine falcon garden harbor island jacket kettle lantern mirror needle orchard pebble "
-    "quiver ribbon saddle temple umbrella village window yarn"
-).split()
-VERBS = "watched carried painted followed forgot repaired answered crossed borrowed counted opened praised".split()
+ADJECTIVES = [
+    "amber",
+    "brave",
+    "calm",
+    "dusty",
+    "eager",
+    "faint",
+    "gentle",
+    "hollow",
+    "icy",
+    "jolly",
+    "keen",
+    "lively",
+    "mellow",
+    "narrow",
+    "olive",
+    "proud",
+    "quiet",
+    "rapid",
+    "silent",
+    "tidy",
+    "upper",
+    "vivid",
+    "warm",
+    "young",
+]
+NOUNS = [
+    "anchor",
+    "bridge",
+    "candle",
+    "dragon",
+    "engine",
+    "falcon",
+    "garden",
+    "harbor",
+    "island",
+    "jacket",
+    "kettle",
+    "lantern",
+    "mirror",
+    "needle",
+    "orchard",
+    "pebble",
+    "quiver",
+    "ribbon",
+    "saddle",
+    "temple",
+    "umbrella",
+    "village",
+    "window",
+    "yarn",
+]
+VERBS = [
+    "watched",
+    "carried",
+    "painted",
+    "followed",
+    "forgot",
+    "repaired",
+    "answered",
+    "crossed",
+    "borrowed",
+    "counted",
+    "opened",
+    "praised",
+]
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 GENERATED = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}  # tokens that RULER lets a model generate
 
@@ -185,10 +244,11 @@ def _needles(family: Family, size: int, draw: _Draw) -> Question:
     kind = family.value if several else family.value[:-1]
     names = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + f", and {asked[-1]}"
     prompt = (
-        f"{'Some' if several else 'A'} special magic {kind} {'are' if several else 'is'} hidden within the following text."
-        f" Make sure to memorize {'them' if several else 'it'}. I will quiz you about the {kind} afterwards.\n{text}\n"
-        f"What {'are all the' if several else 'is the'} special magic {kind} for {names} mentioned in the provided text?"
-        f" The special magic {kind} for {names} mentioned in the provided text {'are' if several else 'is'}"
+        f"{'Some' if several else 'A'} special magic {kind} {'are' if several else 'is'} hidden within the following"
+        f" text. Make sure to memorize {'them' if several else 'it'}. I will quiz you about the {kind}"
+        f" afterwards.\n{text}\nWhat {'are all the' if several else 'is the'} special magic {kind} for {names}"
+        f" mentioned in the provided text? The special magic {kind} for {names} mentioned in the provided text"
+        f" {'are' if several else 'is'}"
     )
     return Question(prompt, answers)
 
@@ -196,7 +256,7 @@ def _needles(family: Family, size: int, draw: _Draw) -> Question:
 def _chain(draw: _Draw, size: int, letters: int, hops: int = 4) -> tuple[list[str], list[str], str]:
     names = draw.different(hops + 1, lambda: draw.letters(letters, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
     value = str(10_000 + draw.below(90_000))
-    steps = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:], strict=False))]
+    steps = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in pairwise(names))]
     lines, gaps = [NOISE] * size, sorted((draw.below(size + 1) for _ in steps), reverse=True)
     for at, step in zip(gaps, reversed(steps), strict=True):  # from the back, so that the order is kept
         lines.insert(at, step)
@@ -222,9 +282,9 @@ def _common_words(family: Family, size: int, draw: _Draw) -> Question:
     def ask(words: list[str]) -> str:
         numbered = " ".join(f"{i}. {word}" for i, word in enumerate(words, start=1))
         return (
-            "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that"
-            f" appear most often.\n{numbered}\nQuestion: What are the 10 most common words in the above list? Answer: The"
-            " top 10 words that appear most often in the list are:"
+            "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones"
+            f" that appear most often.\n{numbered}\nQuestion: What are the 10 most common words in the above list?"
+            " Answer: The top 10 words that appear most often in the list are:"
         )
 
     def make(others: int, often: int, rarely: int) -> tuple[list[str], list[str]]:
@@ -249,10 +309,10 @@ def _frequent_words(family: Family, size: int, draw: _Draw) -> Question:
     every = [word if k else "..." for k, (word, n) in enumerate(zip(words, counts, strict=True)) for _ in range(n)]
     text = " ".join(every[i] for i in draw.order(len(every)))
     prompt = (
-        "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared"
-        f" coded words. {text}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three"
-        " most frequently appeared words in the above coded text? Answer: According to the coded text above, the three most"
-        " frequently appeared words are:"
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently"
+        f" appeared coded words. {text}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What"
+        " are the three most frequently appeared words in the above coded text? Answer: According to the coded text"
+        " above, the three most frequently appeared words are:"
     )
     return Question(prompt, tuple(words[1:4]))
 
@@ -315,3 +375,82 @@ def _read(family: str, prompt: str) -> list[str]:
     asked = re.findall(r"magic \w+ for ([^.:?]+) mentioned", prompt)[-1].replace("and ", "").split(", ")
     known = re.findall(r"for (\S+) is: ([\w-]+)\.", prompt)
     return [value for key in asked for k, value in known if k == key]
+
+
+@register_task(
+    "needle_tokens",
+    "single needle in a haystack on tokens, after RULER (arXiv 2404.06654), for models too small for text",
+)
+class TokenNeedle(Task):
+    """Filler with needles in it, each a marker, a key and its values; at the end a question for one of them.
+
+    Ids: 0 the needle's marker, 1 the question's, then keys, values and filler. The values are due after the question's
+    key, each after the one before it.
+
+    Args:
+        keys, values, fillers: how many ids of each.
+        needles: needles of a row, with different keys.
+        size: values of a needle.
+        filler: "motif" repeats a fixed one of 8 tokens; "text" follows a fixed order-2 Markov source.
+    """
+
+    lengths = (64, 128, 256, 512)
+    examples = ({}, {"filler": "text", "size": 8}, {"needles": 4})
+
+    def __init__(
+        self,
+        *,
+        keys: int = 16,
+        values: int = 16,
+        fillers: int = 16,
+        needles: int = 1,
+        size: int = 1,
+        filler: str = "motif",
+    ):
+        self.expect(1 <= needles <= keys, "needles", f"1 to keys={keys}", needles)
+        self.expect(min(values, fillers, size) >= 1, "values, fillers, size", "at least 1", (values, fillers, size))
+        self.expect(filler in ("motif", "text"), "filler", "'motif' or 'text'", filler)
+        self.keys, self.values, self.fillers = keys, values, fillers
+        self.needles, self.size, self.filler = needles, size, filler
+        self.vocab_size, self.chance = 2 + keys + values + fillers, 1 / values
+        fixed = seeded(0)
+        self.motif = torch.randint(fillers, (8,), generator=fixed)
+        self.transitions = torch.rand(fillers, fillers, fillers, generator=fixed).pow(8)
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        one = 2 + self.size
+        free = length - self.needles * one - 1 - self.size  # the question's last value is only asked for
+        self.expect(free >= 1, "length", f"at least {length - free + 1}", length)
+        base = 2 + self.keys
+        fill = self.motif[torch.arange(free) % 8].expand(rows, -1)
+        if self.filler == "text":
+            walk = list(torch.randint(self.fillers, (2, rows), generator=generator))
+            while len(walk) < free:
+                walk.append(torch.multinomial(self.transitions[walk[-2], walk[-1]], 1, generator=generator)[:, 0])
+            fill = torch.stack(walk[:free], 1)
+        keys = distinct(rows, self.needles, self.keys, generator)
+        values = torch.randint(self.values, (rows, self.needles, self.size), generator=generator)
+        # The needles go before filler tokens drawn without order; equal places are allowed.
+        place = torch.randint(free + 1, (rows, self.needles), generator=generator).sort(1).values
+        start = place + torch.arange(self.needles) * one
+        body = torch.full((rows, length - 1 - self.size), -1)
+        needle = torch.cat([torch.zeros_like(keys).unsqueeze(2), 2 + keys.unsqueeze(2), base + values], 2)
+        at = start.unsqueeze(2) + torch.arange(one)
+        body.scatter_(1, at.flatten(1), needle.flatten(1))
+        body[body < 0] = (base + self.values + fill).flatten()
+        asked = torch.randint(self.needles, (rows,), generator=generator)
+        row = torch.arange(rows)
+        answer = base + values[row, asked]
+        question = torch.stack([torch.ones_like(asked), 2 + keys[row, asked]], 1)
+        tokens = torch.cat([body, question, answer[:, :-1]], 1)
+        targets = torch.full_like(tokens, IGNORE)
+        targets[:, -self.size :] = answer
+        return Sample(tokens, targets)
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        answers = torch.zeros_like(tokens)
+        for row, found in zip(tokens.tolist(), answers, strict=True):
+            key = row[-self.size]
+            at = next(t for t in range(len(row)) if row[t] == 0 and row[t + 1] == key)
+            found[-self.size :] = torch.tensor(row[at + 2 : at + 2 + self.size])
+        return answers

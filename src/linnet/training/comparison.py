@@ -1,7 +1,8 @@
 """Training several mixers on one synthetic task, in the same decoder with the same budget, and testing them at lengths.
 
-A *cell* is one mixer at one width from one initialisation. Each cell is an ordinary run of :func:`linnet.training.train`
-in a folder of its own, so that a comparison that was interrupted goes on in the middle of a cell.
+A *cell* is one mixer at one width from one initialisation. Each cell is an ordinary run of
+:func:`linnet.training.train` in a folder of its own, so that a comparison that was interrupted goes on in the middle
+of a cell.
 """
 
 from __future__ import annotations

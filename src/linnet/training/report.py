@@ -121,7 +121,7 @@ def _page(out: Path, comparison: Comparison, cells: Sequence[Cell], rows: Sequen
         line = [_cell(r.label)]
         for name, (mean, low, high) in r.accuracy.items():
             spread = f" <span class=note>{low:.3f}–{high:.3f}</span>" if r.seeds > 1 else ""
-            line.append(f'<td{" class=best" if mean == best[name] else ""}>{mean:.3f}{spread}</td>')
+            line.append(f"<td{' class=best' if mean == best[name] else ''}>{mean:.3f}{spread}</td>")
         numbers = (r.parameters, *r.state_bytes, round(r.tokens_per_s))
         body.append("<tr>" + "".join([*line, *(_cell(f"{n:,}") for n in numbers)]) + "</tr>")
     each = ["mixer", "width", "seed", *(f"{name}, whole rows" for name in tests), "last loss", "seconds"]
@@ -153,8 +153,8 @@ def _page(out: Path, comparison: Comparison, cells: Sequence[Cell], rows: Sequen
 Guessing reaches {task.chance:.3f}.</p>
 <h2>Accuracy</h2>
 {_table(head, body)}
-<p class="note">Mean over the initialisations, lowest and highest behind it. State: what a row carries after a row of the
-first and of the longest test.</p>
+<p class="note">Mean over the initialisations, lowest and highest behind it. State: what a row carries after a row of
+the first and of the longest test.</p>
 {_image(out / PLOT, "accuracy over the length of a test row")}
 <h2>Training</h2>
 {_image(out / PROGRESS, "accuracy during training")}
