@@ -85,7 +85,7 @@ def anchor(title: str) -> str:
 
 def main() -> None:
     results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))]
-    unknown = [r["name"] for r in results if r["name"] not in reproductions()]
+    unknown = [r["name"] for r in results if r["name"] not in reproductions(missing=True)]
     if unknown:
         sys.exit(f"reproductions/results: no such reproduction: {', '.join(unknown)}")
     text = page(results)

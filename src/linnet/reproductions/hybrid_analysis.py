@@ -20,6 +20,13 @@ LABELS = {
 HYBRIDS = (f"{SMALL} + {FULL}", f"{FULL} + {GATED}")
 PURE = (f"{SMALL} + {SMALL}", f"{GATED} + {GATED}")
 
+TRIED = (
+    "With the linear layer in front of the attention layer it learns, but not within the budget: 0.46 after 300 steps."
+    " With the division in place of the RMSNorm 0.44; after 200 steps, where it stands at about 0.24, 0.22 with a query-key"
+    " norm, 0.23 with a second moment of 0.999, and 0.10 with a gate in the linear layer. With attention in front it is"
+    " solved at once.",
+)
+
 
 @register_reproduction(
     "hybrid_analysis",
@@ -62,4 +69,6 @@ def run(experiment: Experiment) -> Outcome:
         ),
     ]
     places = {name: float(name) for name in lengths}
-    return Outcome(bars, by_test(cells, LABELS, places), x="pairs to remember (trained with 32)", y="recall")
+    curves = by_test(cells, LABELS, places)
+    tried = () if bars[0].passed else TRIED
+    return Outcome(bars, curves, x="pairs to remember (trained with 32)", y="recall", tried=tried)
