@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linnet.evaluation.accuracy import count_right
+from linnet.evaluation.scoring import count_right
 from linnet.tasks import IGNORE, Task, TaskData, build_task, register_task, tasks
 
 CASES = [(name, options) for name, cls in tasks().items() for options in cls.examples]

@@ -17,7 +17,8 @@ __all__ = ["Compressor", "sinusoids"]
 
 
 def sinusoids(length: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Position codes ``[length, width]``: sines, then cosines, of wavelengths from 2π to 20,000π (Vaswani et al. 2017)."""
+    """Position codes ``[length, width]``: sines, then cosines, of wavelengths from 2π to 20,000π (Vaswani et al.
+    2017)."""
     half = -(-width // 2)
     rate = torch.exp(torch.arange(half, device=device) * (-math.log(10000.0) / half))
     angle = torch.arange(length, device=device).unsqueeze(1) * rate
@@ -25,8 +26,8 @@ def sinusoids(length: int, width: int, device: torch.device | None = None) -> Te
 
 
 class Compressor(Decoder):
-    """A :class:`Decoder` whose logits at position t come from its last output plus the code of position t, through an MLP
-    of two layers: the auto-encoder of MAD's compression task (Poli et al. 2024, arXiv 2403.17844).
+    """A :class:`Decoder` whose logits at position t come from its last output plus the code of position t, through an
+    MLP of two layers: the auto-encoder of MAD's compression task (Poli et al. 2024, arXiv 2403.17844).
 
     Not causal: it reads whole rows, without ``segments``.
     """

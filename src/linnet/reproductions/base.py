@@ -171,11 +171,11 @@ def _load_all() -> None:
         importlib.import_module(f"linnet.reproductions.{module.name}")
 
 
-def reproductions() -> dict[str, Reproduction]:
-    """All reproductions by name whose mixers are registered."""
+def reproductions(*, missing: bool = False) -> dict[str, Reproduction]:
+    """All reproductions by name whose mixers are registered; with ``missing`` the others too."""
     _load_all()
     known = set(mixers())
-    return {name: r for name, r in sorted(_reproductions.items()) if set(r.needs) <= known}
+    return {name: r for name, r in sorted(_reproductions.items()) if missing or set(r.needs) <= known}
 
 
 def reproduce(

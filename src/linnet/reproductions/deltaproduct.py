@@ -19,12 +19,12 @@ TESTS = (16, 32, 64)
     title="DeltaProduct: reflections a token and state tracking",
     paper="Siems et al. 2025, DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products"
     " (arXiv 2502.10297)",
-    claim="In one layer, a product of two Householder reflections a token with strengths up to 2 tracks the group S3, and"
-    " neither a single one nor strengths up to 1 do.",
+    claim="In one layer, a product of two Householder reflections a token with strengths up to 2 tracks the group S3,"
+    " and neither a single one nor strengths up to 1 do.",
     published="One layer on S3 converges with 2 reflections and eigenvalues in [-1, 1] only; on S5 (length 128) 4"
     " reflections hold up to about 200 tokens and 3 collapse within 40. Parity needs negative eigenvalues.",
-    setup="One layer of width 64, 2 heads of K = V = 16, no convolution, trained on rows of 16 elements and tested on 16,"
-    " 32 and 64; share of rows in which every product is right. S3: 1,200 steps of 64 rows, the best of three"
+    setup="One layer of width 64, 2 heads of K = V = 16, no convolution, trained on rows of 16 elements and tested on"
+    " 16, 32 and 64; share of rows in which every product is right. S3: 1,200 steps of 64 rows, the best of three"
     " initialisations (one for the controls); parity: 300 steps.",
     needs=("deltanet", "deltaproduct"),
 )

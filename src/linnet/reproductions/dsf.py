@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from .base import Bar, Experiment, Outcome, mean_accuracy, register_reproduction
 
 WIDTH = 64
@@ -18,11 +20,13 @@ SOFTMAX = "attention(num_heads=1, rope=False)"
     " Recurrent Neural Networks (arXiv 2405.15731)",
     claim="Written as dynamical systems, linear and softmax attention differ in the size of their state, and linear"
     " attention approaches softmax attention as its state grows; a better normalisation closes part of the gap.",
-    published="Figures only (MQAR, width 512): linear attention approaches softmax attention as the state dimension grows"
-    " from 32 to 256; at 64 pairs and n = 128, normalised attention is clearly above linear attention and close to SSD.",
+    published="Figures only (MQAR, width 512): linear attention approaches softmax attention as the state dimension"
+    " grows from 32 to 256; at 64 pairs and n = 128, normalised attention is clearly above linear attention and close"
+    " to SSD.",
     setup="Recall of 16 pairs (keys and values of 64 each, a pair in one token) by 16 questions, one layer of width 64"
-    " without MLP or positions, one head, 500 steps of 64 rows. n is the width of queries and keys. Normalised attention is"
-    " stood for by gated linear attention with an RMSNorm in place of the division by the sum of the weights.",
+    " without MLP or positions, one head, 500 steps of 64 rows. n is the width of queries and keys. Normalised"
+    " attention is stood for by gated linear attention with an RMSNorm in place of the division by the sum of the"
+    " weights.",
     needs=("attention", "linear_attention", "simple_gla"),
 )
 def run(experiment: Experiment) -> Outcome:
@@ -43,7 +47,7 @@ def run(experiment: Experiment) -> Outcome:
     linear = {n: mean_accuracy(cells, mixer, "recall") for n, mixer in LINEAR.items()}
     gated = {n: mean_accuracy(cells, mixer, "recall") for n, mixer in GATED.items()}
     softmax = mean_accuracy(cells, SOFTMAX, "recall")
-    steps = [linear[b] - linear[a] for a, b in zip(SIZES, SIZES[1:], strict=False)]
+    steps = [linear[b] - linear[a] for a, b in pairwise(SIZES)]
     bars = [
         Bar("softmax attention", softmax, at_least=0.99, published="solves it at every width"),
         Bar("linear attention, n = 4", linear[4], at_most=0.6, published="far below softmax attention"),

@@ -27,8 +27,8 @@ PUBLISHED = "training perplexity, 340M / 7B tokens"
     "gla",
     title="GLA: data-dependent forgetting",
     paper="Yang et al. 2023, Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv 2312.06635)",
-    claim="A linear recurrence whose decay depends on the data models sequences that one with a constant decay, or none,"
-    " does not.",
+    claim="A linear recurrence whose decay depends on the data models sequences that one with a constant decay, or"
+    " none, does not.",
     published="Gate ablation, 340M parameters, 7B tokens, training perplexity: no gate 23.21, constant decay 16.55,"
     " data-dependent scalar 15.56, GLA 14.77.",
     setup="Flip-flop: remember the last written bit among distractors (a tenth of the tokens write, a tenth read). One"

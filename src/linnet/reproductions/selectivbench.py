@@ -22,9 +22,9 @@ LABELS = {
     claim="Gating and rapid forgetting make linear recurrent models better at following a hidden state between blanks.",
     published="Abstract only (no table was at hand): gating and rapid forgetting facilitate recall; softmax attention"
     " remains dominant overall at 8 layers and 200,000 sequences.",
-    setup="Task 1 in small: one grammar of 10 letters (101 classes), 64 elements with one blank after each, two layers of"
-    " width 64 with convolutions of 4 taps in the linear ones, 300 steps of 32 rows, fresh test rows. A predictor that"
-    " sees only the last m symbols reaches .487, .779, .913 for m = 2, 3, 4.",
+    setup="Task 1 in small: one grammar of 10 letters (101 classes), 64 elements with one blank after each, two layers"
+    " of width 64 with convolutions of 4 taps in the linear ones, 300 steps of 32 rows, fresh test rows. A predictor"
+    " that sees only the last m symbols reaches .487, .779, .913 for m = 2, 3, 4.",
     needs=("attention", "simple_gla"),
     budgets=("cpu", "gpu"),
 )

@@ -45,8 +45,8 @@ def half_gain(gain: list[float]) -> float:
     "tfla",
     title="TFLA: exponential and sigmoid input gates",
     paper="Beck et al. 2025, Tiled Flash Linear Attention (arXiv 2503.14376)",
-    claim="With a norm behind it, the mLSTM with a sigmoid input gate and no normaliser transfers its input like the one"
-    " with an exponential gate, and learns as well.",
+    claim="With a norm behind it, the mLSTM with a sigmoid input gate and no normaliser transfers its input like the"
+    " one with an exponential gate, and learns as well.",
     published="Transfer behaviour: the gain over the gates is the same after the norm, whose epsilon shifts the"
     " threshold. Validation perplexity at 160M: exp 21.03, sigmoid 21.06; at 1.4B 13.20 and 13.22.",
     setup="Transfer: random q, k, v of 256 tokens, K = 64, V = 128, forget gate 3, constant input gate from -14 to 0;"

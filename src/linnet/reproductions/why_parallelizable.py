@@ -19,16 +19,17 @@ TESTS = {"40": 40, "100": 100, "256": 256}
 @register_reproduction(
     "why_parallelizable",
     title="State tracking by the kind of transition",
-    paper="Merrill et al. 2026, Why Are Linear RNNs More Parallelizable? (arXiv 2603.03612), with the parity experiment of"
-    " Grazzi et al. 2024 (arXiv 2411.12537)",
-    claim="Softmax attention and diagonal recurrences with non-negative transitions stay in TC0 and do not learn to track"
-    " even parity beyond their training length; nonlinear recurrences and linear ones with negative eigenvalues do.",
-    published="Grazzi et al., scaled accuracy on parity, trained to 40 tokens, tested on 40 to 256: Transformer .022, mLSTM"
-    " .087, Mamba [0, 1] .000, DeltaNet [0, 1] .017; DeltaNet [-1, 1] 1.000, sLSTM 1.000. Theorems 2 to 7 of Merrill et"
-    " al. give the classes.",
-    setup="Parity of every prefix (the papers score the last token only), two layers of width 64, rows of 32 tokens, 300"
-    " steps of 64 rows; accuracy on the last tenth of rows of 40, 100 and 256 tokens. No bar at 256 but for the GRU: a"
-    " learned -1 is not exact.",
+    paper="Merrill et al. 2026, Why Are Linear RNNs More Parallelizable? (arXiv 2603.03612), with the parity experiment"
+    " of Grazzi et al. 2024 (arXiv 2411.12537)",
+    claim="Softmax attention and diagonal recurrences with non-negative transitions stay in TC0 and do not learn to"
+    " track even parity beyond their training length; nonlinear recurrences and linear ones with negative eigenvalues"
+    " do.",
+    published="Grazzi et al., scaled accuracy on parity, trained to 40 tokens, tested on 40 to 256: Transformer .022,"
+    " mLSTM .087, Mamba [0, 1] .000, DeltaNet [0, 1] .017; DeltaNet [-1, 1] 1.000, sLSTM 1.000. Theorems 2 to 7 of"
+    " Merrill et al. give the classes.",
+    setup="Parity of every prefix (the papers score the last token only), two layers of width 64, rows of 32 tokens,"
+    " 300 steps of 64 rows; accuracy on the last tenth of rows of 40, 100 and 256 tokens. No bar at 256 but for the"
+    " GRU: a learned -1 is not exact.",
     needs=("attention", "deltanet", "gla", "gru"),
 )
 def run(experiment: Experiment) -> Outcome:

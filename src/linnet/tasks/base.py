@@ -60,7 +60,7 @@ class Task:
 
     name: ClassVar[str]
     source: ClassVar[str]
-    lengths: ClassVar[tuple[int, ...]] = (64, 128, 256)
+    lengths: tuple[int, ...] = (64, 128, 256)
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     compressed: ClassVar[bool] = False
     causal: ClassVar[bool] = True
@@ -159,7 +159,7 @@ class TaskData:
         ValueError: an argument outside its range, or rows that the task does not have.
     """
 
-    bytes_per_token = None
+    bytes_per_token: float | None = None
 
     def __init__(
         self, task: Task, *, length: int | Sequence[int], batch_size: int = 32, seed: int = 0, split: str = "train"

@@ -122,11 +122,12 @@ class MatrixProduct(Task):
 
 @register_task(
     "reachability",
-    "sorted deterministic graph connectivity of Merrill et al. 2026 (arXiv 2603.03612), drawn so that the end points give "
-    "nothing away",
+    "sorted deterministic graph connectivity of Merrill et al. 2026 (arXiv 2603.03612), drawn so that the end points"
+    " give nothing away",
 )
 class Reachability(Task):
-    """Every node with the one it leads to (or itself), in order, then two nodes: does a path lead from one to the other?
+    """Every node with the one it leads to (or itself), in order, then two nodes: does a path lead from one to the
+    other?
 
     Each node has a colour and leads to the next node of its colour, so every colour is a chain; some edges are missing.
     The source lies in the first third and has an edge, the target in the last third and is reached by one; half of the

@@ -173,7 +173,7 @@ class BracketArithmetic(Task):
     def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
         self.expect(length >= 2, "length", "at least 2", length)
         m = self.modulus
-        plus, minus, times, opening, closing, equals = range(m, m + 6)
+        plus, minus, _, opening, closing, equals = range(m, m + 6)
 
         def draw(n: int) -> int:
             return int(torch.randint(n, (), generator=generator))

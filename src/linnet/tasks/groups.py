@@ -65,8 +65,8 @@ def _table(name: str) -> Tensor:
 
 @register_task(
     "group",
-    "Merrill et al. 2024, The Illusion of State in State-Space Models (arXiv 2404.08819): uniform elements, the running "
-    "product at every position",
+    "Merrill et al. 2024, The Illusion of State in State-Space Models (arXiv 2404.08819): uniform elements, the"
+    " running product at every position",
 )
 class WordProblem(Task):
     """The product of all elements so far.

@@ -100,8 +100,8 @@ class ListOps(Task):
 class Pathfinder(Task):
     """An image of dashed curves, pixel by pixel, and two discs: do they lie at the ends of the same curve?
 
-    Ids: 0 background, 1 a dash, 2 a disc; the answer, 0 or 1, is due at the last pixel. A row of T positions is an image
-    of the side √T.
+    Ids: 0 background, 1 a dash, 2 a disc; the answer, 0 or 1, is due at the last pixel. A row of T positions is an
+    image of the side √T.
 
     Args:
         curves: how many, at least 2. Pixels of different curves are at least 6 apart.

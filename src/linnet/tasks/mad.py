@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import IGNORE, Sample, Task, register_task, seeded
-from .recall import SelectiveCopy, distinct
+from .recall import SelectiveCopy
 
 __all__ = ["Compression", "FuzzyRecall", "InContextRecall", "Memorization", "NoisyRecall", "SelectiveCopyMAD"]
 
@@ -254,82 +254,3 @@ class Compression(Task):
 
     def solve(self, tokens: Tensor) -> Tensor:
         return tokens
-
-
-@register_task(
-    "needle_tokens",
-    "single needle in a haystack on tokens, after RULER (arXiv 2404.06654), for models too small for text",
-)
-class TokenNeedle(Task):
-    """Filler with needles in it, each a marker, a key and its values; at the end a question for one of them.
-
-    Ids: 0 the needle's marker, 1 the question's, then keys, values and filler. The values are due after the question's
-    key, each after the one before it.
-
-    Args:
-        keys, values, fillers: how many ids of each.
-        needles: needles of a row, with different keys.
-        size: values of a needle.
-        filler: "motif" repeats a fixed one of 8 tokens; "text" follows a fixed order-2 Markov source.
-    """
-
-    lengths = (64, 128, 256, 512)
-    examples = ({}, {"filler": "text", "size": 8}, {"needles": 4})
-
-    def __init__(
-        self,
-        *,
-        keys: int = 16,
-        values: int = 16,
-        fillers: int = 16,
-        needles: int = 1,
-        size: int = 1,
-        filler: str = "motif",
-    ):
-        self.expect(1 <= needles <= keys, "needles", f"1 to keys={keys}", needles)
-        self.expect(min(values, fillers, size) >= 1, "values, fillers, size", "at least 1", (values, fillers, size))
-        self.expect(filler in ("motif", "text"), "filler", "'motif' or 'text'", filler)
-        self.keys, self.values, self.fillers = keys, values, fillers
-        self.needles, self.size, self.filler = needles, size, filler
-        self.vocab_size, self.chance = 2 + keys + values + fillers, 1 / values
-        fixed = seeded(0)
-        self.motif = torch.randint(fillers, (8,), generator=fixed)
-        self.source = torch.rand(fillers, fillers, fillers, generator=fixed).pow(8)
-
-    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
-        one = 2 + self.size
-        free = length - self.needles * one - 1 - self.size  # the question's last value is only asked for
-        self.expect(free >= 1, "length", f"at least {length - free + 1}", length)
-        base = 2 + self.keys
-        fill = self.motif[torch.arange(free) % 8].expand(rows, -1)
-        if self.filler == "text":
-            walk = list(torch.randint(self.fillers, (2, rows), generator=generator))
-            while len(walk) < free:
-                walk.append(torch.multinomial(self.source[walk[-2], walk[-1]], 1, generator=generator)[:, 0])
-            fill = torch.stack(walk[:free], 1)
-        keys = distinct(rows, self.needles, self.keys, generator)
-        values = torch.randint(self.values, (rows, self.needles, self.size), generator=generator)
-        # The needles go before filler tokens drawn without order; equal places are allowed.
-        place = torch.randint(free + 1, (rows, self.needles), generator=generator).sort(1).values
-        start = place + torch.arange(self.needles) * one
-        body = torch.full((rows, length - 1 - self.size), -1)
-        needle = torch.cat([torch.zeros_like(keys).unsqueeze(2), 2 + keys.unsqueeze(2), base + values], 2)
-        at = start.unsqueeze(2) + torch.arange(one)
-        body.scatter_(1, at.flatten(1), needle.flatten(1))
-        body[body < 0] = (base + self.values + fill).flatten()
-        asked = torch.randint(self.needles, (rows,), generator=generator)
-        row = torch.arange(rows)
-        answer = base + values[row, asked]
-        question = torch.stack([torch.ones_like(asked), 2 + keys[row, asked]], 1)
-        tokens = torch.cat([body, question, answer[:, :-1]], 1)
-        targets = torch.full_like(tokens, IGNORE)
-        targets[:, -self.size :] = answer
-        return Sample(tokens, targets)
-
-    def solve(self, tokens: Tensor) -> Tensor:
-        answers = torch.zeros_like(tokens)
-        for row, found in zip(tokens.tolist(), answers, strict=True):
-            key = row[-self.size]
-            at = next(t for t in range(len(row)) if row[t] == 0 and row[t + 1] == key)
-            found[-self.size :] = torch.tensor(row[at + 2 : at + 2 + self.size])
-        return answers

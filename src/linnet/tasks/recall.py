@@ -23,8 +23,8 @@ def distinct(rows: int, count: int, high: int, generator: torch.Generator) -> Te
 class MQAR(Task):
     """Pairs of a key and a value, then the keys again at power-law distances among fill; each asks for its value.
 
-    Keys are 1 … V/2-1, values V/2 … V-1, both without repetition. Of the ``(T - 2n) / 2`` slots after the context, query
-    slots are drawn without replacement with probability proportional to ``i^(power - 1)``.
+    Keys are 1 … V/2-1, values V/2 … V-1, both without repetition. Of the ``(T - 2n) / 2`` slots after the context,
+    query slots are drawn without replacement with probability proportional to ``i^(power - 1)``.
 
     Args:
         pairs: n.
@@ -85,7 +85,8 @@ class MQAR(Task):
     "Rule (arXiv 2406.06484): the last value written to a key",
 )
 class Recall(Task):
-    """Each writing position holds a key and a value at once (the sum of their embeddings), then some keys are asked for.
+    """Each writing position holds a key and a value at once (the sum of their embeddings), then some keys are asked
+    for.
 
     Ids: the values, an "ask" token, the keys; with ``separate`` the keys once more, as questions without "ask".
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,7 @@ def kgram_entropy(symbols: Sequence[int], longest: int = 15) -> float:
         grams = [tuple(symbols[i : i + k]) for i in range(len(symbols) - k + 1)]
         index = {gram: i for i, gram in enumerate(dict.fromkeys(grams))}
         graph = torch.zeros(len(index), len(index), dtype=torch.float64)
-        for a, b in zip(grams, grams[1:], strict=False):
+        for a, b in pairwise(grams):
             graph[index[a], index[b]] = 1
         radius = float(torch.linalg.eigvals(graph).abs().max())
         before, value = value, math.log(radius) if radius > 0 else -math.inf
@@ -138,7 +139,9 @@ def compressibility(symbols: Sequence[int]) -> float:
 
 def lzw_complexity(symbols: Sequence[int]) -> float:
     """Codes that LZW emits per symbol, from an initial dictionary of 256 characters."""
-    known, current, codes = {(i,) for i in range(256)}, (), 0
+    known: set[tuple[int, ...]] = {(i,) for i in range(256)}
+    current: tuple[int, ...] = ()
+    codes = 0
     for symbol in symbols:
         longer = (*current, symbol)
         if longer in known:
@@ -154,8 +157,8 @@ def lzw_complexity(symbols: Sequence[int]) -> float:
 class SelectivBench(Task):
     """The hidden state of a grammar after each element, through what stands between the elements.
 
-    A row holds ``length`` elements; blanks and distractors come on top. All positions are scored, those after an element
-    with its state, and an element is judged by the sum of the probabilities over its positions.
+    A row holds ``length`` elements; blanks and distractors come on top. All positions are scored, those after an
+    element with its state, and an element is judged by the sum of the probabilities over its positions.
 
     The paper's tasks (``letters=40``, 200 elements): 1 ``gap="1"`` (and other numbers of letters); 2
     ``gap="1-10", noise=0.2``, tested with ``gap="10"``; 3 ``distractors=0.1, quiet=50``; 4 the models of task 2 with

@@ -1,7 +1,8 @@
 """Training several mixers on one synthetic task, in the same decoder with the same budget, and testing them at lengths.
 
-A *cell* is one mixer at one width from one initialisation. Each cell is an ordinary run of :func:`linnet.training.train`
-in a folder of its own, so that a comparison that was interrupted goes on in the middle of a cell.
+A *cell* is one mixer at one width from one initialisation. Each cell is an ordinary run of
+:func:`linnet.training.train` in a folder of its own, so that a comparison that was interrupted goes on in the middle
+of a cell.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Cell:
         seconds: of training.
         loss: of the last training step.
         accuracy: for every test :class:`linnet.evaluation.Accuracy` as a mapping.
-        curve: (step, accuracy at the first test) during training.
+        curve: [step, accuracy at the first test] during training.
     """
 
     mixer: str
@@ -62,7 +63,7 @@ class Cell:
     seconds: float
     loss: float
     accuracy: dict[str, dict[str, float]]
-    curve: list[tuple[int, float]]
+    curve: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def _test(
             held[name] = state_bytes(model(one).state)
         reached[name] = accuracy(model, task, length, rows=rows)._asdict()
     speeds = [r["perf/tokens_per_s"] for r in records if "perf/tokens_per_s" in r]
-    curve = [(r["step"], r["held_out/accuracy"]) for r in records if "held_out/accuracy" in r]
+    curve = [[r["step"], r["held_out/accuracy"]] for r in records if "held_out/accuracy" in r]
     losses = [r["train/loss"] for r in records if "train/loss" in r]
     return Cell(
         *key,

@@ -100,7 +100,7 @@ def write_report(out: str | Path, comparison: Comparison, cells: Sequence[Cell])
     progress = {}
     for cell in cells:
         label = f"{cell.mixer}, d={cell.d_model}" if len(comparison.sizes) > 1 else cell.mixer
-        progress.setdefault(label, cell.curve)
+        progress.setdefault(label, [(step, value) for step, value in cell.curve])
     first = next(iter(comparison.tests))
     title = f"{comparison.task}: first initialisation during training, test {first}"
     plot_curves(out / PROGRESS, progress, x="optimiser step", y="accuracy", title=title, limits=_SHARES)
@@ -153,8 +153,8 @@ def _page(out: Path, comparison: Comparison, cells: Sequence[Cell], rows: Sequen
 Guessing reaches {task.chance:.3f}.</p>
 <h2>Accuracy</h2>
 {_table(head, body)}
-<p class="note">Mean over the initialisations, lowest and highest behind it. State: what a row carries after a row of the
-first and of the longest test.</p>
+<p class="note">Mean over the initialisations, lowest and highest behind it. State: what a row carries after a row of
+the first and of the longest test.</p>
 {_image(out / PLOT, "accuracy over the length of a test row")}
 <h2>Training</h2>
 {_image(out / PROGRESS, "accuracy during training")}

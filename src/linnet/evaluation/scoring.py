@@ -22,7 +22,7 @@ class Accuracy(NamedTuple):
     Attributes:
         answers: share of the scored answers.
         rows: share of the rows in which every answer is right ("sequence accuracy").
-        late: share of the answers in the last tenth of the positions, at least one answer a row where there is one.
+        late: share of the answers in the last tenth of each row, counted back from its last answer.
         scored: number of answers.
     """
 
@@ -77,14 +77,17 @@ def accuracy(
     right, whole, late, answers, ends = 0, 0, 0, 0, 0
     seen = 0
     for step in range(-(-rows // size)):
-        sample = Sample(*(None if x is None else x[: rows - seen].to(device) for x in data.sample(step)))
+        tokens, targets, elements = data.sample(step)
+        take = slice(rows - seen)
+        elements = None if elements is None else elements[take].to(device)
+        sample = Sample(tokens[take].to(device), targets[take].to(device), elements)
         seen += sample.targets.shape[0]
         good, scored = count_right(model(sample.tokens).logits, sample)
         right += int(good.sum())
         answers += int(scored.sum())
         whole += int((good == scored).all(1).sum())
         last = scored.shape[1] - 1 - scored.flip(1).int().argmax(1, keepdim=True)
-        end = scored & (torch.arange(scored.shape[1], device=device) >= last - scored.shape[1] // 10 + 1)
+        end = scored & (torch.arange(scored.shape[1], device=device) > last - max(1, scored.shape[1] // 10))
         late += int((good & end).sum())
         ends += int(end.sum())
     if answers == 0:
