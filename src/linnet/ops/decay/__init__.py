@@ -20,6 +20,7 @@ from ..core import (
     differentiable,
     resolve_backend,
 )
+from ..core.chunks import accumulate_dtype
 from . import chunked, reference
 from .mlstm import MLSTMState, mlstm
 from .state import DecayState
@@ -187,7 +188,7 @@ def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):
             check_log_decay(name, x)
     if g is not None and g.dim() == 1:
         g = g.expand(q.shape[0], q.shape[1], -1)
-    acc = reference.accumulate_dtype(q)
+    acc = accumulate_dtype(q)
     H, K, V = v.shape[2], q.shape[3], v.shape[3]
     if state is None:
         S = torch.zeros(rows, H, K, V, dtype=acc, device=q.device)
