@@ -2,7 +2,7 @@
 
 from .baselines import NGram, baselines, gzip_bits_per_byte, xz_bits_per_byte
 from .bits_per_byte import bits_per_byte
-from .plots import plot_loss_curve
+from .plots import plot_loss_curve, plot_speed
 
 __all__ = [
     "NGram",
@@ -10,5 +10,6 @@ __all__ = [
     "bits_per_byte",
     "gzip_bits_per_byte",
     "plot_loss_curve",
+    "plot_speed",
     "xz_bits_per_byte",
 ]
