@@ -171,13 +171,13 @@ class TestCudaGraph:
 
         monkeypatch.setattr(generation, "_capture", capture)
         monkeypatch.setattr(generation, "_one_by_one", lambda why: pytest.fail(why))
-        start = generation._Step.__init__
+        start = generation.DecodingStep.__init__
 
         def on_a_gpu(self, model, cuda_graph):
             start(self, model, False)
             self._graph = cuda_graph
 
-        monkeypatch.setattr(generation._Step, "__init__", on_a_gpu)
+        monkeypatch.setattr(generation.DecodingStep, "__init__", on_a_gpu)
         return recorded
 
     def test_same_tokens_and_state(self, model, captured):
@@ -203,9 +203,9 @@ class TestCudaGraph:
     def test_a_growing_cache_says_so(self, monkeypatch):
         monkeypatch.setattr(generation, "_capture", lambda *_: pytest.fail("captured"))
         growing = decoder(mixers=["gla(num_heads=2)", "attention(num_heads=2)"], num_layers=2)
-        step = generation._Step(growing, False)
+        step = generation.DecodingStep(growing)
         step._graph = True
-        step(tokens(1, 3), None)
+        step(tokens(1, 3))
         with pytest.warns(UserWarning, match=r"^cuda_graph: the state of layer 1 grows with every token; steps run"):
             step.advance(tokens(1, 1))
         step.advance(tokens(1, 1))
@@ -215,9 +215,9 @@ class TestCudaGraph:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
         monkeypatch.setattr(generation, "_capture", capture)
-        step = generation._Step(model, False)
+        step = generation.DecodingStep(model)
         step._graph = True
-        step(tokens(1, 8), None)
+        step(tokens(1, 8))
         with pytest.warns(UserWarning, match=r"cannot be captured: operation not permitted when stream is capturing;"):
             step.advance(tokens(1, 1))
         step.advance(tokens(1, 1))

@@ -33,6 +33,7 @@ class Peer(NamedTuple):
         convert: linnet's inputs -> its own; on tensors [B, T, ...].
         restore: its output -> [B, T, H, V].
         packed: whether it takes packed sequences.
+        cpu: whether it runs without a GPU.
     """
 
     name: str
@@ -41,10 +42,15 @@ class Peer(NamedTuple):
     run: Run
     convert: Callable[[Inputs], Inputs]
     restore: Callable[[Tensor], Tensor]
-    packed: bool
+    packed: bool = True
+    cpu: bool = False
 
-    def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
+    def obstacle(self, device: torch.device, packed: bool) -> str | None:
+        """Why it cannot run there, on packed sequences or not; None when it can."""
+        if device.type == "cpu" and not self.cpu:
+            return "runs on GPUs only"
+        if packed and not self.packed:
+            return "does not take packed sequences"
         return None if find_spec(self.module) is not None else f"{self.package} is not installed"
 
     @property

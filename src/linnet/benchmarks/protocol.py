@@ -89,6 +89,21 @@ class Timer:
                     failed[name] = reason(error)
         return {name: failed[name] if name in failed else _summary(samples[name]) for name in calls}
 
+    def wall(self, call: Call, seconds: float = 0.2) -> Timing:
+        """Time ``call`` by the clock on the wall, as its user does: what the host needs counts where the device waits
+        for it. Each round runs it for about so many seconds, the device drained at both ends; a sample is a round's
+        mean. Raises what the call raises."""
+        start = self._now()
+        call()
+        count = max(1, int(seconds / (self._now() - start)))
+        samples = []
+        for _ in range(self.rounds):
+            start = self._now()
+            for _ in range(count):
+                call()
+            samples.append(1e3 * (self._now() - start) / count)
+        return _summary(samples)
+
     def peak_bytes(self, call: Call) -> int | None:
         """Most memory a call holds beyond what is allocated before it: outputs, saved activations, gradients. None on
         a CPU, where PyTorch does not count."""
@@ -157,6 +172,11 @@ class Timer:
             last.record()
         torch.cuda.synchronize(self.device)
         return [first.elapsed_time(last) for first, last in events]
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True)

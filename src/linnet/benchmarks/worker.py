@@ -38,7 +38,8 @@ def run(
 
     Args:
         job: ``suite``, ``ops``, ``shapes``, ``passes``, ``impls`` (None: all), ``dtype``, ``device``, ``backend``,
-            ``rounds``, ``first_call``.
+            ``rounds``, ``first_call``. For a suite of models ``suite``, ``shapes`` (batch, context), ``impls``,
+            ``dtype``, ``device``, ``rounds`` and ``small``.
         results: where rows go.
         report: told in a line what begins.
         timeout: seconds without a sign after which the process is ended and the implementation at work recorded as
@@ -49,11 +50,11 @@ def run(
     while True:
         done = [list(k) for k in results.done]
         banned = [list(k) for k, count in deaths.items() if count >= _DEATHS]
-        current: list[Any] | None = None
+        begun: list[str] = []
         for message in _converse(job | {"done": done, "banned": banned, "first": first}, timeout):
             if "begin" in message:
-                current = message["begin"]
-                report(" ".join(str(part) for part in current))
+                begun = [str(part) for part in message["begin"]]
+                report(" ".join(begun))
             elif "first" in message:
                 first.update(message["first"])
             elif "row" in message:
@@ -61,12 +62,11 @@ def run(
             elif "end" in message and message["end"] is None:
                 return
             elif "end" in message:
-                if current is None or not message["rows"]:
+                if not message["rows"]:
                     raise RuntimeError(f"the measuring process failed before it measured anything: {message['end']}")
-                deaths[current[0], current[1]] += 1
+                deaths[begun[0], begun[1]] += 1
                 for row in message["rows"]:
-                    if row["impl"] == current[1]:
-                        results.add(row | {"note": message["end"]})
+                    results.add(row | {"note": message["end"]})
 
 
 def _converse(job: dict[str, Any], timeout: float) -> Iterator[dict[str, Any]]:
@@ -133,11 +133,16 @@ def _measure(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> Non
     timer = Timer(device, job["rounds"])
     emit({"begin": ["ceilings", "", ""]})
     ceilings = timer.ceilings()
+    if "small" in job:
+        from .models import measure
+
+        measure(job, timer, ceilings, _about(job["device"]), {tuple(k) for k in job["done"]}, emit)
+        return
     first = dict(job["first"])
     for workload in suite(job["suite"]):
         if workload.name not in job["ops"]:
             continue
-        for shape in (Shape(*sizes[:5], tuple(sizes[5])) for sizes in job["shapes"]):
+        for shape in (Shape.of(sizes) for sizes in job["shapes"]):
             _Comparison(job, workload, shape, timer, ceilings, first, emit).go()
 
 
@@ -264,11 +269,7 @@ class _Comparison:
             return "not run: it ended the process on other shapes of this op"
         if name == "linnet":
             return None if self.workload.engine in ops() else f"linnet has no op {self.workload.engine!r} yet"
-        if self.timer.device.type == "cpu":
-            return "runs on GPUs only"
-        if self.shape.lengths and not self.peers[name].packed:
-            return "does not take packed sequences"
-        return self.peers[name].missing()
+        return self.peers[name].obstacle(self.timer.device, bool(self.shape.lengths))
 
     def _first(self, name: str) -> float | None:
         if not self.job["first_call"]:
@@ -343,7 +344,7 @@ def _first_call(job: dict[str, Any]) -> float:
     from .workloads import Shape, suite
 
     op, name, sizes = job["only"]
-    shape = Shape(*sizes[:5], tuple(sizes[5]))
+    shape = Shape.of(sizes)
     device = torch.device(job["device"])
     workload = next(w for w in suite(job["suite"]) if w.name == op)
     inputs = workload.inputs(shape, device, getattr(torch, job["dtype"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,12 @@ class Shape(NamedTuple):
     K: int
     V: int
     lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, sizes: Sequence[Any]) -> Shape:
+        """From a plain list, as JSON has it."""
+        B, T, H, K, V, *rest = sizes
+        return cls(B, T, H, K, V, tuple(rest[0]) if rest else ())
 
     @property
     def tokens(self) -> int:

@@ -87,7 +87,7 @@ def bench(
     if show is not None:
         rows = results.read(show)
         _report(rows, as_json)
-        _plot(rows, show)
+        _plot(rows, show, as_json)
         return
     if resume and force:
         raise ValueError("--resume: expected without --force, got both")
@@ -99,7 +99,7 @@ def bench(
         run(job, kept, lambda line: status.update(escape(line)), timeout=timeout)
     _report(kept.rows, as_json)
     if out is not None:
-        _plot(kept.rows, out)
+        _plot(kept.rows, out, as_json)
 
 
 def _job(
@@ -122,8 +122,6 @@ def _job(
     from linnet.benchmarks.peers import peers
     from linnet.ops.core.registry import check_backend
 
-    known = [workload.name for workload in workloads.suite(suite)]
-    implementations = ["linnet", *(peer.name for name in known for peer in peers(name))]
     where = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and where == "cpu"):
         raise ValueError(f"--device: expected auto, cpu or, with a GPU, cuda, got {device!r}")
@@ -131,29 +129,30 @@ def _job(
     dtype = dtype or ("float32" if where == "cpu" else "bfloat16")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
-    return {
-        "suite": suite,
+    job = {"suite": suite, "dtype": dtype, "device": where, "rounds": rounds}
+    if suite in ("decode", "train"):
+        from linnet.benchmarks.models import MODEL_SUITES, cells
+
+        job["shapes"] = cells(suite, grid) if shapes is None else _sizes(shapes, "B,T")
+        return job | {"impls": _chosen("--impls", impls, MODEL_SUITES[suite]), "small": grid == "tiny"}
+    known = [workload.name for workload in workloads.suite(suite)]
+    return job | {
         "ops": _chosen("--ops", ops, known) or known,
-        "shapes": [list(shape) for shape in (workloads.grid(grid) if shapes is None else _shapes(shapes))],
+        "shapes": [list(shape) for shape in workloads.grid(grid)] if shapes is None else _sizes(shapes, "B,T,H,K,V"),
         "passes": ["fwd"] if forward else ["fwd", "fwdbwd"],
-        "impls": _chosen("--impls", impls, implementations),
-        "dtype": dtype,
-        "device": where,
+        "impls": _chosen("--impls", impls, ["linnet", *(peer.name for name in known for peer in peers(name))]),
         "backend": check_backend(backend),
-        "rounds": rounds,
         "first_call": first_call,
     }
 
 
-def _shapes(text: str) -> list[Any]:
-    from linnet.benchmarks.workloads import Shape
-
+def _sizes(text: str, letters: str) -> list[list[int]]:
     found = []
     for part in text.split(";"):
-        sizes = [int(n) for n in part.split(",") if n.strip().isdigit()]
-        if len(sizes) != 5 or part.count(",") != 4 or min(sizes) < 1:
-            raise ValueError(f"--shapes: expected five sizes B,T,H,K,V, got {part!r}")
-        found.append(Shape(*sizes))
+        sizes = [int(n) if n.strip().isdigit() else 0 for n in part.split(",")]
+        if len(sizes) != letters.count(",") + 1 or min(sizes) < 1:
+            raise ValueError(f"--shapes: expected sizes {letters}, got {part!r}")
+        found.append(sizes)
     return found
 
 
@@ -182,6 +181,17 @@ def _report(rows: list[dict[str, Any]], as_json: bool) -> None:
             f"[bold]{escape(about['gpu'])}[/bold], torch {about['torch']}, triton {about['triton']}: "
             f"a copy moves {copy} TB/s, a matrix product reaches {matmul} TFLOP/s"
         )
+    whole = [row for row in rows if row["op"] in ("decode", "train")]
+    if whole:
+        out.print(_models_table(whole))
+    else:
+        out.print(_ops_table(entries))
+    seen = dict.fromkeys(f"{row['op']}: {row['impl']}: {row['note']}" for row in rows if row["note"])
+    for line in seen:
+        out.print(f"note: {line}", style="yellow", markup=False)
+
+
+def _ops_table(entries: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("op", "pass", "B", "T", "H", "K", "V", "packed", "linnet ms", "of limit", "best peer", "peer ms"):
         table.add_column(column, justify="left" if column in ("op", "pass", "best peer") else "right")
@@ -189,13 +199,26 @@ def _report(rows: list[dict[str, Any]], as_json: bool) -> None:
     table.add_column("memory", justify="right")
     for entry in entries:
         table.add_row(*_cells(entry))
-    out.print(table)
-    seen: dict[str, None] = {}
-    for entry in entries:
-        for line in entry["failed"]:
-            seen.setdefault(f"{entry['op']}: {line}")
-    for line in seen:
-        out.print(f"no time: {line}", style="yellow", markup=False)
+    return table
+
+
+def _models_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("model", "batch", "context", "ms", "tokens/s", "of limit", "of matrix peak", "memory"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in sorted(rows, key=lambda row: (int(row["T"]), int(row["B"]))):
+        ms, limit = row["ms"], row["limit_ms"]
+        table.add_row(
+            row["impl"],
+            row["B"],
+            row["T"],
+            f"{float(ms):.2f}" if ms else "",
+            f"{float(row['tokens_per_s']):,.0f}" if ms else "",
+            f"{float(limit) / float(ms):.0%}" if ms and limit else "",
+            f"{float(row['mfu']):.0%}" if row["mfu"] else "",
+            size(int(row["peak_bytes"])) if row["peak_bytes"] else "",
+        )
+    return table
 
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:
@@ -218,9 +241,10 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+def _plot(rows: list[dict[str, Any]], path: Path, quiet: bool) -> None:
     from linnet.evaluation import plot_speed
 
     target = path.with_suffix(".png")
     plot_speed(target, rows)
-    console().print(f"plot: {target}", markup=False)
+    if not quiet:
+        console().print(f"plot: {target}", markup=False)

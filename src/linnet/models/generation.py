@@ -15,7 +15,7 @@ from linnet.ops.core import map_state, state_tensors
 
 from .decoder import Decoder, DecoderOutput
 
-__all__ = ["Generation", "GenerationStep", "generate", "sample", "stream"]
+__all__ = ["DecodingStep", "Generation", "GenerationStep", "generate", "sample", "stream"]
 
 Prompt = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
@@ -160,7 +160,7 @@ def _begin(
     generator: torch.Generator | None,
     state: tuple[Any, ...] | None,
     cuda_graph: bool,
-) -> tuple[_Step, Iterator[tuple[Tensor, Tensor]]]:
+) -> tuple[DecodingStep, Iterator[tuple[Tensor, Tensor]]]:
     """Check the arguments and read the prompt: the model's step, and what draws from it."""
     _check_options(model, max_new_tokens, temperature, top_k, top_p, stop)
     tokens, segments = _pack(prompt, model.embed_tokens.weight.device)
@@ -170,14 +170,14 @@ def _begin(
         raise ValueError(f"state: expected {rows} rows like the prompt, got {', '.join(map(str, found))}")
 
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-    step = _Step(model, cuda_graph)
+    step = DecodingStep(model, cuda_graph)
     step(tokens, state, segments)
     return step, _draw(step, max_new_tokens, stop, options)
 
 
 @torch.inference_mode()
 def _draw(
-    step: _Step, max_new_tokens: int, stop: Sequence[int], options: dict[str, Any]
+    step: DecodingStep, max_new_tokens: int, stop: Sequence[int], options: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and which rows have finished, while ``step`` holds the state before these tokens."""
     stops = torch.tensor(list(stop), dtype=torch.int64, device=step.logits.device)
@@ -193,8 +193,17 @@ def _draw(
         step.advance(tokens.unsqueeze(1))
 
 
-class _Step:
-    """The forward of a decoder with the state it left, and, once that state keeps its shapes, its captured form.
+class DecodingStep:
+    """A decoder that reads one token a row at a time: for loops that draw or check tokens their own way.
+
+    >>> step = DecodingStep(model, cuda_graph=True)
+    >>> step(prompt)
+    >>> for _ in range(100):
+    ...     step.advance(step.logits[:, -1].argmax(-1, keepdim=True))
+
+    Args:
+        model: the decoder.
+        cuda_graph: replay a captured step once the state keeps its shapes; see :func:`generate`.
 
     Attributes:
         logits: of the last position of each row, ``[B, 1, V]``; valid until the next call.
@@ -202,7 +211,7 @@ class _Step:
 
     logits: Tensor
 
-    def __init__(self, model: Decoder, cuda_graph: bool):
+    def __init__(self, model: Decoder, cuda_graph: bool = False):
         self.model = model
         self._state: tuple[Any, ...] = ()
         self._tokens: Tensor | None = None  # what a captured step reads; its state is then overwritten in place
@@ -213,9 +222,10 @@ class _Step:
             _one_by_one(f"the model is on {device}")
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None = None) -> None:
+    def __call__(self, tokens: Tensor, state: tuple[Any, ...] | None = None, segments: Segments | None = None) -> None:
+        """Read ``tokens`` from ``state``, as the decoder's forward does; the state before is forgotten."""
         out = self.model(tokens, state, segments, last_only=True)
-        self.logits, self._state = out.logits, out.state
+        self.logits, self._state, self._replay = out.logits, out.state, None
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> None:
@@ -241,7 +251,8 @@ class _Step:
         return self._state if self._replay is None else map_state(torch.clone, self._state)
 
     def _record(self, tokens: Tensor) -> None:
-        inputs, held = tokens.clone(), map_state(torch.clone, self._state)
+        inputs = tokens.clone()
+        held = self._state = map_state(torch.clone, self._state)
 
         def forward() -> DecoderOutput:
             return self.model(inputs, held, last_only=True)
@@ -258,7 +269,7 @@ class _Step:
             self._graph = False
             _one_by_one(f"the step cannot be captured: {str(error).splitlines()[0]}")
         else:
-            self._tokens, self._state = inputs, held
+            self._tokens = inputs
 
 
 def _capture(warm: Callable[[], object], step: Callable[[], Tensor]) -> Callable[[], Tensor]:
