@@ -19,7 +19,7 @@ _COMMANDS = {
     "generate": "Continue a text with a trained model.",
     "list": "List the mixers, or the ops they run on.",
     "inspect": "Show one mixer: paper, recurrence, options, size and identities.",
-    "bench": "Time the ops beside other libraries' kernels, or whole models.",
+    "bench": "Time the ops beside other libraries, or whole models.",
     "env": "Show versions and devices, and test every op's backends on this machine.",
 }
 

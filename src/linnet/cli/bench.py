@@ -1,4 +1,4 @@
-"""`linnet bench`: how fast the ops are, beside other libraries' kernels."""
+"""`linnet bench`: how fast the ops are beside other libraries, and whole models."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=_FILE)] = False,
 ) -> None:
-    """Time the ops, forward and backward, beside the kernels of other libraries that are installed.
+    """Time the ops beside other libraries, or whole models.
 
     All implementations of a line take turns on the same inputs, with a cold L2 cache; the median counts. What is not
     installed or fails is listed with the reason. The limit is what the op's operations and bytes would take at the
