@@ -23,6 +23,7 @@ Call = Callable[[], object]
 _ROUNDS = 10
 _BURST_SECONDS = 0.02  # of device work a call gets in one round
 _BURST_CALLS = 8
+_QUEUE = 200  # most writes to queue before a burst
 
 
 class Timing(NamedTuple):
@@ -149,12 +150,12 @@ class Timer:
             host.append(1e3 * (time.perf_counter() - start))
             torch.cuda.synchronize(self.device)
             device.append(first.elapsed_time(last))
-        ms = min(device)
-        count = max(1, min(_BURST_CALLS, int(1e3 * _BURST_SECONDS / ms)))
-        # The device needs `ms` and one write a call; the host must not fall behind it. A call that waits for the
-        # device itself (a copy to the host) takes as long on the host however much is queued: then nothing helps.
-        behind = max(0.0, statistics.median(host) - self._flush_ms) * count
-        return count, min(200, 2 + int(1.5 * behind / self._flush_ms))
+        count = max(1, min(_BURST_CALLS, int(1e3 * _BURST_SECONDS / min(device))))
+        # A call that waits for the device itself (a copy to the host) is as long on the host whatever is queued; then
+        # nothing helps. For all others the queue must last until the host has issued the burst.
+        behind = 1.5 * max(0.0, statistics.median(host) - self._flush_ms) / self._flush_ms  # in writes a call
+        count = max(1, min(count, int(_QUEUE / max(behind, 1e-9))))
+        return count, min(_QUEUE, 2 + int(behind * count))
 
     def _burst(self, call: Call, count: int, queued: int) -> list[float]:
         if not self.cuda:
