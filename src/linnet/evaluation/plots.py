@@ -88,7 +88,7 @@ def plot_speed(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     timed = [row for row in rows if row["ms"]]
     panels = list(dict.fromkeys((row["op"], row["pass"]) for row in timed))
@@ -114,15 +114,20 @@ def plot_speed(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             if floor:
                 axes.plot(*zip(*floor, strict=True), "_", color=_INK, markersize=9, label="limit")
             axes.set_yscale("log")
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.set_title(f"{op}, {name}", loc="left", color=_INK, fontsize=9, fontweight="bold")
             few = len(places) <= 8
-            axes.set_xticks(range(len(places)) if few else [], list(places) if few else [], fontsize=6, rotation=30)
+            axes.set_xticks(
+                range(len(places)) if few else [], list(places) if few else [], fontsize=6, rotation=30, ha="right"
+            )
             axes.grid(axis="y", color=_GRID, linewidth=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.spines["bottom"].set_color(_GRID)
-            axes.tick_params(colors=_MUTED, length=0, labelsize=7)
+            axes.tick_params(colors=_MUTED, which="both", length=0, labelsize=7)
+            axes.margins(x=0.08, y=0.1)
             if j == 0:
                 axes.set_ylabel("ms", color=_MUTED)
     named = {}
