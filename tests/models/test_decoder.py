@@ -297,6 +297,10 @@ def test_default_mlp_width():
         {"experts_per_token": 9},
         {"expert_hidden": -3},
         {"shared_experts": -1},
+        {"router": "hash"},
+        {"router_scale": 0.0},
+        {"router_bias_rate": -1.0},
+        {"norm_position": "middle"},
         {"dense_layers": -1},
         {"balance_loss": -0.1},
         {"router_z_loss": float("nan")},
@@ -310,6 +314,15 @@ def test_default_mlp_width():
 def test_bad_fields_are_named(options):
     with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected .* got "):
         config(**options)
+
+
+def test_norms_behind_the_mixer_and_the_mlp():
+    model = decoder(norm_position="post", num_layers=1, mixers=["gla(num_heads=2)"])
+    layer, x = model.layers[0], torch.randn(2, 5, 16, dtype=torch.float64)
+    h = x + layer.mixer_norm(layer.mixer(x)[0])
+    torch.testing.assert_close(layer(x)[0], h + layer.mlp_norm(layer.mlp(h)[0]))
+    torch.nn.init.zeros_(layer.mixer.o_proj.weight)  # a mixer that says nothing: the norm of zero is zero
+    torch.testing.assert_close(layer(x)[0], x + layer.mlp_norm(layer.mlp(x)[0]))
 
 
 def test_bad_mixers_are_named():
@@ -413,3 +426,22 @@ def test_loading_rebuilds_buffers_that_are_not_saved(tmp_path, monkeypatch):
     loaded = Decoder.load(tmp_path / "m", dtype=torch.float64)
     assert loaded.layers[2].table.tolist() == [0, 1, 2]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_mixtures_of_tokens() -> None:
+    """One-hot rows are the tokens themselves; sums, noise and nothing at all are read as sums of embeddings."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(vocab_size=7, d_model=16, num_layers=1, mixers=["gla(num_heads=2)"], mlp_hidden=16))
+    tokens = torch.randint(5, (2, 6))
+    hot = torch.nn.functional.one_hot(tokens, 5).float()
+    assert torch.allclose(model(hot).logits, model(tokens).logits, atol=1e-6)
+    assert torch.allclose(model.loss(hot, tokens), model.loss(tokens, tokens), atol=1e-6)
+    other = model.embed_tokens.weight[3] * 0.5 + model.embed_tokens.weight[1]
+    mixed = torch.zeros(1, 1, 7)
+    mixed[..., 3], mixed[..., 1] = 0.5, 1.0
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(mixed)
+    assert torch.allclose(seen[0][0, 0], other, atol=1e-6)
+    with pytest.raises(ValueError, match=r"floats \[B, T, W\] with W <= 7"):
+        model(torch.zeros(1, 2, 8))
