@@ -115,7 +115,7 @@ class MinMax(Mixer):
             if self.mix_proj is not None:
                 x = self.mix_proj(torch.cat([before, x], -1))
             else:
-                x = torch.lerp(x, before, torch.sigmoid(self.mix).to(x.dtype))
+                x = x + torch.sigmoid(self.mix).to(x.dtype) * (before - x)
         h, memory = minmax_scan(self.r_proj(x), self.s_proj(x), state=memory, segments=segments)
         if self.g_proj is not None:
             h = h * torch.sigmoid(self.g_proj(x))
@@ -124,7 +124,5 @@ class MinMax(Mixer):
     def init_state(self, rows: int) -> MinMaxState:
         like, previous = self.o_proj.weight, None
         if self.mix is not None or self.mix_proj is not None:
-            previous = ConvState(
-                self.o_proj.weight.new_zeros(rows, 1, self.d_model, dtype=parts.state_dtype(self.o_proj.weight))
-            )
-        return MinMaxState(parts.scan_state(self.o_proj.weight, rows, self.state_dim), previous)
+            previous = ConvState(like.new_zeros(rows, 1, self.d_model, dtype=parts.state_dtype(like)))
+        return MinMaxState(parts.scan_state(like, rows, self.state_dim), previous)

@@ -1,8 +1,9 @@
 """Triton kernel of the scans, forward and backward.
 
-One kernel walks a sequence, or a piece of one, tile by tile. A tile is W warps of L tokens each: a thread has its own
-channels and composes the maps of its warp's L tokens in registers, one scan over the warps gives every warp the state it
-starts from, and the composed maps, applied to that, are the states. Everything is read once and written once, and the
+One kernel walks a sequence, or a piece of one, tile by tile. A tile is W runs of L tokens: a thread has its own run and
+channels and composes the maps of its L tokens in registers, one scan over the runs gives each of them the state it
+starts from, and the composed maps, applied to that, are the states. A run is a warp's, or with few channels a part of
+one's. Everything is read once and written once, and the
 next tile is on its way meanwhile. Where sequences are few, they are cut into pieces: a first launch composes the maps of
 whole pieces (`TOTALS`), the same kernel scans those, and a last launch walks every piece from its own state.
 
@@ -87,7 +88,7 @@ def _after_block(a10, a11, a12, a13, b10, b11, a0, a1, a2, a3, b0, b1):
 
 @triton.jit
 def _over_tokens(a, b, ALGEBRA: tl.constexpr):
-    """Maps from the start of a warp's tokens to each of them, and to the last one."""
+    """Maps from the start of a run to each of its tokens, and to the last one."""
     if ALGEBRA == REAL:
         i, j = tl.associative_scan((a[0], b[0]), 1, _after_real)
         k, m = tl.reduce((a[0], b[0]), 1, _after_real, keep_dims=True)
@@ -109,7 +110,7 @@ def _over_tokens(a, b, ALGEBRA: tl.constexpr):
 
 
 # Combining two runs of maps (the earlier first). A run carries the map of all of it and that of all but its last
-# member, so one scan tells every warp both what it leads to and what it starts from.
+# member, so one scan tells every one both what it leads to and what it starts from.
 
 
 @triton.jit
@@ -141,8 +142,8 @@ def _combine_block(
 
 
 @triton.jit
-def _over_warps(a, b, ALGEBRA: tl.constexpr):
-    """Maps from the start of a tile to the end of each warp's tokens, and to their start."""
+def _over_runs(a, b, ALGEBRA: tl.constexpr):
+    """Maps from the start of a tile to the end of each run, and to its start."""
     zero = tl.zeros_like(b[0])
     one = zero + 1.0
     if ALGEBRA == REAL:
@@ -270,7 +271,7 @@ def _zeros(x):
 
 
 @triton.jit
-def _last_warp(x, w, W: tl.constexpr):
+def _last_run(x, w, W: tl.constexpr):
     n: tl.constexpr = len(x)
     out = ()
     for c in tl.static_range(n):
@@ -414,6 +415,7 @@ def scan_kernel(
     ALGEBRA: tl.constexpr,
     W: tl.constexpr,
     L: tl.constexpr,
+    BD: tl.constexpr,
     V: tl.constexpr,
     REVERSE: tl.constexpr,
     GRAD: tl.constexpr,
@@ -424,7 +426,6 @@ def scan_kernel(
     PACKED: tl.constexpr,
 ):
     # Tokens are counted in the order of the walk, p = 0 ... T - 1; rows are counted in memory.
-    BD: tl.constexpr = 32 * V
     STEP: tl.constexpr = -1 if REVERSE else 1
     KIND: tl.constexpr = REAL if GRAD and ALGEBRA == MINMAX else ALGEBRA
     FLIP: tl.constexpr = GRAD and not PACKED  # packed factors are transposed as they are loaded
@@ -477,15 +478,15 @@ def scan_kernel(
         a = _factor(factors, KIND, FLIP)
         b = _fp32(values)
         to_a, to_b, k, m = _over_tokens(a, b, KIND)
-        k, m, e, f = _over_warps(k, m, KIND)
+        k, m, e, f = _over_runs(k, m, KIND)
         if TOTALS:
-            k = _last_warp(k, w, W)
-            carry = _apply(k, _last_warp(m, w, W), carry, KIND)
+            k = _last_run(k, w, W)
+            carry = _apply(k, _last_run(m, w, W), carry, KIND)
             total = _compose(k, total, KIND)
         else:
             start = _apply(e, f, carry, KIND)
             h = _apply(to_a, to_b, start, KIND)
-            carry = _last_warp(_apply(k, m, carry, KIND), w, W)
+            carry = _last_run(_apply(k, m, carry, KIND), w, W)
             ok = within & (lane < end - p0)
             base = tl.multiple_of((origin + p0 * STEP) * D, V)
             at = tl.multiple_of(lane * (STEP * D) + col, (1, 1, V))

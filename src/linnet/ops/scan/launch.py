@@ -17,31 +17,33 @@ ALGEBRAS = {"real": REAL.value, "complex": COMPLEX.value, "block": BLOCK.value, 
 
 
 def tile(algebra: str, D: int, packed: bool, device: torch.device) -> dict[str, int]:
-    """Warps W, tokens L of a warp, and channels V of a thread; T never enters.
+    """Runs W of L tokens, channels BD of a program and V of a thread; T never enters.
 
     Measured on Hopper: what counts are the bytes on their way, so many tokens a thread; more warps with fewer each are
-    slower. A pair moves as one word of twice the width, so it takes half the channels to fill a transaction.
+    slower. A pair moves as one word of twice the width, so it takes half the channels to fill a transaction. Fewer
+    channels than threads in a warp leave the others more runs.
     """
     if device.type == "cpu":  # the interpreter: tiles that a short sequence fills more than once
-        return {"W": 2, "L": 4, "V": 1, "num_warps": 2}
+        return {"W": 2, "L": 4, "BD": 4, "V": 1, "num_warps": 2}
     lengths = {"real": 16, "minmax": 16, "complex": 16, "block": 8}
-    wide = D > 32 and D % 2 == 0 and algebra in ("real", "minmax")
-    return {"W": 8, "L": lengths[algebra] // (2 if packed else 1), "V": 2 if wide else 1, "num_warps": 8}
+    V = 2 if D > 32 and D % 2 == 0 and algebra in ("real", "minmax") else 1
+    BD = min(32 * V, triton.next_power_of_2(D))
+    return {"W": 256 * V // BD, "L": lengths[algebra] // (2 if packed else 1), "BD": BD, "V": V, "num_warps": 8}
 
 
 @cache
-def _programs(device: torch.device) -> int:
-    """Programs that fill the device."""
-    return 2 if device.type == "cpu" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
+def _processors(device: torch.device) -> int:
+    return 16 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _piece(rows: int, T: int, D: int, step: int, width: int, device: torch.device) -> int:
-    """Tokens of a piece: the whole sequence where that fills half of the device, or is too short to be worth the two
-    launches more that pieces take."""
-    columns, wanted = rows * triton.cdiv(D, width), _programs(device)
-    if columns * 5 >= wanted * 2 or T <= (2 if device.type == "cpu" else 16) * step:
+def _piece(columns: int, T: int, step: int, device: torch.device) -> int:
+    """Tokens of a piece, where there are so many columns of channels: the whole sequence where they fill most of the
+    device, or where it is too short to be worth the two launches more that pieces take. Each processor has one program
+    at a time, and all the same work, so what counts is not to begin another round of them."""
+    processors = _processors(device)
+    if columns * 5 >= processors * 3 or T <= (2 if device.type == "cpu" else 16) * step:
         return T
-    pieces = min(triton.cdiv(wanted, columns), triton.cdiv(T, 4 * step))
+    pieces = min(2 * processors // columns, triton.cdiv(T, 2 * step))
     return triton.cdiv(triton.cdiv(T, pieces), step) * step
 
 
@@ -65,12 +67,12 @@ def _walk(
     """One scan of ``b`` ``[rows, T, D, *]``: states into ``y`` and ``last``, by way of pieces where rows are few."""
     rows, T, D = b.shape[:3]
     settings = tile(algebra, D, ids is not None, b.device)
-    piece = _piece(rows, T, D, settings["W"] * settings["L"], 32 * settings["V"], b.device)
+    columns = rows * triton.cdiv(D, settings["BD"])
+    piece = _piece(columns, T, settings["W"] * settings["L"], b.device)
     pieces = triton.cdiv(T, piece)
-    columns = triton.cdiv(D, 32 * settings["V"])
 
     def launch(y: Tensor, da: Tensor | None, edges: Tensor | None, totals: bool) -> None:
-        scan_kernel[(rows * pieces * columns,)](
+        scan_kernel[(pieces * columns,)](
             a,
             b,
             y,
@@ -111,13 +113,6 @@ def _walk(
     launch(y, da, edges, False)
 
 
-def _ids(cu_host: Tensor | None, device: torch.device) -> Tensor | None:
-    if cu_host is None:
-        return None
-    lengths = cu_host.diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths).to(device)
-
-
 def _constant(a: Tensor) -> bool:
     """Whether factors are the same for every token: they then came expanded."""
     return all(a.stride(i) == 0 or a.shape[i] == 1 for i in (0, 1))
@@ -128,16 +123,22 @@ def _dense(a: Tensor) -> tuple[Tensor, int]:
     return (a[0, 0].contiguous(), 0) if _constant(a) else (a.contiguous(), a.shape[2])
 
 
+def _rows(given: Tensor, ids: Tensor | None) -> Tensor:
+    """Where the states of all rows go: those of empty sequences stay what they were given as."""
+    return torch.empty_like(given) if ids is None else given.clone()
+
+
 def forward(
-    algebra: str, a: Tensor, b: Tensor, h0: Tensor, cu_host: Tensor | None, reverse: bool, training: bool
+    algebra: str, a: Tensor, b: Tensor, h0: Tensor, ids: Tensor | None, reverse: bool, training: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """States of every token and the last ones; for minmax also what each token took, when a gradient will be wanted."""
+    """States of every token and the last ones; for minmax also what each token took, when a gradient will be wanted.
+    ``ids`` are the sequences of packed tokens."""
     b, h0 = b.contiguous(), h0.contiguous()
     a, stride = _dense(a)
-    y, last = torch.empty_like(b), h0.clone()
+    y, last = torch.empty_like(b), _rows(h0, ids)
     code = torch.empty(b.shape, dtype=torch.uint8, device=b.device) if algebra == "minmax" and training else None
     options: dict[str, Any] = {"a_stride": stride, "reverse": reverse, "code": code}
-    _walk(algebra, a, b, y, h0, last, _ids(cu_host, b.device), **options)
+    _walk(algebra, a, b, y, h0, last, ids, **options)
     return y, last, code
 
 
@@ -146,7 +147,7 @@ def backward(
     a: Tensor,
     basis: Tensor,
     h0: Tensor,
-    cu_host: Tensor | None,
+    ids: Tensor | None,
     reverse: bool,
     dy: Tensor,
     dlast: Tensor,
@@ -158,8 +159,8 @@ def backward(
     bounds = algebra == "minmax"
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device) if grad_a or bounds else None
     factors, stride = (None, 0) if bounds else _dense(a)
-    db, dh0 = torch.empty_like(dy), dlast.clone()
+    db, dh0 = torch.empty_like(dy), _rows(dlast, ids)
     options: dict[str, Any] = {"code": basis} if bounds else {"h": basis, "init": h0.contiguous()}
     options |= {"a_stride": stride, "reverse": not reverse, "da": da, "grad": True}
-    _walk(algebra, factors, dy, db, dlast, dh0, _ids(cu_host, dy.device), **options)
+    _walk(algebra, factors, dy, db, dlast, dh0, ids, **options)
     return da, db, dh0

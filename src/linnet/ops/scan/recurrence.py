@@ -12,6 +12,7 @@ from ..core import (
     check_floating,
     check_segments,
     common_dtype,
+    differentiable,
     no_autocast,
     resolve_backend,
 )
@@ -96,8 +97,8 @@ def minmax_scan(
         x_t = max(min(x_{t-1}, r_t), s_t)
 
     Between the bounds a cell keeps its value, outside it takes the bound; the lower bound wins where they cross. Every
-    operation is a selection, so every backend gives the same bits, and every gradient goes to exactly one input (to
-    the past on a tie). A NaN stays.
+    operation is a selection, so every backend gives the same bits, and every gradient goes to exactly one input (on a
+    tie to a bound, the lower one first). A NaN stays.
 
     Args:
         r: upper bounds ``[B, T, D]``; infinity keeps whatever is large.
@@ -147,9 +148,9 @@ def _run(
         with no_autocast(b):
             y, h = reference.recurrent(algebra, a, b, h, reverse, segments)
         return y, ScanState(h)
-    host = None if segments is None else segments.cu_seqlens_host
+    where = (None, None) if segments is None else (segments.cu_seqlens_host, segments.ids)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, h))
-    y, h, _ = _scan(a, b, h, host, algebra, reverse, check_chunk(chunk_size), name, training)
+    y, h, _ = _scan(a, b, h, *where, algebra, reverse, check_chunk(chunk_size), name, training)
     return y, ScanState(h)
 
 
@@ -183,12 +184,12 @@ def backends(x: Tensor) -> tuple[str, ...]:
     return BACKENDS if x.dtype in (torch.bfloat16, torch.float16, torch.float32) else BACKENDS[:2]
 
 
-@torch.library.custom_op("linnet::scan", mutates_args=())
-def _scan(
+def _forward(
     a: Tensor,
     b: Tensor,
     h: Tensor,
     cu_host: Tensor | None,
+    ids: Tensor | None,
     algebra: str,
     reverse: bool,
     chunk: int,
@@ -200,25 +201,24 @@ def _scan(
         if backend == "triton":
             from . import launch
 
-            y, last, taken = launch.forward(algebra, a, b, h, cu_host, reverse, training)
+            y, last, taken = launch.forward(algebra, a, b, h, ids, reverse, training)
         else:
             y, last = chunked.forward(algebra, a, b, h, cu_host, reverse, chunk)
     return y, last, b.new_empty(0, dtype=torch.uint8) if taken is None else taken
 
 
-@_scan.register_fake
-def _(a, b, h, cu_host, algebra, reverse, chunk, backend, training):
+def _forward_fake(a, b, h, cu_host, ids, algebra, reverse, chunk, backend, training):
     noted = algebra == "minmax" and backend == "triton" and training
     taken = b.new_empty(b.shape if noted else 0, dtype=torch.uint8)
     return torch.empty_like(b, memory_format=torch.contiguous_format), h.new_empty(h.shape), taken
 
 
-@torch.library.custom_op("linnet::scan_backward", mutates_args=())
-def _scan_backward(
+def _backward(
     a: Tensor,
     basis: Tensor,
     h: Tensor,
     cu_host: Tensor | None,
+    ids: Tensor | None,
     algebra: str,
     reverse: bool,
     chunk: int,
@@ -231,38 +231,45 @@ def _scan_backward(
         if backend == "triton":
             from . import launch
 
-            da, db, dh = launch.backward(algebra, a, basis, h, cu_host, reverse, dy, dh, wanted)
+            da, db, dh = launch.backward(algebra, a, basis, h, ids, reverse, dy, dh, wanted)
         else:
             da, db, dh = chunked.backward(algebra, a, basis, h, cu_host, reverse, chunk, dy, dh)
     return a.new_empty(0) if da is None else da, db, dh
 
 
-@_scan_backward.register_fake
-def _(a, basis, h, cu_host, algebra, reverse, chunk, backend, wanted, dy, dh):
+def _backward_fake(a, basis, h, cu_host, ids, algebra, reverse, chunk, backend, wanted, dy, dh):
     given = wanted or algebra == "minmax" or backend != "triton"
     return a.new_empty(a.shape if given else 0), dy.new_empty(dy.shape), h.new_empty(h.shape)
 
 
 def _setup(ctx, inputs, output):
-    a, b, h, cu_host, *options, _ = inputs
+    a, b, h, cu_host, ids, *options, _ = inputs
     # The chunked form goes back from the inputs, the kernels from the states or, for minmax, from what was taken.
     basis = b if options[-1] != "triton" else output[2] if options[0] == "minmax" else output[0]
-    ctx.save_for_backward(a, basis, h, cu_host)
+    ctx.save_for_backward(a, basis, h, cu_host, ids)
     ctx.options, ctx.like = options, (b.shape, b.dtype)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dh, _):
-    a, basis, h, cu_host = ctx.saved_tensors
+def _gradients(run, ctx, dy, dh, _):
+    a, basis, h, *where = ctx.saved_tensors
     shape, dtype = ctx.like
     dy = h.new_zeros(shape, dtype=dtype) if dy is None else dy
     dh = torch.zeros_like(h) if dh is None else dh
     wanted = ctx.needs_input_grad[0]
-    da, db, dh = _scan_backward(a, basis, h, cu_host, *ctx.options, wanted, dy, dh)
-    return da if wanted else None, db, dh, None, None, None, None, None, None
+    da, db, dh = run(a, basis, h, *where, *ctx.options, wanted, dy, dh)
+    return da if wanted else None, db, dh, *(None,) * 7
 
 
-_scan.register_autograd(_backward, setup_context=_setup)
+_scan = differentiable(
+    "scan",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(
