@@ -39,6 +39,6 @@ def test_kernels_in_the_interpreter(name: str, device: torch.device) -> None:
     ]
     # The interpreter turns arrays of one element into numbers, which NumPy is about to forbid.
     command += ["-W", "ignore:Conversion of an array:DeprecationWarning"]
-    command += ["-k", f"triton and ({PARTS}) and {name}-"]
+    command += ["-k", f"triton and ({PARTS}) and [{name}-"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, f"pytest ended with {done.returncode}:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"

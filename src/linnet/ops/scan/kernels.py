@@ -3,9 +3,9 @@
 One kernel walks a sequence, or a piece of one, tile by tile. A tile is W runs of L tokens: a thread has its own run and
 channels and composes the maps of its L tokens in registers, one scan over the runs gives each of them the state it
 starts from, and the composed maps, applied to that, are the states. A run is a warp's, or with few channels a part of
-one's. Everything is read once and written once, and the
-next tile is on its way meanwhile. Where sequences are few, they are cut into pieces: a first launch composes the maps of
-whole pieces (`TOTALS`), the same kernel scans those, and a last launch walks every piece from its own state.
+one's. Everything is read once and written once, and the next tile is on its way meanwhile. Where sequences are few,
+they are cut into pieces: a first launch composes the maps of whole pieces (`TOTALS`), the same kernel scans those, and
+a last launch walks every piece from its own state.
 
 The backward pass is the same walk in the other direction of time, over the transposed factors of the next token.
 Channels are numbers, pairs (complex numbers, blocks) or bounds; what differs is in `_apply` and `_compose`.
@@ -308,7 +308,7 @@ def _outer(g, h, ALGEBRA: tl.constexpr):
 
 @triton.jit
 def _taken(a, b, h):
-    """What a cell took to come to ``h``: 0 its state, 1 the upper and 2 the lower bound (the last of these on a tie)."""
+    """What a cell took to come to ``h``: 0 its state, 1 the upper or 2 the lower bound; on a tie the last of these."""
     return tl.where(h[0] == b[0], 2, tl.where(h[0] == a[0], 1, 0)).to(tl.uint8)
 
 

@@ -24,7 +24,7 @@ def tile(algebra: str, D: int, packed: bool, device: torch.device) -> dict[str, 
     channels than threads in a warp leave the others more runs.
     """
     if device.type == "cpu":  # the interpreter: tiles that a short sequence fills more than once
-        return {"W": 2, "L": 4, "BD": 4, "V": 1, "num_warps": 2}
+        return {"W": 2, "L": 4, "BD": 8, "V": 1, "num_warps": 2}
     lengths = {"real": 16, "minmax": 16, "complex": 16, "block": 8}
     V = 2 if D > 32 and D % 2 == 0 and algebra in ("real", "minmax") else 1
     BD = min(32 * V, triton.next_power_of_2(D))
@@ -41,10 +41,11 @@ def _piece(columns: int, T: int, step: int, device: torch.device) -> int:
     device, or where it is too short to be worth the two launches more that pieces take. Each processor has one program
     at a time, and all the same work, so what counts is not to begin another round of them."""
     processors = _processors(device)
-    if columns * 5 >= processors * 3 or T <= (2 if device.type == "cpu" else 16) * step:
+    tiles = triton.cdiv(T, step)
+    if columns * 5 >= processors * 3 or tiles <= (2 if device.type == "cpu" else 16):
         return T
-    pieces = min(2 * processors // columns, triton.cdiv(T, 2 * step))
-    return triton.cdiv(triton.cdiv(T, pieces), step) * step
+    pieces = min(2 * processors // columns, triton.cdiv(tiles, 2))
+    return triton.cdiv(tiles, pieces) * step
 
 
 def _walk(
