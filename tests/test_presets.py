@@ -51,6 +51,8 @@ def test_exact_figures_match_exactly():
     assert size("xlstm-7b") == 6_865_424_896
     assert size("olmo-hybrid-7b") == 7_430_870_688
     assert size("mamba2-130m") == 128_989_632
+    assert size("mamba-130m") == 129_135_360
+    assert size("jamba-52b-a12b") == 51_570_323_328
 
 
 def test_comparison_models_have_one_size():
@@ -67,6 +69,7 @@ def test_hybrid_models_have_attention_where_their_papers_say():
         return [i for i, spec in enumerate(specs) if spec in ("attention", "mla")]
 
     assert attention("kimi-linear-48b-a3b") == [3, 7, 11, 15, 19, 23, 26]
+    assert attention("jamba-52b-a12b") == list(range(4, 32, 8))
     assert attention("olmo-hybrid-7b") == list(range(3, 32, 4))
     assert attention("qwen3-next-80b-a3b") == list(range(3, 48, 4))
     assert attention("hybrid-340m(mixer=gla)") == [3, 7, 11, 15, 19, 23]

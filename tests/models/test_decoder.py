@@ -269,6 +269,12 @@ def test_dense_layers_before_experts():
     assert model.layers[1].mlp.shared.up_proj.weight.shape == (8, 16)
 
 
+def test_experts_in_every_other_layer():
+    model = decoder(**MOE, dense_layers=1, experts_every=2, num_layers=5)
+    names = [type(layer.mlp).__name__ for layer in model.layers]
+    assert names == ["SwiGLU", "SwiGLU", "MixtureOfExperts", "SwiGLU", "MixtureOfExperts"]
+
+
 def test_default_mlp_width():
     assert config(d_model=768).hidden == 2048
     assert config(d_model=1024).hidden == 2752
@@ -302,6 +308,7 @@ def test_default_mlp_width():
         {"router_bias_rate": -1.0},
         {"norm_position": "middle"},
         {"dense_layers": -1},
+        {"experts_every": 0},
         {"balance_loss": -0.1},
         {"router_z_loss": float("nan")},
         {"norm_eps": 0},

@@ -45,6 +45,7 @@ class DecoderConfig:
         expert_hidden: inner width of one expert (default: that of the MLP).
         shared_experts: always-on experts beside them.
         dense_layers: so many first layers have a SwiGLU in place of the experts.
+        experts_every: of the others, every so many-th layer has experts, the rest a SwiGLU.
         balance_loss, router_z_loss: coefficients of the auxiliary losses of the router.
         router: scores of the experts, "softmax" or "sigmoid".
         router_scale: factor of the experts' output.
@@ -69,6 +70,7 @@ class DecoderConfig:
     expert_hidden: int | None = None
     shared_experts: int = 0
     dense_layers: int = 0
+    experts_every: int = 1
     balance_loss: float = 0.01
     router_z_loss: float = 0.0
     router: str = "softmax"
@@ -82,7 +84,7 @@ class DecoderConfig:
     scale_residual_init: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "num_layers", "num_experts", "experts_per_token"):
+        for name in ("vocab_size", "d_model", "num_layers", "num_experts", "experts_per_token", "experts_every"):
             self._expect(name, "an integer >= 1", lambda x: _is_int(x) and x >= 1)
         for name in ("shared_experts", "dense_layers"):
             self._expect(name, "an integer >= 0", lambda x: _is_int(x) and x >= 0)
@@ -130,7 +132,8 @@ class DecoderConfig:
         std = self.init_std / math.sqrt(2 * self.num_layers) if self.scale_residual_init else self.init_std
         if self.mlp == "none":
             return None
-        if self.mlp == "swiglu" or layer < self.dense_layers:
+        sparse = layer >= self.dense_layers and (layer - self.dense_layers + 1) % self.experts_every == 0
+        if self.mlp == "swiglu" or not sparse:
             return SwiGLU(self.d_model, self.hidden, init_std=self.init_std, out_std=std)
         return MixtureOfExperts(
             self.d_model,
