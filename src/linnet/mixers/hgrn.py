@@ -48,7 +48,7 @@ def _no_rotation(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         state="2·d_model; d_model without rotation",
         engine="scan",
         expressivity="TC0: diagonal transition, a data-dependent factor per channel, turned by a constant angle",
-        examples=({"d_model": 16}, {"d_model": 8, "rotate": False, "layer": 2, "num_layers": 4}),
+        examples=({"d_model": 8}, {"d_model": 8, "rotate": False, "layer": 2, "num_layers": 4}),
         identities=(
             Identity("is the loop h = f exp(i theta) h + (1 - f) c", _is_loop),
             Identity("the real part is the layer without rotation when theta = 0", _no_rotation),

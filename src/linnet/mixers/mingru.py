@@ -39,7 +39,7 @@ def _is_loop(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         state="expand·d_model (+ (W-1)·d_model with a convolution of W taps)",
         engine="scan",
         expressivity="TC0: diagonal transition, a data-dependent factor in (0, 1) per channel",
-        examples=({"d_model": 16}, {"d_model": 8, "expand": 2, "positive": False, "conv_size": 3}),
+        examples=({"d_model": 8}, {"d_model": 8, "expand": 2, "positive": False, "conv_size": 3}),
         identities=(Identity("is the loop h = (1 - z) h + z g(W_h x)", _is_loop),),
         notes=(
             "The gate is applied as a factor, exact at 0 and 1; the paper's scan adds logarithms.",

@@ -58,7 +58,6 @@ def _holds(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         examples=(
             {"d_model": 8, "state_dim": 12},
             {"d_model": 8, "mix": "linear", "output_gate": False},
-            {"d_model": 8, "mix": "none"},
         ),
         identities=(
             Identity("is the loop h = max(min(h, r), s)", _is_loop),
@@ -110,12 +109,12 @@ class MinMax(Mixer):
     ) -> tuple[Tensor, MinMaxState]:
         parts.check_input(x, self.d_model, segments)
         memory, previous = parts.unpack(state, MinMaxState)
-        if self.mix is not None or self.mix_proj is not None:
+        if self.mix_proj is not None:
             before, previous = parts.token_shift(x, previous, segments)
-            if self.mix_proj is not None:
-                x = self.mix_proj(torch.cat([before, x], -1))
-            else:
-                x = x + torch.sigmoid(self.mix).to(x.dtype) * (before - x)
+            x = self.mix_proj(torch.cat([before, x], -1))
+        elif self.mix is not None:
+            before, previous = parts.token_shift(x, previous, segments)
+            x = x + torch.sigmoid(self.mix).to(x.dtype) * (before - x)
         h, memory = minmax_scan(self.r_proj(x), self.s_proj(x), state=memory, segments=segments)
         if self.g_proj is not None:
             h = h * torch.sigmoid(self.g_proj(x))
