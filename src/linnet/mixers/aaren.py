@@ -40,7 +40,7 @@ def _is_mean(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         state="d_model + 2·H",
         engine="softmax_scan",
         expressivity="TC0: identity transition, nothing is ever forgotten",
-        examples=({"d_model": 8, "num_heads": 2},),
+        examples=({"d_model": 8, "num_heads": 2}, {"d_model": 8, "num_heads": 1, "bias": False}),
         identities=(
             Identity("is causal softmax attention with the same query at every token", _is_attention),
             Identity("is the running mean of the values when every score is zero", _is_mean),

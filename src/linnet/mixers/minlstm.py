@@ -44,7 +44,7 @@ def _is_mingru(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         state="expand·d_model (+ (W-1)·d_model with a convolution of W taps)",
         engine="scan",
         expressivity="TC0: diagonal transition, a data-dependent factor in (0, 1) per channel",
-        examples=({"d_model": 8, "expand": 2},),
+        examples=({"d_model": 8}, {"d_model": 8, "expand": 2, "positive": False, "conv_size": 3}),
         identities=(
             Identity("is the loop h = (f h + i g(W_h x)) / (f + i)", _is_loop),
             Identity("is minGRU when f = 1 - i", _is_mingru),

@@ -41,7 +41,7 @@ def _is_loop(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         state="width + (W-1)·width",
         engine="scan",
         expressivity="TC0: diagonal transition, a data-dependent factor in (0, 1) per channel",
-        examples=({"d_model": 8, "num_heads": 3, "width": 12},),
+        examples=({"d_model": 8, "num_heads": 2}, {"d_model": 8, "num_heads": 3, "width": 12, "conv_size": 2}),
         identities=(Identity("is the loop h = a h + sqrt(1 - a^2) i u", _is_loop),),
         notes=(
             "The released code leaves out the factor sqrt(1 - a^2) on the first token of a sequence; here, as in the"
