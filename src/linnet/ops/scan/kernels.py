@@ -176,10 +176,10 @@ def _split(word, like, BITS: tl.constexpr):
 
 
 @triton.jit
-def _load_pair(ptr, base, at, mask):
+def _load_pair(ptr, base, at, hop, mask):
     BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
     words = ptr.to(tl.pointer_type(tl.int64 if BITS == 32 else tl.int32))
-    return _split(tl.load(words + base + at, mask=mask, other=0), ptr.dtype.element_ty, BITS)
+    return _split(tl.load(words + base + at + hop, mask=mask, other=0), ptr.dtype.element_ty, BITS)
 
 
 @triton.jit
@@ -191,45 +191,56 @@ def _join(x, y, BITS: tl.constexpr):
 
 
 @triton.jit
-def _factors(ptr, base, at, mask, ALGEBRA: tl.constexpr):
+def _factors(ptr, base, at, hop, mask, ALGEBRA: tl.constexpr):
     if ALGEBRA == REAL:
-        out = (tl.load(ptr + base + at, mask=mask, other=1.0),)
+        out = (tl.load(ptr + base + at + hop, mask=mask, other=1.0),)
     elif ALGEBRA == MINMAX:
-        out = (tl.load(ptr + base + at, mask=mask, other=float("inf")),)
+        out = (tl.load(ptr + base + at + hop, mask=mask, other=float("inf")),)
     elif ALGEBRA == COMPLEX:
-        x, y = _load_pair(ptr, base, at, mask)
+        x, y = _load_pair(ptr, base, at, hop, mask)
         out = (tl.where(mask, x, 1.0).to(x.dtype), y)
     else:
-        x, y = _load_pair(ptr, 2 * base, 2 * at, mask)
-        u, v = _load_pair(ptr, 2 * base + 1, 2 * at, mask)
+        x, y = _load_pair(ptr, 2 * base, 2 * at, 2 * hop, mask)
+        u, v = _load_pair(ptr, 2 * base + 1, 2 * at, 2 * hop, mask)
         out = (tl.where(mask, x, 1.0).to(x.dtype), y, u, tl.where(mask, v, 1.0).to(v.dtype))
     return out
 
 
 @triton.jit
-def _vector(ptr, base, at, mask, ALGEBRA: tl.constexpr, other: tl.constexpr):
-    if ALGEBRA == REAL or ALGEBRA == MINMAX:  # noqa: SIM109
-        out = (tl.load(ptr + base + at, mask=mask, other=other),)
+def _own(ptr, base, at, hop, mask, CONSTANT: tl.constexpr, col, ALGEBRA: tl.constexpr):
+    """Factors of these tokens, or the one factor of all."""
+    if CONSTANT:
+        out = _factors(ptr, 0, col, 0, mask, ALGEBRA)
     else:
-        out = _load_pair(ptr, base, at, mask)
+        out = _factors(ptr, base, at, hop, mask, ALGEBRA)
     return out
 
 
 @triton.jit
-def _write(ptr, base, at, x, mask):
+def _vector(ptr, base, at, hop, mask, ALGEBRA: tl.constexpr, other: tl.constexpr):
+    if ALGEBRA == REAL or ALGEBRA == MINMAX:  # noqa: SIM109
+        out = (tl.load(ptr + base + at + hop, mask=mask, other=other),)
+    else:
+        out = _load_pair(ptr, base, at, hop, mask)
+    return out
+
+
+@triton.jit
+def _write(ptr, base, at, hop, x, mask):
     """Store the components of ``x`` side by side."""
     n: tl.constexpr = len(x)
     to: tl.constexpr = ptr.dtype.element_ty
     if n == 1:
-        tl.store(ptr + base + at, x[0].to(to), mask=mask)
+        tl.store(ptr + base + at + hop, x[0].to(to), mask=mask)
     else:
         BITS: tl.constexpr = to.primitive_bitwidth
         words = ptr.to(tl.pointer_type(tl.int64 if BITS == 32 else tl.int32))
-        base = base * (n // 2)
+        words += base * (n // 2)
         at = at * (n // 2)
-        tl.store(words + base + at, _join(x[0].to(to), x[1].to(to), BITS), mask=mask)
+        hop = hop * (n // 2)
+        tl.store(words + at + hop, _join(x[0].to(to), x[1].to(to), BITS), mask=mask)
         if n == 4:
-            tl.store(words + base + 1 + at, _join(x[2].to(to), x[3].to(to), BITS), mask=mask)
+            tl.store(words + 1 + at + hop, _join(x[2].to(to), x[3].to(to), BITS), mask=mask)
 
 
 @triton.jit
@@ -328,14 +339,15 @@ def _tile(
     start_ptr,
     ids_ptr,
     p0,
-    lane,
+    w,
+    l,
     col,
     within,
     origin,
     end,
     T,
-    D,
-    a_stride,
+    D: tl.constexpr,
+    CONSTANT: tl.constexpr,
     ALGEBRA: tl.constexpr,
     KIND: tl.constexpr,
     V: tl.constexpr,
@@ -348,10 +360,13 @@ def _tile(
 ):
     """What the tile from token ``p0`` on needs of memory: factors, values, and what the gradients need."""
     IDLE: tl.constexpr = float("-inf") if KIND == MINMAX else 0.0
+    L: tl.constexpr = l.shape[1]
+    lane = w * L + l
     ok = within & (lane < end - p0)
     first_row = origin + p0 * STEP
     base = tl.multiple_of(first_row * D, V)
-    at = tl.multiple_of(lane * (STEP * D) + col, (1, 1, V))
+    at = tl.multiple_of(w * (L * STEP * D) + col, (1, 1, V))
+    hop = l * (STEP * D)
     back = tl.multiple_of(base - STEP * D, V)
     ahead = tl.multiple_of(base + STEP * D, V)
     if PACKED:
@@ -365,26 +380,24 @@ def _tile(
         # The factor that led on from this token; nothing leads on from the last one of a sequence.
         led = ok & (known == 0)
         if ALGEBRA == MINMAX:
-            a = ((tl.load(code_ptr + back + at, mask=led, other=0) == 0).to(tl.float32),)
+            a = ((tl.load(code_ptr + back + at + hop, mask=led, other=0) == 0).to(tl.float32),)
         else:
-            a_base = tl.multiple_of((first_row - STEP) * a_stride, V)
-            a = _factors(a_ptr, a_base, tl.multiple_of(lane * (STEP * a_stride) + col, (1, 1, V)), led, KIND)
+            a = _own(a_ptr, back, at, hop, led, CONSTANT, col, KIND)
     else:
-        a_base = tl.multiple_of(first_row * a_stride, V)
-        a = _factors(a_ptr, a_base, tl.multiple_of(lane * (STEP * a_stride) + col, (1, 1, V)), ok, KIND)
-    b = _vector(b_ptr, base, at, ok, KIND, IDLE)
+        a = _own(a_ptr, base, at, hop, ok, CONSTANT, col, KIND)
+    b = _vector(b_ptr, base, at, hop, ok, KIND, IDLE)
     extra = (known,)
     if GRAD and ALGEBRA == MINMAX and not TOTALS:
-        extra = (tl.load(code_ptr + base + at, mask=ok, other=0),)
+        extra = (tl.load(code_ptr + base + at + hop, mask=ok, other=0),)
     if GRAD_A:  # the state before the last token of the walk is not among the states
         if PACKED:
             _, final = _sequence(ids_ptr, row, p < T, STEP, p + 1 < T)
             lasting = ok & (final == 0)
         else:
             lasting = ok & (lane + p0 + 1 < T)
-        extra = _vector(h_ptr, ahead, at, lasting, KIND, 0.0)
+        extra = _vector(h_ptr, ahead, at, hop, lasting, KIND, 0.0)
     if PACKED:
-        entering = _fp32(_vector(start_ptr, 0, seq * D + col, known, KIND, 0.0))
+        entering = _fp32(_vector(start_ptr, 0, seq * D + col, 0, known, KIND, 0.0))
         a = _factor(a, KIND, GRAD)
         b = _fp32(b)
         fixed = _apply(a, b, entering, KIND)
@@ -395,7 +408,7 @@ def _tile(
     return a, b, extra
 
 
-@triton.jit(do_not_specialize=["D", "a_stride", "PIECE"])
+@triton.jit(do_not_specialize=["PIECE"])
 def scan_kernel(
     a_ptr,
     b_ptr,  # GRAD: gradient of the states
@@ -409,14 +422,15 @@ def scan_kernel(
     last_ptr,  # states the sequences end with (GRAD: gradients of the first ones)
     ids_ptr,
     T,
-    D,
-    a_stride,  # channels from one token's factors to the next's: D, or 0 when they are constant
     PIECE,
+    D: tl.constexpr,  # offsets then are part of the instructions
+    CONSTANT: tl.constexpr,  # one factor for all tokens
     ALGEBRA: tl.constexpr,
     W: tl.constexpr,
     L: tl.constexpr,
     BD: tl.constexpr,
     V: tl.constexpr,
+    AHEAD: tl.constexpr,  # tiles on their way
     REVERSE: tl.constexpr,
     GRAD: tl.constexpr,
     GRAD_A: tl.constexpr,
@@ -429,7 +443,7 @@ def scan_kernel(
     STEP: tl.constexpr = -1 if REVERSE else 1
     KIND: tl.constexpr = REAL if GRAD and ALGEBRA == MINMAX else ALGEBRA
     FLIP: tl.constexpr = GRAD and not PACKED  # packed factors are transposed as they are loaded
-    blocks = tl.cdiv(D, BD)
+    blocks: tl.constexpr = tl.cdiv(D, BD)
     pid = tl.program_id(0)
     unit = pid // blocks
     pieces = tl.cdiv(T, PIECE)
@@ -441,7 +455,8 @@ def scan_kernel(
     if REVERSE:
         origin += T - 1
     w = tl.arange(0, W)[:, None, None]
-    lane = w * L + tl.arange(0, L)[None, :, None]
+    l = tl.arange(0, L)[None, :, None]
+    lane = w * L + l
     cols = (pid % blocks) * BD + tl.arange(0, BD)
     col = cols[None, None, :]
     within = tl.max_constancy(cols < D, V)[None, None, :]
@@ -460,81 +475,94 @@ def scan_kernel(
     else:
         # A packed row starts with a map that is constant, whatever comes in.
         fresh = within & (piece == 0)
-        carry = _vector(start_ptr, n * D, col, fresh & (not PACKED), KIND, 0.0)
+        carry = _vector(start_ptr, n * D, col, 0, fresh & (not PACKED), KIND, 0.0)
         if SPLIT:
-            edge = _vector(edge_ptr, (unit.to(tl.int64) - 1) * D, col, within & (piece > 0), KIND, 0.0)
+            edge = _vector(edge_ptr, (unit.to(tl.int64) - 1) * D, col, 0, within & (piece > 0), KIND, 0.0)
             carry = _where(fresh, carry, edge)
 
     here = _tile(
-        a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, begin, lane, col, within, origin, end, T, D, a_stride,
-        ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
+        a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, begin, w, l, col, within, origin, end, T, D,
+        CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
     )  # fmt: skip
-    for p0 in range(begin, end, W * L):
+    coming = here
+    if AHEAD == 2:
         coming = _tile(
-            a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, p0 + W * L, lane, col, within, origin, end, T, D,
-            a_stride, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
+            a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, begin + W * L, w, l, col, within, origin, end, T, D,
+            CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
         )  # fmt: skip
-        factors, values, extra = here
-        a = _factor(factors, KIND, FLIP)
-        b = _fp32(values)
-        to_a, to_b, k, m = _over_tokens(a, b, KIND)
-        k, m, e, f = _over_runs(k, m, KIND)
-        if TOTALS:
-            k = _last_run(k, w, W)
-            carry = _apply(k, _last_run(m, w, W), carry, KIND)
-            total = _compose(k, total, KIND)
-        else:
-            start = _apply(e, f, carry, KIND)
-            h = _apply(to_a, to_b, start, KIND)
-            carry = _last_run(_apply(k, m, carry, KIND), w, W)
-            ok = within & (lane < end - p0)
-            base = tl.multiple_of((origin + p0 * STEP) * D, V)
-            at = tl.multiple_of(lane * (STEP * D) + col, (1, 1, V))
-            if CODE:
-                code = _taken(a, b, h)
-                if PACKED:
-                    code = tl.where(extra[0] == 3, code, extra[0])
-                tl.store(code_ptr + base + at, code, mask=ok)
-            if GRAD and ALGEBRA == MINMAX:
-                _write(da_ptr, base, at, (tl.where(extra[0] == 1, h[0], 0.0),), ok)
-                _write(y_ptr, base, at, (tl.where(extra[0] == 2, h[0], 0.0),), ok)
+    for start_of_round in range(begin, end, AHEAD * W * L):
+        for i in tl.static_range(AHEAD):
+            p0 = start_of_round + i * W * L
+            factors, values, extra = here
+            a = _factor(factors, KIND, FLIP)
+            b = _fp32(values)
+            later = _tile(
+                a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, p0 + AHEAD * W * L, w, l, col, within, origin, end, T, D,
+                CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
+            )  # fmt: skip
+            to_a, to_b, k, m = _over_tokens(a, b, KIND)
+            k, m, e, f = _over_runs(k, m, KIND)
+            if TOTALS:
+                k = _last_run(k, w, W)
+                carry = _apply(k, _last_run(m, w, W), carry, KIND)
+                total = _compose(k, total, KIND)
             else:
-                _write(y_ptr, base, at, h, ok)
-            if PACKED:
-                p = p0 + lane
-                row = (origin + p0 * STEP).to(tl.int32) + lane * STEP
-                seq, final = _sequence(ids_ptr, row, p < T, STEP, p + 1 < T)
-                ended = ok & final
-                state = seq * D + col
-                if GRAD_A:
-                    earliest = _fp32(_vector(init_ptr, 0, state, ended, KIND, 0.0))
-                    _write(da_ptr, base, at, _outer(h, _where(ended, earliest, _fp32(extra)), KIND), ok)
+                start = _apply(e, f, carry, KIND)
+                h = _apply(to_a, to_b, start, KIND)
+                carry = _last_run(_apply(k, m, carry, KIND), w, W)
+                ok = within & (lane < end - p0)
+                base = tl.multiple_of((origin + p0 * STEP) * D, V)
+                at = tl.multiple_of(w * (L * STEP * D) + col, (1, 1, V))
+                hop = l * (STEP * D)
+                if CODE:
+                    code = _taken(a, b, h)
+                    if PACKED:
+                        code = tl.where(extra[0] == 3, code, extra[0])
+                    tl.store(code_ptr + base + at + hop, code, mask=ok)
                 if GRAD and ALGEBRA == MINMAX:
-                    _write(last_ptr, 0, state, (tl.where(extra[0] == 0, h[0], 0.0),), ended)
-                elif GRAD:
-                    own = _factors(a_ptr, (origin + p0 * STEP) * a_stride, lane * (STEP * a_stride) + col, ended, KIND)
-                    _write(last_ptr, 0, state, _apply(_factor(own, KIND, True), _zeros(h), h, KIND), ended)
+                    _write(da_ptr, base, at, hop, (tl.where(extra[0] == 1, h[0], 0.0),), ok)
+                    _write(y_ptr, base, at, hop, (tl.where(extra[0] == 2, h[0], 0.0),), ok)
                 else:
-                    _write(last_ptr, 0, state, h, ended)
-            elif GRAD_A:  # the last token of the walk: see below
-                _write(da_ptr, base, at, _outer(h, _fp32(extra), KIND), ok & (lane + p0 + 1 < T))
-        here = coming
+                    _write(y_ptr, base, at, hop, h, ok)
+                if PACKED:
+                    p = p0 + lane
+                    row = (origin + p0 * STEP).to(tl.int32) + lane * STEP
+                    seq, final = _sequence(ids_ptr, row, p < T, STEP, p + 1 < T)
+                    ended = ok & final
+                    state = seq * D + col
+                    if GRAD_A:
+                        earliest = _fp32(_vector(init_ptr, 0, state, 0, ended, KIND, 0.0))
+                        _write(da_ptr, base, at, hop, _outer(h, _where(ended, earliest, _fp32(extra)), KIND), ok)
+                    if GRAD and ALGEBRA == MINMAX:
+                        _write(last_ptr, 0, state, 0, (tl.where(extra[0] == 0, h[0], 0.0),), ended)
+                    elif GRAD:
+                        own = _own(a_ptr, base, at, hop, ended, CONSTANT, col, KIND)
+                        _write(last_ptr, 0, state, 0, _apply(_factor(own, KIND, True), _zeros(h), h, KIND), ended)
+                    else:
+                        _write(last_ptr, 0, state, 0, h, ended)
+                elif GRAD_A:  # the last token of the walk: see below
+                    _write(da_ptr, base, at, hop, _outer(h, _fp32(extra), KIND), ok & (lane + p0 + 1 < T))
+            if AHEAD == 2:
+                here = coming
+                coming = later
+            else:
+                here = later
 
     if TOTALS:
         at = unit.to(tl.int64) * D
-        _write(da_ptr, at, col, total, within)
-        _write(y_ptr, at, col, carry, within)
+        _write(da_ptr, at, col, 0, total, within)
+        _write(y_ptr, at, col, 0, carry, within)
     elif not PACKED:
         if end == T:
             final = origin + (T - 1) * STEP
             if GRAD_A:
-                earliest = _fp32(_vector(init_ptr, n * D, col, within, KIND, 0.0))
-                _write(da_ptr, final * D, col, _outer(carry, earliest, KIND), within)
+                earliest = _fp32(_vector(init_ptr, n * D, col, 0, within, KIND, 0.0))
+                _write(da_ptr, final * D, col, 0, _outer(carry, earliest, KIND), within)
             if GRAD:
                 if ALGEBRA == MINMAX:
                     own = ((tl.load(code_ptr + final * D + col, mask=within, other=0) == 0).to(tl.float32),)
                 else:
-                    own = _factor(_factors(a_ptr, final * a_stride, col, within, KIND), KIND, True)
-                _write(last_ptr, n * D, col, _apply(own, _zeros(carry), carry, KIND), within)
+                    own = _factor(_own(a_ptr, final * D, col, 0, within, CONSTANT, col, KIND), KIND, True)
+                _write(last_ptr, n * D, col, 0, _apply(own, _zeros(carry), carry, KIND), within)
             else:
-                _write(last_ptr, n * D, col, carry, within)
+                _write(last_ptr, n * D, col, 0, carry, within)

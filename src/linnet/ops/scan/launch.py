@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .kernels import BLOCK, COMPLEX, MINMAX, REAL, scan_kernel
@@ -16,19 +15,20 @@ __all__ = ["backward", "forward"]
 ALGEBRAS = {"real": REAL.value, "complex": COMPLEX.value, "block": BLOCK.value, "minmax": MINMAX.value}
 
 
-def tile(algebra: str, D: int, packed: bool, device: torch.device) -> dict[str, int]:
-    """Runs W of L tokens, channels BD of a program and V of a thread; T never enters.
+def tile(algebra: str, D: int, packed: bool, device: torch.device, *, narrow: bool = False) -> dict[str, int]:
+    """Runs W of L tokens, channels BD of a program, V of a thread and tiles AHEAD; T never enters.
 
     Measured on Hopper: what counts are the bytes on their way, so many tokens a thread; more warps with fewer each are
     slower. A pair moves as one word of twice the width, so it takes half the channels to fill a transaction. Fewer
-    channels than threads in a warp leave the others more runs.
+    channels than threads in a warp leave the others more runs. ``narrow`` says that few registers are taken by what is
+    loaded: there is room for a second tile on its way.
     """
     if device.type == "cpu":  # the interpreter: tiles that a short sequence fills more than once
-        return {"W": 2, "L": 4, "BD": 8, "V": 1, "num_warps": 2}
-    lengths = {"real": 16, "minmax": 16, "complex": 16, "block": 8}
+        return {"W": 2, "L": 4, "BD": 8, "V": 1, "AHEAD": 2 if algebra == "real" else 1, "num_warps": 2}
+    L = {"real": 16, "minmax": 16, "complex": 16, "block": 8}[algebra] // (2 if packed else 1)
     V = 2 if D > 32 and D % 2 == 0 and algebra in ("real", "minmax") else 1
-    BD = min(32 * V, triton.next_power_of_2(D))
-    return {"W": 256 * V // BD, "L": lengths[algebra] // (2 if packed else 1), "BD": BD, "V": V, "num_warps": 8}
+    BD = min(32 * V, 1 << (D - 1).bit_length())
+    return {"W": 256 * V // BD, "L": L, "BD": BD, "V": V, "AHEAD": 1 + narrow, "num_warps": 8}
 
 
 @cache
@@ -41,11 +41,11 @@ def _piece(columns: int, T: int, step: int, device: torch.device) -> int:
     device, or where it is too short to be worth the two launches more that pieces take. Each processor has one program
     at a time, and all the same work, so what counts is not to begin another round of them."""
     processors = _processors(device)
-    tiles = triton.cdiv(T, step)
+    tiles = -(-T // step)
     if columns * 5 >= processors * 3 or tiles <= (2 if device.type == "cpu" else 16):
         return T
-    pieces = min(2 * processors // columns, triton.cdiv(tiles, 2))
-    return triton.cdiv(tiles, pieces) * step
+    pieces = min(2 * processors // columns, -(-tiles // 2))
+    return -(-tiles // pieces) * step
 
 
 def _walk(
@@ -57,7 +57,7 @@ def _walk(
     last: Tensor,
     ids: Tensor | None,
     *,
-    a_stride: int,
+    constant: bool,
     reverse: bool,
     grad: bool = False,
     da: Tensor | None = None,
@@ -67,10 +67,10 @@ def _walk(
 ) -> None:
     """One scan of ``b`` ``[rows, T, D, *]``: states into ``y`` and ``last``, by way of pieces where rows are few."""
     rows, T, D = b.shape[:3]
-    settings = tile(algebra, D, ids is not None, b.device)
-    columns = rows * triton.cdiv(D, settings["BD"])
+    settings = tile(algebra, D, ids is not None, b.device, narrow=algebra == "real" and not grad and b.itemsize == 2)
+    columns = rows * -(-D // settings["BD"])
     piece = _piece(columns, T, settings["W"] * settings["L"], b.device)
-    pieces = triton.cdiv(T, piece)
+    pieces = -(-T // piece)
 
     def launch(y: Tensor, da: Tensor | None, edges: Tensor | None, totals: bool) -> None:
         scan_kernel[(pieces * columns,)](
@@ -86,9 +86,9 @@ def _walk(
             last,
             ids,
             T,
-            D,
-            a_stride,
             piece,
+            D=D,
+            CONSTANT=constant,
             ALGEBRA=ALGEBRAS[algebra],
             REVERSE=reverse,
             GRAD=grad,
@@ -110,7 +110,7 @@ def _walk(
         edges = torch.empty_like(own)
         # A packed row is one row here, and begins with a constant map.
         first = start if ids is None else start.new_zeros(1, *start.shape[1:])
-        _walk(linear, total, own, edges, first, torch.empty_like(first), None, a_stride=D, reverse=False)
+        _walk(linear, total, own, edges, first, torch.empty_like(first), None, constant=False, reverse=False)
     launch(y, da, edges, False)
 
 
@@ -119,9 +119,9 @@ def _constant(a: Tensor) -> bool:
     return all(a.stride(i) == 0 or a.shape[i] == 1 for i in (0, 1))
 
 
-def _dense(a: Tensor) -> tuple[Tensor, int]:
-    """Factors as the kernel reads them, and its stride."""
-    return (a[0, 0].contiguous(), 0) if _constant(a) else (a.contiguous(), a.shape[2])
+def _dense(a: Tensor) -> tuple[Tensor, bool]:
+    """Factors as the kernel reads them, and whether they are one token's for all."""
+    return (a[0, 0].contiguous(), True) if _constant(a) else (a.contiguous(), False)
 
 
 def _rows(given: Tensor, ids: Tensor | None) -> Tensor:
@@ -135,10 +135,10 @@ def forward(
     """States of every token and the last ones; for minmax also what each token took, when a gradient will be wanted.
     ``ids`` are the sequences of packed tokens."""
     b, h0 = b.contiguous(), h0.contiguous()
-    a, stride = _dense(a)
+    a, constant = _dense(a)
     y, last = torch.empty_like(b), _rows(h0, ids)
     code = torch.empty(b.shape, dtype=torch.uint8, device=b.device) if algebra == "minmax" and training else None
-    options: dict[str, Any] = {"a_stride": stride, "reverse": reverse, "code": code}
+    options: dict[str, Any] = {"constant": constant, "reverse": reverse, "code": code}
     _walk(algebra, a, b, y, h0, last, ids, **options)
     return y, last, code
 
@@ -159,9 +159,9 @@ def backward(
     dy, dlast = dy.contiguous(), dlast.contiguous()
     bounds = algebra == "minmax"
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device) if grad_a or bounds else None
-    factors, stride = (None, 0) if bounds else _dense(a)
+    factors, constant = (None, False) if bounds else _dense(a)
     db, dh0 = torch.empty_like(dy), _rows(dlast, ids)
     options: dict[str, Any] = {"code": basis} if bounds else {"h": basis, "init": h0.contiguous()}
-    options |= {"a_stride": stride, "reverse": not reverse, "da": da, "grad": True}
+    options |= {"constant": constant, "reverse": not reverse, "da": da, "grad": True}
     _walk(algebra, factors, dy, db, dlast, dh0, ids, **options)
     return da, db, dh0

@@ -197,12 +197,12 @@ def _forward(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     taken = None
-    with torch.autocast(b.device.type, enabled=False):
-        if backend == "triton":
-            from . import launch
+    if backend == "triton":
+        from . import launch
 
-            y, last, taken = launch.forward(algebra, a, b, h, ids, reverse, training)
-        else:
+        y, last, taken = launch.forward(algebra, a, b, h, ids, reverse, training)
+    else:
+        with torch.autocast(b.device.type, enabled=False):
             y, last = chunked.forward(algebra, a, b, h, cu_host, reverse, chunk)
     return y, last, b.new_empty(0, dtype=torch.uint8) if taken is None else taken
 
@@ -227,12 +227,12 @@ def _backward(
     dy: Tensor,
     dh: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(dy.device.type, enabled=False):
-        if backend == "triton":
-            from . import launch
+    if backend == "triton":
+        from . import launch
 
-            da, db, dh = launch.backward(algebra, a, basis, h, ids, reverse, dy, dh, wanted)
-        else:
+        da, db, dh = launch.backward(algebra, a, basis, h, ids, reverse, dy, dh, wanted)
+    else:
+        with torch.autocast(dy.device.type, enabled=False):
             da, db, dh = chunked.backward(algebra, a, basis, h, cu_host, reverse, chunk, dy, dh)
     return a.new_empty(0) if da is None else da, db, dh
 
