@@ -30,7 +30,9 @@ def recorded(
 ) -> list[Launch]:
     """What forward and backward of a call launch on a GPU."""
     tile, gpu = launch.tile, torch.device("cuda")
-    monkeypatch.setattr(launch, "tile", lambda algebra, D, packed, device: tile(algebra, D, packed, gpu))
+    monkeypatch.setattr(
+        launch, "tile", lambda algebra, D, packed, device, **size: tile(algebra, D, packed, gpu, **size)
+    )
     monkeypatch.setattr(launch, "_processors", lambda device: 132)
     factors, tail = {"complex": ((2,), (2,)), "block": ((2, 2), (2,))}.get(algebra, ((), ()))
     a, b = torch.empty(1, T, D, *factors, dtype=dtype), torch.empty(1, T, D, *tail, dtype=dtype)

@@ -497,8 +497,8 @@ def scan_kernel(
             a = _factor(factors, KIND, FLIP)
             b = _fp32(values)
             later = _tile(
-                a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, p0 + AHEAD * W * L, w, l, col, within, origin, end, T, D,
-                CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
+                a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, p0 + AHEAD * W * L, w, l, col, within, origin, end, T,
+                D, CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
             )  # fmt: skip
             to_a, to_b, k, m = _over_tokens(a, b, KIND)
             k, m, e, f = _over_runs(k, m, KIND)
