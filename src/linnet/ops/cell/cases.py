@@ -1,0 +1,145 @@
+"""Sample inputs of the cell engine, one case a kind: registering them is what tests every backend in that mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import Case, Identity, Op, register_op
+from . import BACKENDS, cell, cost
+from .cells import CELLS
+from .state import CellState
+
+H, D = 2, 4
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def _inputs(r: torch.Generator, B: int, T: int, kind: str, *, bias: bool = True, heads: int = H) -> dict[str, Any]:
+    gates = CELLS[kind].gates
+    given = {
+        "x": _normal(r, B, T, heads, gates * D),
+        "R": _normal(r, heads, D, gates * D) * D**-0.5,
+        "kind": kind,
+    }
+    return given | ({"b": _normal(r, heads, gates * D)} if bias else {})
+
+
+def _state(kind: str):
+    def make(r: torch.Generator, rows: int) -> CellState:
+        parts = {name: _normal(r, rows, H, D) for name in CELLS[kind].states}
+        if kind == "slstm":  # the normaliser is a sum of positive weights
+            parts["n"] = parts["n"].abs() + 0.1
+        return CellState(**parts)
+
+    return make
+
+
+def _case(name: str, kind: str, **options: Any) -> Case:
+    peepholes, hostile = options.pop("peepholes", False), options.pop("hostile", None)
+
+    def make(r: torch.Generator, B: int, T: int) -> dict[str, Any]:
+        given = _inputs(r, B, T, kind, **options)
+        if peepholes:
+            given["p"] = _normal(r, H, len(CELLS[kind].peepholes) * D)
+        if hostile is not None:
+            palette = torch.tensor(hostile, dtype=torch.float64)
+            given["x"] = palette[torch.randint(len(palette), given["x"].shape, generator=r)]
+        return given
+
+    return Case(name, make, ("x",), _state(kind), keep_fp32=("b", "p"), hostile=hostile is not None)
+
+
+EXTREME = (-1e4, -100.0, -1.0, 0.0, 1.0, 100.0, 1e4)
+
+
+def _one_head_is_torch(kind: str, module: Any):
+    def check(r: torch.Generator):
+        given = _inputs(r, 2, 9, kind, heads=1)
+        net = module(3, D, batch_first=True, dtype=torch.float64)
+        x = _normal(r, 2, 9, 3)
+        with torch.no_grad():
+            net.weight_hh_l0.copy_(given["R"][0].T)
+            net.bias_hh_l0.copy_(given["b"][0])
+            given["x"] = nn.functional.linear(x, net.weight_ih_l0, net.bias_ih_l0)[:, :, None]
+            theirs, last = net(x)
+        ours, state = cell(**given)
+        last = last if isinstance(last, tuple) else (last,)
+        return (ours[:, :, 0], *(s[:, 0] for s in state if s is not None)), (theirs, *(s[0] for s in last))
+
+    return check
+
+
+def _heads_are_independent(r: torch.Generator):
+    given = _inputs(r, 2, 9, "slstm")
+    alone = [cell(given["x"][:, :, h : h + 1], given["R"][h : h + 1], given["b"][h : h + 1], kind="slstm")
+             for h in range(H)]  # fmt: skip
+    return cell(**given), (torch.cat([y for y, _ in alone], 2),
+                           *(torch.cat(parts, 1) for parts in zip(*(s for _, s in alone), strict=True)))  # fmt: skip
+
+
+def _slstm_unstabilised(r: torch.Generator):
+    given = _inputs(r, 2, 9, "slstm", bias=False)
+    h = c = n = torch.zeros(2, H, D, dtype=torch.float64)
+    outputs = []
+    for t in range(9):
+        a = given["x"][:, t] + torch.einsum("nhd,hde->nhe", h, given["R"])
+        i, f, z, o = a.split(D, -1)
+        c = torch.sigmoid(f) * c + torch.exp(i) * torch.tanh(z)
+        n = torch.sigmoid(f) * n + torch.exp(i)
+        h = torch.sigmoid(o) * c / n
+        outputs.append(h)
+    y, state = cell(**given)
+    return (y, state.c * state.m.exp(), state.n * state.m.exp()), (torch.stack(outputs, 1), c, n)  # type: ignore[operator,union-attr]
+
+
+def _no_peepholes(r: torch.Generator):
+    given = _inputs(r, 2, 9, "lstm")
+    return cell(**given, p=torch.zeros(H, 3 * D, dtype=torch.float64)), cell(**given)
+
+
+def _tied_gates(r: torch.Generator):
+    """cifg is an LSTM whose input gate has the forget gate's weights, negated."""
+    given = _inputs(r, 2, 9, "cifg")
+
+    def tied(w: Tensor) -> Tensor:
+        f, z, o = w.unflatten(-1, (3, D)).unbind(-2)
+        return torch.cat([-f, f, z, o], -1)
+
+    return cell(tied(given["x"]), tied(given["R"]), tied(given["b"]), kind="lstm"), cell(**given)
+
+
+register_op(
+    Op(
+        "cell",
+        cell,
+        BACKENDS,
+        (
+            _case("elman", "tanh"),
+            _case("relu", "relu", bias=False),
+            _case("lstm", "lstm"),
+            _case("lstm peepholes", "lstm", peepholes=True, bias=False),
+            _case("cifg", "cifg", peepholes=True),
+            _case("gru", "gru"),
+            _case("slstm", "slstm"),
+            _case("lstm hostile", "lstm", hostile=EXTREME),
+            _case("slstm hostile", "slstm", hostile=EXTREME),
+        ),
+        cost,
+        chunk=5,
+        constants=("m",),
+        identities=(
+            Identity("lstm with one head is torch.nn.LSTM", _one_head_is_torch("lstm", nn.LSTM)),
+            Identity("gru with one head is torch.nn.GRU", _one_head_is_torch("gru", nn.GRU)),
+            Identity("tanh with one head is torch.nn.RNN", _one_head_is_torch("tanh", nn.RNN)),
+            Identity("heads are independent networks", _heads_are_independent),
+            Identity("slstm is the cell without a stabiliser", _slstm_unstabilised),
+            Identity("lstm with peepholes of 0 is lstm", _no_peepholes),
+            Identity("cifg is lstm with a tied input gate", _tied_gates),
+        ),
+    )
+)
