@@ -121,7 +121,7 @@ def evaluate(
     values = named("out", out) | named("state", after)
     roots, cotangents = [], []
     for name, x in values.items():
-        kind, _, part = name.partition(".")
+        kind, part = name.partition(".")[0], name.rpartition(".")[2]
         if not (x.is_floating_point() and x.requires_grad) or parts not in ("both", kind):
             continue
         if kind == "state" and part in constants:
@@ -134,8 +134,8 @@ def evaluate(
         roots.append(x)
         cotangents.append(fit(cotangent, x))
     wanted = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
-    skipped = {f"state.{part}" for part in constants}
-    wanted |= {name: x for name, x in named("state", state).items() if x.requires_grad and name not in skipped}
+    moving = {name: x for name, x in named("state", state).items() if name.rpartition(".")[2] not in constants}
+    wanted |= {name: x for name, x in moving.items() if x.requires_grad}
     found: tuple[Tensor | None, ...] = (None,) * len(wanted)
     if roots:
         found = torch.autograd.grad(roots, list(wanted.values()), cotangents, allow_unused=True)
