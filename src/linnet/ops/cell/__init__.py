@@ -25,7 +25,7 @@ from .state import CellState
 
 __all__ = ["CellState", "cell", "cell_state", "cost"]
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "triton")
 
 
 def cell(
@@ -61,7 +61,8 @@ def cell(
         kind: which cell.
         state: the state before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
-        backend: "auto", "reference" (token by token) or "chunked" (PyTorch, one product a token).
+        backend: "auto", "reference" (token by token), "chunked" (PyTorch, one product a token) or "triton" (one launch
+            for all tokens; D up to 128, 64 in fp32).
 
     Returns:
         ``h`` ``[B, T, H, D]`` in x's dtype, and the :class:`CellState` after the last token in fp32 (float64 for
@@ -74,7 +75,7 @@ def cell(
     variants of the LSTM: Greff et al. 2015 (1503.04069).
     """
     x, R, b, p, parts = _check(x, R, b, p, kind, state, segments)
-    name = resolve_backend(backend, BACKENDS, x)
+    name = resolve_backend(backend, BACKENDS if kernels_cover(x, R, kind) else BACKENDS[:2], x)
     with no_autocast(x):
         if name == "reference" or (x.shape[1] == 1 and segments is None and backend == "auto"):
             bounds = None if segments is None else segments.cu_seqlens_host.tolist()
@@ -92,6 +93,13 @@ def cell_state(kind: str, rows: int, H: int, D: int, *, dtype: torch.dtype | Non
     """The state before the first token, zeros, of ``rows`` sequences (fp32 unless ``dtype`` says otherwise)."""
     zeros = torch.zeros(rows, H, D, dtype=dtype or torch.float32, device=device)
     return CellState(*(zeros.clone() for _ in CELLS[kind].states))
+
+
+def kernels_cover(x: Tensor, R: Tensor, kind: str) -> bool:
+    """Whether a head's recurrent weights fit on one multiprocessor, which the Triton kernels need."""
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    return R.shape[1] <= (64 if x.dtype == torch.float32 else 128)
 
 
 def _check(x, R, b, p, kind, state, segments):
@@ -152,7 +160,12 @@ def _cell(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     state = tuple(s for s in (h, c, n, m) if s is not None)
     with no_autocast(x):
-        y, after, tape = chunked.forward(x, R, b, p, state, cu_host, kind, training)
+        if backend == "triton":
+            from . import launch
+
+            y, after, tape = launch.forward(x, R, b, p, state, cu_host, kind, training)
+        else:
+            y, after, tape = chunked.forward(x, R, b, p, state, cu_host, kind, training)
     missing = [h.new_empty(0) for _ in range(4 - len(after))]
     return (y, *after, *missing, h.new_empty(0) if tape is None else tape)  # type: ignore[return-value]
 
@@ -161,7 +174,8 @@ def _cell(
 def _(x, R, b, p, h, c, n, m, cu_host, kind, backend, training):
     y = x.new_empty(*x.shape[:3], R.shape[1])
     after = [h.new_empty(0) if s is None else torch.empty_like(s) for s in (h, c, n, m)]
-    tape = (x.shape[0] * x.shape[1], len(CELLS[kind].states), *R.shape[:2]) if training else (0,)
+    parts = len(CELLS[kind].states) - (backend == "triton")
+    tape = (x.shape[0] * x.shape[1], parts, *R.shape[:2]) if training else (0,)
     return y, *after, h.new_empty(tape)
 
 
@@ -174,6 +188,7 @@ def _cell_backward(
     R: Tensor,
     b: Tensor | None,
     p: Tensor | None,
+    h: Tensor,
     cu_host: Tensor | None,
     kind: str,
     backend: str,
@@ -183,12 +198,17 @@ def _cell_backward(
     d_state: list[Tensor],
 ) -> list[Tensor]:
     with no_autocast(x):
-        grads = chunked.backward(x, R, b, p, cu_host, kind, tape, dy, tuple(d_state))
+        if backend == "triton":
+            from . import launch
+
+            grads = launch.backward(x, R, b, p, h, cu_host, kind, tape, y, dy, tuple(d_state))
+        else:
+            grads = chunked.backward(x, R, b, p, cu_host, kind, tape, dy, tuple(d_state))
     return [grads[name].contiguous() if name in grads else tape.new_empty(0) for name in _GRADS]
 
 
 @_cell_backward.register_fake
-def _(x, R, b, p, cu_host, kind, backend, tape, y, dy, d_state):
+def _(x, R, b, p, h, cu_host, kind, backend, tape, y, dy, d_state):
     given = (x, R, b, p, *d_state, *[None] * (3 - len(d_state)))
     return [
         tape.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in given
@@ -207,7 +227,7 @@ def _backward(ctx, dy, *d_after):
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     free = CELLS[ctx.options[0]].differentiable
     d_state = [torch.zeros_like(h) if d is None else d.contiguous() for d in d_after[:free]]
-    grads = _cell_backward(x, R, b, p, cu_host, *ctx.options, tape, y, dy, d_state)
+    grads = _cell_backward(x, R, b, p, h, cu_host, *ctx.options, tape, y, dy, d_state)
     grads = [d if needed and d.numel() else None for d, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return *grads, None, None, None, None, None
 

@@ -1,0 +1,510 @@
+"""Triton kernels of the cells whose recurrent weights fit on one multiprocessor.
+
+A program runs one head of a few sequences from their first token to their last, or back: time is the loop, the weights
+and the state stay on chip, only the inputs come in and what was asked for goes out. Inputs are read one token ahead of
+their use, so that the tokens' chain of dependence holds nothing but one product and the cell.
+
+The backward kernel is given the pre-activations again (one product over all tokens, outside), and the gradients of the
+weights are left to such products too; its loop is the chain of the forward pass in reverse.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Kinds, as the kernels number them.
+KINDS = {"tanh": 0, "relu": 1, "lstm": 2, "cifg": 3, "gru": 4, "slstm": 5}
+
+
+@triton.jit
+def _sigmoid(x):
+    """The logistic function of x and of -x."""
+    e = tl.exp(-tl.abs(x))
+    big = 1.0 / (1.0 + e)
+    small = e * big
+    return tl.where(x >= 0, big, small), tl.where(x >= 0, small, big)
+
+
+@triton.jit
+def _tanh(x, EXACT: tl.constexpr):
+    e = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - e) / (1.0 + e)
+    y = tl.where(x >= 0, y, -y)
+    if EXACT:  # next to 0 the difference above has lost its digits
+        s = x * x
+        near = x * (1.0 - s * (1.0 / 3.0 - s * (2.0 / 15.0 - s * (17.0 / 315.0))))
+        y = tl.where(tl.abs(x) < 0.15, near, y)
+    return y
+
+
+@triton.jit
+def _slstm_weights(i, f, n, m):
+    """What is kept and what is written next to the new scale exp(m), and that m."""
+    i = tl.maximum(i, -1e30)
+    f = tl.maximum(f, -1e30)
+    lf = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))
+    ahead = tl.where(n == 0, float("inf"), i - m - lf)
+    keep = tl.exp(-tl.maximum(ahead, 0.0))
+    write = tl.exp(tl.minimum(ahead, 0.0))
+    return keep, write, tl.where(ahead > 0, i, lf + m)
+
+
+@triton.jit
+def _rows(pid, start_ptr, order_ptr, N, T, BN: tl.constexpr, PACKED: tl.constexpr):
+    """Of the sequences of a program: their state rows, first tokens, lengths, and whether they exist."""
+    rows = pid * BN + tl.arange(0, BN)
+    live = rows < N
+    if PACKED:
+        rows = tl.load(order_ptr + rows, mask=live, other=0)
+        first = tl.load(start_ptr + rows, mask=live, other=0)
+        length = tl.load(start_ptr + rows + 1, mask=live, other=0) - first
+        length = tl.where(live, length, 0)
+    else:
+        first = rows * T
+        length = tl.where(live, T, 0)
+    return rows, first, length, live
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,  # [tokens, H, G * D]
+    R_ptr,  # [H, D, G * D]
+    b_ptr,  # [H, G * D] fp32
+    p_ptr,  # [H, P * D] fp32
+    h0_ptr,  # states [N, H, D] fp32
+    c0_ptr,
+    n0_ptr,
+    m0_ptr,
+    y_ptr,  # [tokens, H, D]
+    tape_ptr,  # SAVE: c, n, m before every token, [tokens, S - 1, H, D] fp32
+    h1_ptr,
+    c1_ptr,
+    n1_ptr,
+    m1_ptr,
+    start_ptr,
+    order_ptr,
+    N,
+    T,
+    H,
+    D,
+    KIND: tl.constexpr,
+    G: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BIAS: tl.constexpr,
+    PEEPHOLES: tl.constexpr,
+    SAVE: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    h_id = tl.program_id(0) % H
+    rows, first, length, live = _rows(tl.program_id(0) // H, start_ptr, order_ptr, N, T, BN, PACKED)
+    cols = tl.arange(0, BD)
+    ins = cols < D
+    mask = live[:, None] & ins[None, :]
+    ks = tl.arange(0, BD)
+
+    weights = R_ptr + h_id.to(tl.int64) * D * G * D + ks[:, None] * (G * D) + cols[None, :]
+    square = (ks < D)[:, None] & ins[None, :]
+    R0 = tl.load(weights, mask=square, other=0.0)
+    if G > 1:
+        R1 = tl.load(weights + D, mask=square, other=0.0)
+        R2 = tl.load(weights + 2 * D, mask=square, other=0.0)
+    if G > 3:
+        R3 = tl.load(weights + 3 * D, mask=square, other=0.0)
+    b0 = tl.zeros([1, BD], tl.float32)
+    b1 = b0
+    b2 = b0
+    b3 = b0
+    if BIAS:
+        bias = b_ptr + h_id * G * D + cols
+        b0 = tl.load(bias, mask=ins, other=0.0)[None, :]
+        if G > 1:
+            b1 = tl.load(bias + D, mask=ins, other=0.0)[None, :]
+            b2 = tl.load(bias + 2 * D, mask=ins, other=0.0)[None, :]
+        if G > 3:
+            b3 = tl.load(bias + 3 * D, mask=ins, other=0.0)[None, :]
+    if PEEPHOLES:
+        peep = p_ptr + h_id * (G - 1) * D + cols
+        p0 = tl.load(peep, mask=ins, other=0.0)[None, :]
+        p1 = tl.load(peep + D, mask=ins, other=0.0)[None, :]
+        if KIND == 2:
+            p2 = tl.load(peep + 2 * D, mask=ins, other=0.0)[None, :]
+
+    at = (rows.to(tl.int64) * H + h_id)[:, None] * D + cols[None, :]
+    h = tl.load(h0_ptr + at, mask=mask, other=0.0)
+    c = tl.zeros([BN, BD], tl.float32)
+    n = c
+    m = c
+    if KIND == 2 or KIND == 3 or KIND == 5:
+        c = tl.load(c0_ptr + at, mask=mask, other=0.0)
+    if KIND == 5:
+        n = tl.load(n0_ptr + at, mask=mask, other=0.0)
+        m = tl.load(m0_ptr + at, mask=mask, other=0.0)
+
+    token = (first.to(tl.int64) * H + h_id)[:, None]
+    x_at = x_ptr + token * (G * D) + cols[None, :]
+    y_at = y_ptr + token * D + cols[None, :]
+    EXTRA: tl.constexpr = 3 if KIND == 5 else 1
+    tape_at = tape_ptr + (first.to(tl.int64) * (EXTRA * H) + h_id)[:, None] * D + cols[None, :]
+
+    steps = tl.max(length, 0)
+    now = mask & (length > 0)[:, None]
+    x0 = tl.load(x_at, mask=now, other=0.0)
+    x1 = x0
+    x2 = x0
+    x3 = x0
+    if G > 1:
+        x1 = tl.load(x_at + D, mask=now, other=0.0)
+        x2 = tl.load(x_at + 2 * D, mask=now, other=0.0)
+    if G > 3:
+        x3 = tl.load(x_at + 3 * D, mask=now, other=0.0)
+
+    for t in range(0, steps):
+        if PACKED:
+            now = mask & (t < length)[:, None]
+        else:
+            now = mask
+        # What the next token brings.
+        x_at += H * G * D
+        soon = mask & (t + 1 < length)[:, None]
+        f0 = tl.load(x_at, mask=soon, other=0.0)
+        f1 = f0
+        f2 = f0
+        f3 = f0
+        if G > 1:
+            f1 = tl.load(x_at + D, mask=soon, other=0.0)
+            f2 = tl.load(x_at + 2 * D, mask=soon, other=0.0)
+        if G > 3:
+            f3 = tl.load(x_at + 3 * D, mask=soon, other=0.0)
+
+        low = h.to(R_ptr.dtype.element_ty)
+        a0 = tl.dot(low, R0, input_precision=PRECISION) + b0
+        if G > 1:
+            a1 = tl.dot(low, R1, input_precision=PRECISION) + b1
+            a2 = tl.dot(low, R2, input_precision=PRECISION) + b2
+        if G > 3:
+            a3 = tl.dot(low, R3, input_precision=PRECISION) + b3
+        if SAVE and (KIND == 2 or KIND == 3 or KIND == 5):
+            tl.store(tape_at, c, mask=now)
+            if KIND == 5:
+                tl.store(tape_at + H * D, n, mask=now)
+                tl.store(tape_at + 2 * H * D, m, mask=now)
+            tape_at += EXTRA * H * D
+
+        if KIND == 0:
+            h_new = _tanh(a0 + x0.to(tl.float32), EXACT)
+        elif KIND == 1:
+            h_new = tl.maximum(a0 + x0.to(tl.float32), 0.0)
+        elif KIND == 4:
+            r, _r = _sigmoid(a0 + x0.to(tl.float32))
+            z, u = _sigmoid(a1 + x1.to(tl.float32))
+            h_new = z * h + u * _tanh(x2.to(tl.float32) + r * a2, EXACT)
+        else:
+            a0 += x0.to(tl.float32)
+            a1 += x1.to(tl.float32)
+            a2 += x2.to(tl.float32)
+            if KIND == 3:
+                if PEEPHOLES:
+                    a0 += p0 * c
+                keep, write = _sigmoid(a0)
+                c_new = keep * c + write * _tanh(a1, EXACT)
+                if PEEPHOLES:
+                    a2 += p1 * c_new
+                o, _o = _sigmoid(a2)
+            else:
+                a3 += x3.to(tl.float32)
+                if PEEPHOLES:
+                    a0 += p0 * c
+                    a1 += p1 * c
+                if KIND == 5:
+                    keep, write, m_new = _slstm_weights(a0, a1, n, m)
+                    n_new = keep * n + write
+                else:
+                    write, _w = _sigmoid(a0)
+                    keep, _k = _sigmoid(a1)
+                c_new = keep * c + write * _tanh(a2, EXACT)
+                if PEEPHOLES:
+                    a3 += p2 * c_new
+                o, _o = _sigmoid(a3)
+            if KIND == 5:
+                h_new = o * c_new / n_new
+            else:
+                h_new = o * _tanh(c_new, EXACT)
+        tl.store(y_at, h_new.to(y_ptr.dtype.element_ty), mask=now)
+        y_at += H * D
+        if PACKED:  # sequences that have ended keep their state
+            h = tl.where(now, h_new, h)
+            if KIND == 2 or KIND == 3 or KIND == 5:
+                c = tl.where(now, c_new, c)
+            if KIND == 5:
+                n = tl.where(now, n_new, n)
+                m = tl.where(now, m_new, m)
+        else:
+            h = h_new
+            if KIND == 2 or KIND == 3 or KIND == 5:
+                c = c_new
+            if KIND == 5:
+                n = n_new
+                m = m_new
+        x0 = f0
+        x1 = f1
+        x2 = f2
+        x3 = f3
+
+    tl.store(h1_ptr + at, h, mask=mask)
+    if KIND == 2 or KIND == 3 or KIND == 5:
+        tl.store(c1_ptr + at, c, mask=mask)
+    if KIND == 5:
+        tl.store(n1_ptr + at, n, mask=mask)
+        tl.store(m1_ptr + at, m, mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    a_ptr,  # input plus recurrent product [H, tokens, G * D]; of the GRU's candidate the product alone
+    x_ptr,  # GRU: the inputs
+    R_ptr,
+    b_ptr,
+    p_ptr,
+    h0_ptr,  # GRU: h before the first token [N, H, D] fp32
+    y_ptr,  # GRU: h of every token
+    tape_ptr,
+    dy_ptr,  # [tokens, H, D]
+    dh1_ptr,  # gradients of the final state [N, H, D] fp32
+    dc1_ptr,
+    dn1_ptr,
+    dx_ptr,  # out: gradients of the pre-activations [tokens, H, G * D]
+    dg_ptr,  # out, GRU: of the candidate's product [tokens, H, D]
+    dp_ptr,  # out: of the peepholes, summed over the sequences of a program [tiles, H, P * D]
+    dh0_ptr,
+    dc0_ptr,
+    dn0_ptr,
+    start_ptr,
+    order_ptr,
+    N,
+    T,
+    H,
+    D,
+    tokens,
+    KIND: tl.constexpr,
+    G: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BIAS: tl.constexpr,
+    PEEPHOLES: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    h_id = tl.program_id(0) % H
+    rows, first, length, live = _rows(tl.program_id(0) // H, start_ptr, order_ptr, N, T, BN, PACKED)
+    cols = tl.arange(0, BD)
+    ins = cols < D
+    mask = live[:, None] & ins[None, :]
+    ks = tl.arange(0, BD)
+    CELL: tl.constexpr = KIND == 2 or KIND == 3 or KIND == 5
+
+    # R transposed: from the gates' channels to the state's.
+    weights = R_ptr + h_id.to(tl.int64) * D * G * D + ks[:, None] + cols[None, :] * (G * D)
+    square = (ks < D)[:, None] & ins[None, :]
+    R0 = tl.load(weights, mask=square, other=0.0)
+    if G > 1:
+        R1 = tl.load(weights + D, mask=square, other=0.0)
+        R2 = tl.load(weights + 2 * D, mask=square, other=0.0)
+    if G > 3:
+        R3 = tl.load(weights + 3 * D, mask=square, other=0.0)
+    b0 = tl.zeros([1, BD], tl.float32)
+    b1 = b0
+    b2 = b0
+    b3 = b0
+    if BIAS:
+        bias = b_ptr + h_id * G * D + cols
+        b0 = tl.load(bias, mask=ins, other=0.0)[None, :]
+        if G > 1:
+            b1 = tl.load(bias + D, mask=ins, other=0.0)[None, :]
+            b2 = tl.load(bias + 2 * D, mask=ins, other=0.0)[None, :]
+        if G > 3:
+            b3 = tl.load(bias + 3 * D, mask=ins, other=0.0)[None, :]
+    if PEEPHOLES:
+        peep = p_ptr + h_id * (G - 1) * D + cols
+        p0 = tl.load(peep, mask=ins, other=0.0)[None, :]
+        p1 = tl.load(peep + D, mask=ins, other=0.0)[None, :]
+        if KIND == 2:
+            p2 = tl.load(peep + 2 * D, mask=ins, other=0.0)[None, :]
+
+    at = (rows.to(tl.int64) * H + h_id)[:, None] * D + cols[None, :]
+    dh = tl.load(dh1_ptr + at, mask=mask, other=0.0)
+    dc = tl.zeros([BN, BD], tl.float32)
+    dn = dc
+    if CELL:
+        dc = tl.load(dc1_ptr + at, mask=mask, other=0.0)
+    if KIND == 5:
+        dn = tl.load(dn1_ptr + at, mask=mask, other=0.0)
+
+    steps = tl.max(length, 0)
+    EXTRA: tl.constexpr = 3 if KIND == 5 else 1
+    token = (first + steps - 1).to(tl.int64)[
+        :, None
+    ]  # rows that end before the last step come in when it is their turn
+    a_at = (h_id.to(tl.int64) * tokens + token) * (G * D) + cols[None, :]
+    x_at = (token * H + h_id) * (G * D) + cols[None, :]
+    y_at = (token * H + h_id) * D + cols[None, :]
+    tape_at = (token * (EXTRA * H) + h_id) * D + cols[None, :]
+
+    if PEEPHOLES:
+        dp0 = tl.zeros([BN, BD], tl.float32)
+        dp1 = dp0
+        dp2 = dp0
+    for back in range(0, steps):
+        t = steps - 1 - back
+        if PACKED:
+            now = mask & (t < length)[:, None]
+        else:
+            now = mask
+        dy = tl.load(dy_ptr + y_at, mask=now, other=0.0).to(tl.float32)
+        a0 = tl.load(a_ptr + a_at, mask=now, other=0.0).to(tl.float32) + b0
+        if G > 1:
+            a1 = tl.load(a_ptr + a_at + D, mask=now, other=0.0).to(tl.float32) + b1
+            a2 = tl.load(a_ptr + a_at + 2 * D, mask=now, other=0.0).to(tl.float32) + b2
+        if G > 3:
+            a3 = tl.load(a_ptr + a_at + 3 * D, mask=now, other=0.0).to(tl.float32) + b3
+        if CELL:
+            c = tl.load(tape_ptr + tape_at, mask=now, other=0.0)
+        if KIND == 5:
+            n = tl.load(tape_ptr + tape_at + H * D, mask=now, other=1.0)
+            m = tl.load(tape_ptr + tape_at + 2 * H * D, mask=now, other=0.0)
+        g = dh + dy
+
+        if KIND == 0:
+            y = _tanh(a0, EXACT)
+            d0 = g * (1.0 - y * y)
+            dh_new = tl.zeros([BN, BD], tl.float32)
+        elif KIND == 1:
+            d0 = tl.where(a0 > 0, g, 0.0)
+            dh_new = tl.zeros([BN, BD], tl.float32)
+        elif KIND == 4:
+            if t > 0:
+                before = tl.load(y_ptr + y_at - H * D, mask=now, other=0.0).to(tl.float32)
+            else:
+                before = tl.load(h0_ptr + at, mask=now, other=0.0)
+            r, r_off = _sigmoid(a0)
+            z, u = _sigmoid(a1)
+            w = _tanh(tl.load(x_ptr + x_at + 2 * D, mask=now, other=0.0).to(tl.float32) + r * a2, EXACT)
+            d2 = g * u * (1.0 - w * w)
+            d0 = d2 * a2 * r * r_off
+            d1 = g * (before - w) * z * u
+            d3 = d2 * r
+            dh_new = g * z
+        else:
+            if KIND == 3:
+                if PEEPHOLES:
+                    a0 += p0 * c
+                keep, write = _sigmoid(a0)
+                z = _tanh(a1, EXACT)
+                c_new = keep * c + write * z
+                if PEEPHOLES:
+                    a2 += p1 * c_new
+                o, o_off = _sigmoid(a2)
+            else:
+                if PEEPHOLES:
+                    a0 += p0 * c
+                    a1 += p1 * c
+                if KIND == 5:
+                    keep, write, _m = _slstm_weights(a0, a1, n, m)
+                    n_new = keep * n + write
+                    _f, f_off = _sigmoid(a1)
+                else:
+                    write, w_off = _sigmoid(a0)
+                    keep, f_off = _sigmoid(a1)
+                z = _tanh(a2, EXACT)
+                c_new = keep * c + write * z
+                if PEEPHOLES:
+                    a3 += p2 * c_new
+                o, o_off = _sigmoid(a3)
+            if KIND == 5:
+                ratio = c_new / n_new
+                d3 = g * ratio * o * o_off
+                dc_now = dc + g * o / n_new
+                dn_now = dn - g * o * ratio / n_new
+                d0 = write * (z * dc_now + dn_now)
+                d1 = keep * f_off * (c * dc_now + n * dn_now)
+                d2 = dc_now * write * (1.0 - z * z)
+                dn_new = dn_now * keep
+            else:
+                y = _tanh(c_new, EXACT)
+                d_o = g * y * o * o_off
+                dc_now = dc + g * o * (1.0 - y * y)
+                if KIND == 3:
+                    d2 = d_o
+                    if PEEPHOLES:
+                        dc_now += d2 * p1
+                    d0 = dc_now * (c - z) * keep * write
+                    d1 = dc_now * write * (1.0 - z * z)
+                else:
+                    d3 = d_o
+                    if PEEPHOLES:
+                        dc_now += d3 * p2
+                    d0 = dc_now * z * write * w_off
+                    d1 = dc_now * c * keep * f_off
+                    d2 = dc_now * write * (1.0 - z * z)
+            dc_new = dc_now * keep
+            if PEEPHOLES:
+                dc_new += d0 * p0
+                if KIND == 2:
+                    dc_new += d1 * p1
+            dh_new = tl.zeros([BN, BD], tl.float32)
+
+        low = R_ptr.dtype.element_ty
+        out = dx_ptr.dtype.element_ty
+        tl.store(dx_ptr + x_at, d0.to(out), mask=now)
+        dh_new = tl.dot(d0.to(low), R0, dh_new, input_precision=PRECISION)
+        if G > 1:
+            tl.store(dx_ptr + x_at + D, d1.to(out), mask=now)
+            tl.store(dx_ptr + x_at + 2 * D, d2.to(out), mask=now)
+            dh_new = tl.dot(d1.to(low), R1, dh_new, input_precision=PRECISION)
+        if KIND == 4:
+            tl.store(dg_ptr + y_at, d3.to(out), mask=now)
+            dh_new = tl.dot(d3.to(low), R2, dh_new, input_precision=PRECISION)
+        elif G > 1:
+            dh_new = tl.dot(d2.to(low), R2, dh_new, input_precision=PRECISION)
+        if G > 3:
+            tl.store(dx_ptr + x_at + 3 * D, d3.to(out), mask=now)
+            dh_new = tl.dot(d3.to(low), R3, dh_new, input_precision=PRECISION)
+        if PEEPHOLES:
+            dp0 += tl.where(now, d0 * c, 0.0)
+            if KIND == 2:
+                dp1 += tl.where(now, d1 * c, 0.0)
+                dp2 += tl.where(now, d3 * c_new, 0.0)
+            else:
+                dp1 += tl.where(now, d2 * c_new, 0.0)
+        if PACKED:  # of sequences that ended earlier, the gradient of the final state waits
+            dh = tl.where(now, dh_new, dh)
+            if CELL:
+                dc = tl.where(now, dc_new, dc)
+            if KIND == 5:
+                dn = tl.where(now, dn_new, dn)
+        else:
+            dh = dh_new
+            if CELL:
+                dc = dc_new
+            if KIND == 5:
+                dn = dn_new
+        a_at -= G * D
+        x_at -= H * G * D
+        y_at -= H * D
+        tape_at -= EXTRA * H * D
+
+    tl.store(dh0_ptr + at, dh, mask=mask)
+    if CELL:
+        tl.store(dc0_ptr + at, dc, mask=mask)
+    if KIND == 5:
+        tl.store(dn0_ptr + at, dn, mask=mask)
+    if PEEPHOLES:
+        dp_at = dp_ptr + tl.program_id(0) // H * H * (G - 1) * D + h_id * (G - 1) * D + cols
+        tl.store(dp_at, tl.sum(dp0, 0), mask=ins)
+        tl.store(dp_at + D, tl.sum(dp1, 0), mask=ins)
+        if KIND == 2:
+            tl.store(dp_at + 2 * D, tl.sum(dp2, 0), mask=ins)
