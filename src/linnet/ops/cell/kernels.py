@@ -17,20 +17,64 @@ import triton.language as tl
 KINDS = {"tanh": 0, "relu": 1, "lstm": 2, "cifg": 3, "gru": 4, "slstm": 5}
 
 
+# FAST: hardware approximations of NVIDIA's, for 16-bit inputs. A token's transcendental functions are what a program
+# waits for most after its product. Gates that decide what is kept and written keep fp32 accuracy all the same.
+
+
 @triton.jit
-def _sigmoid(x):
+def _exp(x, FAST: tl.constexpr):
+    if FAST:
+        y = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = tl.exp(x)
+    return y
+
+
+@triton.jit
+def _inverse(x, FAST: tl.constexpr):
+    if FAST:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = 1.0 / x
+    return y
+
+
+@triton.jit
+def _sigmoid(x, FAST: tl.constexpr):
     """The logistic function of x and of -x."""
-    e = tl.exp(-tl.abs(x))
-    big = 1.0 / (1.0 + e)
+    e = _exp(-tl.abs(x), FAST)
+    big = _inverse(1.0 + e, FAST)
     small = e * big
     return tl.where(x >= 0, big, small), tl.where(x >= 0, small, big)
 
 
 @triton.jit
-def _tanh(x, EXACT: tl.constexpr):
-    e = tl.exp(-2.0 * tl.abs(x))
-    y = (1.0 - e) / (1.0 + e)
-    y = tl.where(x >= 0, y, -y)
+def _sigmoids(x, y, FAST: tl.constexpr):
+    """The logistic function of x, -x, y and -y, for one division."""
+    if FAST:
+        ex = _exp(tl.minimum(-x, 40.0), FAST)
+        ey = _exp(tl.minimum(-y, 40.0), FAST)
+        both = _inverse((1.0 + ex) * (1.0 + ey), FAST)
+        x_on = both * (1.0 + ey)
+        y_on = both * (1.0 + ex)
+        x_off = ex * x_on
+        y_off = ey * y_on
+    else:
+        x_on, x_off = _sigmoid(x, FAST)
+        y_on, y_off = _sigmoid(y, FAST)
+    return x_on, x_off, y_on, y_off
+
+
+@triton.jit
+def _tanh(x, EXACT: tl.constexpr, FAST: tl.constexpr):
+    if FAST:
+        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        e = tl.exp(-2.0 * tl.abs(x))
+        y = (1.0 - e) / (1.0 + e)
+        y = tl.where(x >= 0, y, -y)
     if EXACT:  # next to 0 the difference above has lost its digits
         s = x * x
         near = x * (1.0 - s * (1.0 / 3.0 - s * (2.0 / 15.0 - s * (17.0 / 315.0))))
@@ -39,15 +83,26 @@ def _tanh(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _slstm_weights(i, f, n, m):
+def _output_gate(x, FAST: tl.constexpr):
+    """The logistic function of x and of -x, where nothing accumulates."""
+    if FAST:
+        y = 0.5 * _tanh(0.5 * x, False, FAST)
+        on = 0.5 + y
+        off = 0.5 - y
+    else:
+        on, off = _sigmoid(x, FAST)
+    return on, off
+
+
+@triton.jit
+def _slstm_weights(i, f, n, m, FAST: tl.constexpr):
     """What is kept and what is written next to the new scale exp(m), and that m."""
     i = tl.maximum(i, -1e30)
     f = tl.maximum(f, -1e30)
-    lf = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))
+    lf = tl.minimum(f, 0.0) - tl.log(1.0 + _exp(-tl.abs(f), FAST))
     ahead = tl.where(n == 0, float("inf"), i - m - lf)
-    keep = tl.exp(-tl.maximum(ahead, 0.0))
-    write = tl.exp(tl.minimum(ahead, 0.0))
-    return keep, write, tl.where(ahead > 0, i, lf + m)
+    less = _exp(-tl.abs(ahead), FAST)  # the larger of the two is 1
+    return tl.where(ahead > 0, less, 1.0), tl.where(ahead > 0, 1.0, less), tl.where(ahead > 0, i, lf + m)
 
 
 @triton.jit
@@ -97,6 +152,7 @@ def forward_kernel(
     SAVE: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
+    FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     h_id = tl.program_id(0) % H
@@ -195,13 +251,12 @@ def forward_kernel(
             tape_at += EXTRA * H * D
 
         if KIND == 0:
-            h_new = _tanh(a0 + x0.to(tl.float32), EXACT)
+            h_new = _tanh(a0 + x0.to(tl.float32), EXACT, FAST)
         elif KIND == 1:
             h_new = tl.maximum(a0 + x0.to(tl.float32), 0.0)
         elif KIND == 4:
-            r, _r = _sigmoid(a0 + x0.to(tl.float32))
-            z, u = _sigmoid(a1 + x1.to(tl.float32))
-            h_new = z * h + u * _tanh(x2.to(tl.float32) + r * a2, EXACT)
+            r, _r, z, u = _sigmoids(a0 + x0.to(tl.float32), a1 + x1.to(tl.float32), FAST)
+            h_new = z * h + u * _tanh(x2.to(tl.float32) + r * a2, EXACT, FAST)
         else:
             a0 += x0.to(tl.float32)
             a1 += x1.to(tl.float32)
@@ -209,30 +264,29 @@ def forward_kernel(
             if KIND == 3:
                 if PEEPHOLES:
                     a0 += p0 * c
-                keep, write = _sigmoid(a0)
-                c_new = keep * c + write * _tanh(a1, EXACT)
+                keep, write = _sigmoid(a0, FAST)
+                c_new = keep * c + write * _tanh(a1, EXACT, FAST)
                 if PEEPHOLES:
                     a2 += p1 * c_new
-                o, _o = _sigmoid(a2)
+                o, _o = _output_gate(a2, FAST)
             else:
                 a3 += x3.to(tl.float32)
                 if PEEPHOLES:
                     a0 += p0 * c
                     a1 += p1 * c
                 if KIND == 5:
-                    keep, write, m_new = _slstm_weights(a0, a1, n, m)
+                    keep, write, m_new = _slstm_weights(a0, a1, n, m, FAST)
                     n_new = keep * n + write
                 else:
-                    write, _w = _sigmoid(a0)
-                    keep, _k = _sigmoid(a1)
-                c_new = keep * c + write * _tanh(a2, EXACT)
+                    write, _w, keep, _k = _sigmoids(a0, a1, FAST)
+                c_new = keep * c + write * _tanh(a2, EXACT, FAST)
                 if PEEPHOLES:
                     a3 += p2 * c_new
-                o, _o = _sigmoid(a3)
+                o, _o = _output_gate(a3, FAST)
             if KIND == 5:
-                h_new = o * c_new / n_new
+                h_new = o * c_new * _inverse(n_new, FAST)
             else:
-                h_new = o * _tanh(c_new, EXACT)
+                h_new = o * _tanh(c_new, EXACT, FAST)
         tl.store(y_at, h_new.to(y_ptr.dtype.element_ty), mask=now)
         y_at += H * D
         if PACKED:  # sequences that have ended keep their state
@@ -260,6 +314,38 @@ def forward_kernel(
     if KIND == 5:
         tl.store(n1_ptr + at, n, mask=mask)
         tl.store(m1_ptr + at, m, mask=mask)
+
+
+@triton.jit
+def _backward_inputs(
+    a_at, x_at, dy_at, before_at, tape_at, h0_at, mask, first, H, D, KIND: tl.constexpr, G: tl.constexpr
+):
+    """What the backward pass reads for a token: its gates' inputs (GRU: as the fourth the candidate's own), the
+    gradient of its h, and the parts of the state before it (GRU: h as the first of them)."""
+    a0 = tl.load(a_at, mask=mask, other=0.0)
+    a1 = a0
+    a2 = a0
+    a3 = a0
+    if G > 1:
+        a1 = tl.load(a_at + D, mask=mask, other=0.0)
+        a2 = tl.load(a_at + 2 * D, mask=mask, other=0.0)
+    if G > 3:
+        a3 = tl.load(a_at + 3 * D, mask=mask, other=0.0)
+    dy = tl.load(dy_at, mask=mask, other=0.0)
+    c = dy
+    n = dy
+    m = dy
+    if KIND == 4:
+        a3 = tl.load(x_at + 2 * D, mask=mask, other=0.0)
+        c = tl.load(before_at, mask=mask & (first == 0), other=0.0).to(tl.float32)
+        if first:
+            c = tl.load(h0_at, mask=mask, other=0.0)
+    if KIND == 2 or KIND == 3 or KIND == 5:
+        c = tl.load(tape_at, mask=mask, other=0.0)
+    if KIND == 5:
+        n = tl.load(tape_at + H * D, mask=mask, other=1.0)
+        m = tl.load(tape_at + 2 * H * D, mask=mask, other=0.0)
+    return a0, a1, a2, a3, dy, c, n, m
 
 
 @triton.jit
@@ -297,6 +383,7 @@ def backward_kernel(
     PEEPHOLES: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
+    FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     h_id = tl.program_id(0) % H
@@ -358,83 +445,87 @@ def backward_kernel(
         dp0 = tl.zeros([BN, BD], tl.float32)
         dp1 = dp0
         dp2 = dp0
+    more = mask & (length >= steps)[:, None]
+    e0, e1, e2, e3, e_dy, e_c, e_n, e_m = _backward_inputs(
+        a_ptr + a_at, x_ptr + x_at, dy_ptr + y_at, y_ptr + y_at - H * D, tape_ptr + tape_at, h0_ptr + at, more,
+        steps == 1, H, D, KIND, G,
+    )  # fmt: skip
     for back in range(0, steps):
         t = steps - 1 - back
         if PACKED:
             now = mask & (t < length)[:, None]
         else:
             now = mask
-        dy = tl.load(dy_ptr + y_at, mask=now, other=0.0).to(tl.float32)
-        a0 = tl.load(a_ptr + a_at, mask=now, other=0.0).to(tl.float32) + b0
+        # What the token before brings.
+        more = mask & ((t <= length) & (t > 0))[:, None]
+        f0, f1, f2, f3, f_dy, f_c, f_n, f_m = _backward_inputs(
+            a_ptr + a_at - G * D, x_ptr + x_at - H * G * D, dy_ptr + y_at - H * D, y_ptr + y_at - 2 * H * D,
+            tape_ptr + tape_at - EXTRA * H * D, h0_ptr + at, more, t == 1, H, D, KIND, G,
+        )  # fmt: skip
+        a0 = e0.to(tl.float32) + b0
         if G > 1:
-            a1 = tl.load(a_ptr + a_at + D, mask=now, other=0.0).to(tl.float32) + b1
-            a2 = tl.load(a_ptr + a_at + 2 * D, mask=now, other=0.0).to(tl.float32) + b2
+            a1 = e1.to(tl.float32) + b1
+            a2 = e2.to(tl.float32) + b2
         if G > 3:
-            a3 = tl.load(a_ptr + a_at + 3 * D, mask=now, other=0.0).to(tl.float32) + b3
-        if CELL:
-            c = tl.load(tape_ptr + tape_at, mask=now, other=0.0)
-        if KIND == 5:
-            n = tl.load(tape_ptr + tape_at + H * D, mask=now, other=1.0)
-            m = tl.load(tape_ptr + tape_at + 2 * H * D, mask=now, other=0.0)
+            a3 = e3.to(tl.float32) + b3
+        dy = e_dy.to(tl.float32)
+        c = e_c.to(tl.float32)
+        n = e_n
+        m = e_m
         g = dh + dy
 
         if KIND == 0:
-            y = _tanh(a0, EXACT)
+            y = _tanh(a0, EXACT, FAST)
             d0 = g * (1.0 - y * y)
             dh_new = tl.zeros([BN, BD], tl.float32)
         elif KIND == 1:
             d0 = tl.where(a0 > 0, g, 0.0)
             dh_new = tl.zeros([BN, BD], tl.float32)
         elif KIND == 4:
-            if t > 0:
-                before = tl.load(y_ptr + y_at - H * D, mask=now, other=0.0).to(tl.float32)
-            else:
-                before = tl.load(h0_ptr + at, mask=now, other=0.0)
-            r, r_off = _sigmoid(a0)
-            z, u = _sigmoid(a1)
-            w = _tanh(tl.load(x_ptr + x_at + 2 * D, mask=now, other=0.0).to(tl.float32) + r * a2, EXACT)
+            r, r_off, z, u = _sigmoids(a0, a1, FAST)
+            w = _tanh(e3.to(tl.float32) + r * a2, EXACT, FAST)
             d2 = g * u * (1.0 - w * w)
             d0 = d2 * a2 * r * r_off
-            d1 = g * (before - w) * z * u
+            d1 = g * (c - w) * z * u
             d3 = d2 * r
             dh_new = g * z
         else:
             if KIND == 3:
                 if PEEPHOLES:
                     a0 += p0 * c
-                keep, write = _sigmoid(a0)
-                z = _tanh(a1, EXACT)
+                keep, write = _sigmoid(a0, FAST)
+                z = _tanh(a1, EXACT, FAST)
                 c_new = keep * c + write * z
                 if PEEPHOLES:
                     a2 += p1 * c_new
-                o, o_off = _sigmoid(a2)
+                o, o_off = _output_gate(a2, FAST)
             else:
                 if PEEPHOLES:
                     a0 += p0 * c
                     a1 += p1 * c
                 if KIND == 5:
-                    keep, write, _m = _slstm_weights(a0, a1, n, m)
+                    keep, write, _m = _slstm_weights(a0, a1, n, m, FAST)
                     n_new = keep * n + write
-                    _f, f_off = _sigmoid(a1)
+                    _f, f_off = _sigmoid(a1, FAST)
                 else:
-                    write, w_off = _sigmoid(a0)
-                    keep, f_off = _sigmoid(a1)
-                z = _tanh(a2, EXACT)
+                    write, w_off, keep, f_off = _sigmoids(a0, a1, FAST)
+                z = _tanh(a2, EXACT, FAST)
                 c_new = keep * c + write * z
                 if PEEPHOLES:
                     a3 += p2 * c_new
-                o, o_off = _sigmoid(a3)
+                o, o_off = _output_gate(a3, FAST)
             if KIND == 5:
-                ratio = c_new / n_new
+                over = _inverse(n_new, FAST)
+                ratio = c_new * over
                 d3 = g * ratio * o * o_off
-                dc_now = dc + g * o / n_new
-                dn_now = dn - g * o * ratio / n_new
+                dc_now = dc + g * o * over
+                dn_now = dn - g * o * ratio * over
                 d0 = write * (z * dc_now + dn_now)
                 d1 = keep * f_off * (c * dc_now + n * dn_now)
                 d2 = dc_now * write * (1.0 - z * z)
                 dn_new = dn_now * keep
             else:
-                y = _tanh(c_new, EXACT)
+                y = _tanh(c_new, EXACT, FAST)
                 d_o = g * y * o * o_off
                 dc_now = dc + g * o * (1.0 - y * y)
                 if KIND == 3:
@@ -496,6 +587,14 @@ def backward_kernel(
         x_at -= H * G * D
         y_at -= H * D
         tape_at -= EXTRA * H * D
+        e0 = f0
+        e1 = f1
+        e2 = f2
+        e3 = f3
+        e_dy = f_dy
+        e_c = f_c
+        e_n = f_n
+        e_m = f_m
 
     tl.store(dh0_ptr + at, dh, mask=mask)
     if CELL:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 from torch import Tensor
@@ -28,8 +26,11 @@ def _rows(x: Tensor, cu_host: Tensor | None) -> tuple[int, Tensor | None, Tensor
     return len(order), cu_host.to(x.device), order.to(x.device)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 and os.environ.get("TRITON_INTERPRET") != "1" else "ieee"
+def _numerics(x: Tensor) -> dict[str, bool | str]:
+    """How exactly the kernels compute: 16-bit inputs take hardware approximations where there are any."""
+    exact, real = x.dtype == torch.float32, x.device.type == "cuda"
+    fast = real and not exact and torch.version.hip is None
+    return {"EXACT": exact, "FAST": fast, "PRECISION": "tf32x3" if exact and real else "ieee"}
 
 
 def forward(
@@ -58,7 +59,7 @@ def forward(
     forward_kernel[(triton.cdiv(N, settings["BN"]) * H,)](
         x, R, b, p, *state, *missing, y, tape, *after, *missing, start, order, N, T, H, D,
         KIND=KINDS[kind], G=gates, BIAS=b is not None, PEEPHOLES=p is not None, SAVE=keep and len(state) > 1,
-        PACKED=cu_host is not None, EXACT=x.dtype == torch.float32, PRECISION=_precision(x.dtype), **settings,
+        PACKED=cu_host is not None, **_numerics(x), **settings,
     )  # fmt: skip
     return y, after, tape
 
@@ -110,7 +111,7 @@ def backward(
         a, x, R, bias, peep, h, y, tape, dy, *d_state, *missing, dx, dg, dp, *d_before, *missing, start, order,
         N, T, H, D, tokens,
         KIND=KINDS[kind], G=cell.gates, BIAS=b is not None, PEEPHOLES=p is not None,
-        PACKED=cu_host is not None, EXACT=x.dtype == torch.float32, PRECISION=_precision(x.dtype), **settings,
+        PACKED=cu_host is not None, **_numerics(x), **settings,
     )  # fmt: skip
     da = dx.view(tokens, H, -1).transpose(0, 1)
     if dg is not None:
