@@ -62,7 +62,7 @@ def cell(
         state: the state before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
         backend: "auto", "reference" (token by token), "chunked" (PyTorch, one product a token) or "triton" (one launch
-            for all tokens; D up to 128, 64 in fp32).
+            for all tokens; D up to 1024 in 16 bits, 64 in fp32).
 
     Returns:
         ``h`` ``[B, T, H, D]`` in x's dtype, and the :class:`CellState` after the last token in fp32 (float64 for
@@ -75,7 +75,7 @@ def cell(
     variants of the LSTM: Greff et al. 2015 (1503.04069).
     """
     x, R, b, p, parts = _check(x, R, b, p, kind, state, segments)
-    name = resolve_backend(backend, BACKENDS if kernels_cover(x, R, kind) else BACKENDS[:2], x)
+    name = resolve_backend(backend, BACKENDS if kernels_cover(x, R) else BACKENDS[:2], x)
     with no_autocast(x):
         if name == "reference" or (x.shape[1] == 1 and segments is None and backend == "auto"):
             bounds = None if segments is None else segments.cu_seqlens_host.tolist()
@@ -95,11 +95,11 @@ def cell_state(kind: str, rows: int, H: int, D: int, *, dtype: torch.dtype | Non
     return CellState(*(zeros.clone() for _ in CELLS[kind].states))
 
 
-def kernels_cover(x: Tensor, R: Tensor, kind: str) -> bool:
-    """Whether a head's recurrent weights fit on one multiprocessor, which the Triton kernels need."""
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False
-    return R.shape[1] <= (64 if x.dtype == torch.float32 else 128)
+def kernels_cover(x: Tensor, R: Tensor) -> bool:
+    """Whether the Triton kernels have this: what one multiprocessor holds in fp32, what a GPU's hold in 16 bits."""
+    if x.dtype == torch.float32:
+        return R.shape[1] <= 64
+    return x.dtype in (torch.bfloat16, torch.float16) and R.shape[1] <= 1024
 
 
 def _check(x, R, b, p, kind, state, segments):

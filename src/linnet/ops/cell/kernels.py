@@ -122,6 +122,226 @@ def _rows(pid, start_ptr, order_ptr, N, T, BN: tl.constexpr, PACKED: tl.constexp
 
 
 @triton.jit
+def _vectors(ptr, start, D, cols, ins, COUNT: tl.constexpr, GIVEN: tl.constexpr):
+    """Up to four rows of D numbers as [1, BD] tiles (zeros where not given)."""
+    v0 = tl.zeros_like(cols).to(tl.float32)[None, :]
+    v1 = v0
+    v2 = v0
+    v3 = v0
+    if GIVEN:
+        v0 = tl.load(ptr + start + cols, mask=ins, other=0.0)[None, :]
+        if COUNT > 1:
+            v1 = tl.load(ptr + start + D + cols, mask=ins, other=0.0)[None, :]
+        if COUNT > 2:
+            v2 = tl.load(ptr + start + 2 * D + cols, mask=ins, other=0.0)[None, :]
+        if COUNT > 3:
+            v3 = tl.load(ptr + start + 3 * D + cols, mask=ins, other=0.0)[None, :]
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def _tiles(at, D, mask, COUNT: tl.constexpr):
+    """Up to four tiles D numbers apart."""
+    a0 = tl.load(at, mask=mask, other=0.0)
+    a1 = a0
+    a2 = a0
+    a3 = a0
+    if COUNT > 1:
+        a1 = tl.load(at + D, mask=mask, other=0.0)
+    if COUNT > 2:
+        a2 = tl.load(at + 2 * D, mask=mask, other=0.0)
+    if COUNT > 3:
+        a3 = tl.load(at + 3 * D, mask=mask, other=0.0)
+    return a0, a1, a2, a3
+
+
+@triton.jit
+def _load_state(h_ptr, c_ptr, n_ptr, m_ptr, at, mask, KIND: tl.constexpr):
+    h = tl.load(h_ptr + at, mask=mask, other=0.0)
+    c = tl.zeros_like(h)
+    n = c
+    m = c
+    if KIND == 2 or KIND == 3 or KIND == 5:
+        c = tl.load(c_ptr + at, mask=mask, other=0.0)
+    if KIND == 5:
+        n = tl.load(n_ptr + at, mask=mask, other=0.0)
+        if m_ptr is not None:
+            m = tl.load(m_ptr + at, mask=mask, other=0.0)
+    return h, c, n, m
+
+
+@triton.jit
+def _store_state(h_ptr, c_ptr, n_ptr, m_ptr, at, h, c, n, m, mask, KIND: tl.constexpr):
+    tl.store(h_ptr + at, h, mask=mask)
+    if KIND == 2 or KIND == 3 or KIND == 5:
+        tl.store(c_ptr + at, c, mask=mask)
+    if KIND == 5:
+        tl.store(n_ptr + at, n, mask=mask)
+        if m_ptr is not None:
+            tl.store(m_ptr + at, m, mask=mask)
+
+
+@triton.jit
+def _store_tape(at, c, n, m, stride, mask, KIND: tl.constexpr):
+    if KIND == 2 or KIND == 3 or KIND == 5:
+        tl.store(at, c, mask=mask)
+    if KIND == 5:
+        tl.store(at + stride, n, mask=mask)
+        tl.store(at + 2 * stride, m, mask=mask)
+
+
+@triton.jit
+def _step(
+    a0, a1, a2, a3, h, c, n, m, p0, p1, p2,
+    KIND: tl.constexpr, PEEPHOLES: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The state after a token (GRU: a2 is the candidate's product, a3 its input)."""
+    if KIND == 0:
+        h = _tanh(a0, EXACT, FAST)
+    elif KIND == 1:
+        h = tl.maximum(a0, 0.0)
+    elif KIND == 4:
+        r, _r, z, u = _sigmoids(a0, a1, FAST)
+        h = z * h + u * _tanh(a3 + r * a2, EXACT, FAST)
+    elif KIND == 3:
+        if PEEPHOLES:
+            a0 += p0 * c
+        keep, write = _sigmoid(a0, FAST)
+        c = keep * c + write * _tanh(a1, EXACT, FAST)
+        if PEEPHOLES:
+            a2 += p1 * c
+        o, _o = _output_gate(a2, FAST)
+        h = o * _tanh(c, EXACT, FAST)
+    elif KIND == 2:
+        if PEEPHOLES:
+            a0 += p0 * c
+            a1 += p1 * c
+        write, _w, keep, _k = _sigmoids(a0, a1, FAST)
+        c = keep * c + write * _tanh(a2, EXACT, FAST)
+        if PEEPHOLES:
+            a3 += p2 * c
+        o, _o = _output_gate(a3, FAST)
+        h = o * _tanh(c, EXACT, FAST)
+    else:
+        keep, write, m = _slstm_weights(a0, a1, n, m, FAST)
+        n = keep * n + write
+        c = keep * c + write * _tanh(a2, EXACT, FAST)
+        o, _o = _output_gate(a3, FAST)
+        h = o * c * _inverse(n, FAST)
+    return h, c, n, m
+
+
+@triton.jit
+def _step_back(
+    a0, a1, a2, a3, c, n, m, g, dc, dn, p0, p1, p2,
+    KIND: tl.constexpr, PEEPHOLES: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the pre-activations (GRU: the fourth is the candidate's product) and, apart from the recurrent
+    product, of the state before the token, from those of the state after it. ``c`` is the memory before the token (GRU:
+    its h); the memory after it comes back as well."""
+    d1 = g
+    d2 = g
+    d3 = g
+    dh = tl.zeros_like(g)
+    if KIND == 0:
+        y = _tanh(a0, EXACT, FAST)
+        d0 = g * (1.0 - y * y)
+    elif KIND == 1:
+        d0 = tl.where(a0 > 0, g, 0.0)
+    elif KIND == 4:
+        r, r_off, z, u = _sigmoids(a0, a1, FAST)
+        w = _tanh(a3 + r * a2, EXACT, FAST)
+        d2 = g * u * (1.0 - w * w)
+        d0 = d2 * a2 * r * r_off
+        d1 = g * (c - w) * z * u
+        d3 = d2 * r
+        dh = g * z
+    elif KIND == 3:
+        if PEEPHOLES:
+            a0 += p0 * c
+        keep, write = _sigmoid(a0, FAST)
+        z = _tanh(a1, EXACT, FAST)
+        before = c
+        c = keep * c + write * z
+        if PEEPHOLES:
+            a2 += p1 * c
+        o, o_off = _output_gate(a2, FAST)
+        y = _tanh(c, EXACT, FAST)
+        d2 = g * y * o * o_off
+        dc += g * o * (1.0 - y * y)
+        if PEEPHOLES:
+            dc += d2 * p1
+        d0 = dc * (before - z) * keep * write
+        d1 = dc * write * (1.0 - z * z)
+        dc = dc * keep
+        if PEEPHOLES:
+            dc += d0 * p0
+    elif KIND == 2:
+        if PEEPHOLES:
+            a0 += p0 * c
+            a1 += p1 * c
+        write, w_off, keep, f_off = _sigmoids(a0, a1, FAST)
+        z = _tanh(a2, EXACT, FAST)
+        before = c
+        c = keep * c + write * z
+        if PEEPHOLES:
+            a3 += p2 * c
+        o, o_off = _output_gate(a3, FAST)
+        y = _tanh(c, EXACT, FAST)
+        d3 = g * y * o * o_off
+        dc += g * o * (1.0 - y * y)
+        if PEEPHOLES:
+            dc += d3 * p2
+        d0 = dc * z * write * w_off
+        d1 = dc * before * keep * f_off
+        d2 = dc * write * (1.0 - z * z)
+        dc = dc * keep
+        if PEEPHOLES:
+            dc += d0 * p0 + d1 * p1
+    else:
+        keep, write, _m = _slstm_weights(a0, a1, n, m, FAST)
+        _f, f_off = _sigmoid(a1, FAST)
+        z = _tanh(a2, EXACT, FAST)
+        before = c
+        c = keep * c + write * z
+        over = _inverse(keep * n + write, FAST)
+        o, o_off = _output_gate(a3, FAST)
+        d3 = g * c * over * o * o_off
+        dc += g * o * over
+        dn -= g * o * c * over * over
+        d0 = write * (z * dc + dn)
+        d1 = keep * f_off * (before * dc + n * dn)
+        d2 = dc * write * (1.0 - z * z)
+        dc = dc * keep
+        dn = dn * keep
+    return d0, d1, d2, d3, dh, dc, dn, c
+
+
+@triton.jit
+def _backward_inputs(
+    a_at, x_at, dy_at, before_at, tape_at, h0_at, stride, mask, first, D, KIND: tl.constexpr, G: tl.constexpr
+):
+    """What the backward pass reads for a token: its gates' inputs (GRU: as the fourth the candidate's own), the
+    gradient of its h, and the parts of the state before it (GRU: h as the first of them)."""
+    a0, a1, a2, a3 = _tiles(a_at, D, mask, G)
+    dy = tl.load(dy_at, mask=mask, other=0.0)
+    c = tl.zeros_like(dy).to(tl.float32)
+    n = c
+    m = c
+    if KIND == 4:
+        a3 = tl.load(x_at + 2 * D, mask=mask, other=0.0)
+        c = tl.load(before_at, mask=mask & (first == 0), other=0.0).to(tl.float32)
+        if first:
+            c = tl.load(h0_at, mask=mask, other=0.0)
+    if KIND == 2 or KIND == 3 or KIND == 5:
+        c = tl.load(tape_at, mask=mask, other=0.0)
+    if KIND == 5:
+        n = tl.load(tape_at + stride, mask=mask, other=1.0)
+        m = tl.load(tape_at + 2 * stride, mask=mask, other=0.0)
+    return a0, a1, a2, a3, dy, c, n, m
+
+
+@triton.jit
 def forward_kernel(
     x_ptr,  # [tokens, H, G * D]
     R_ptr,  # [H, D, G * D]
@@ -155,69 +375,28 @@ def forward_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """One head of BN sequences, from the first token to the last."""
     h_id = tl.program_id(0) % H
     rows, first, length, live = _rows(tl.program_id(0) // H, start_ptr, order_ptr, N, T, BN, PACKED)
     cols = tl.arange(0, BD)
     ins = cols < D
     mask = live[:, None] & ins[None, :]
     ks = tl.arange(0, BD)
-
     weights = R_ptr + h_id.to(tl.int64) * D * G * D + ks[:, None] * (G * D) + cols[None, :]
-    square = (ks < D)[:, None] & ins[None, :]
-    R0 = tl.load(weights, mask=square, other=0.0)
-    if G > 1:
-        R1 = tl.load(weights + D, mask=square, other=0.0)
-        R2 = tl.load(weights + 2 * D, mask=square, other=0.0)
-    if G > 3:
-        R3 = tl.load(weights + 3 * D, mask=square, other=0.0)
-    b0 = tl.zeros([1, BD], tl.float32)
-    b1 = b0
-    b2 = b0
-    b3 = b0
-    if BIAS:
-        bias = b_ptr + h_id * G * D + cols
-        b0 = tl.load(bias, mask=ins, other=0.0)[None, :]
-        if G > 1:
-            b1 = tl.load(bias + D, mask=ins, other=0.0)[None, :]
-            b2 = tl.load(bias + 2 * D, mask=ins, other=0.0)[None, :]
-        if G > 3:
-            b3 = tl.load(bias + 3 * D, mask=ins, other=0.0)[None, :]
-    if PEEPHOLES:
-        peep = p_ptr + h_id * (G - 1) * D + cols
-        p0 = tl.load(peep, mask=ins, other=0.0)[None, :]
-        p1 = tl.load(peep + D, mask=ins, other=0.0)[None, :]
-        if KIND == 2:
-            p2 = tl.load(peep + 2 * D, mask=ins, other=0.0)[None, :]
+    R0, R1, R2, R3 = _tiles(weights, D, (ks < D)[:, None] & ins[None, :], G)
+    b0, b1, b2, b3 = _vectors(b_ptr, h_id * G * D, D, cols, ins, G, BIAS)
+    p0, p1, p2, _p3 = _vectors(p_ptr, h_id * (G - 1) * D, D, cols, ins, G - 1, PEEPHOLES)
 
     at = (rows.to(tl.int64) * H + h_id)[:, None] * D + cols[None, :]
-    h = tl.load(h0_ptr + at, mask=mask, other=0.0)
-    c = tl.zeros([BN, BD], tl.float32)
-    n = c
-    m = c
-    if KIND == 2 or KIND == 3 or KIND == 5:
-        c = tl.load(c0_ptr + at, mask=mask, other=0.0)
-    if KIND == 5:
-        n = tl.load(n0_ptr + at, mask=mask, other=0.0)
-        m = tl.load(m0_ptr + at, mask=mask, other=0.0)
-
+    h, c, n, m = _load_state(h0_ptr, c0_ptr, n0_ptr, m0_ptr, at, mask, KIND)
+    EXTRA: tl.constexpr = 3 if KIND == 5 else 1
     token = (first.to(tl.int64) * H + h_id)[:, None]
     x_at = x_ptr + token * (G * D) + cols[None, :]
     y_at = y_ptr + token * D + cols[None, :]
-    EXTRA: tl.constexpr = 3 if KIND == 5 else 1
-    tape_at = tape_ptr + (first.to(tl.int64) * (EXTRA * H) + h_id)[:, None] * D + cols[None, :]
+    tape_at = (first.to(tl.int64) * (EXTRA * H) + h_id)[:, None] * D + cols[None, :]
 
     steps = tl.max(length, 0)
-    now = mask & (length > 0)[:, None]
-    x0 = tl.load(x_at, mask=now, other=0.0)
-    x1 = x0
-    x2 = x0
-    x3 = x0
-    if G > 1:
-        x1 = tl.load(x_at + D, mask=now, other=0.0)
-        x2 = tl.load(x_at + 2 * D, mask=now, other=0.0)
-    if G > 3:
-        x3 = tl.load(x_at + 3 * D, mask=now, other=0.0)
-
+    x0, x1, x2, x3 = _tiles(x_at, D, mask & (length > 0)[:, None], G)
     for t in range(0, steps):
         if PACKED:
             now = mask & (t < length)[:, None]
@@ -225,127 +404,45 @@ def forward_kernel(
             now = mask
         # What the next token brings.
         x_at += H * G * D
-        soon = mask & (t + 1 < length)[:, None]
-        f0 = tl.load(x_at, mask=soon, other=0.0)
-        f1 = f0
-        f2 = f0
-        f3 = f0
-        if G > 1:
-            f1 = tl.load(x_at + D, mask=soon, other=0.0)
-            f2 = tl.load(x_at + 2 * D, mask=soon, other=0.0)
-        if G > 3:
-            f3 = tl.load(x_at + 3 * D, mask=soon, other=0.0)
-
-        low = h.to(R_ptr.dtype.element_ty)
-        a0 = tl.dot(low, R0, input_precision=PRECISION) + b0
-        if G > 1:
-            a1 = tl.dot(low, R1, input_precision=PRECISION) + b1
-            a2 = tl.dot(low, R2, input_precision=PRECISION) + b2
-        if G > 3:
-            a3 = tl.dot(low, R3, input_precision=PRECISION) + b3
-        if SAVE and (KIND == 2 or KIND == 3 or KIND == 5):
-            tl.store(tape_at, c, mask=now)
-            if KIND == 5:
-                tl.store(tape_at + H * D, n, mask=now)
-                tl.store(tape_at + 2 * H * D, m, mask=now)
+        f0, f1, f2, f3 = _tiles(x_at, D, mask & (t + 1 < length)[:, None], G)
+        if SAVE:
+            _store_tape(tape_ptr + tape_at, c, n, m, H * D, now, KIND)
             tape_at += EXTRA * H * D
 
-        if KIND == 0:
-            h_new = _tanh(a0 + x0.to(tl.float32), EXACT, FAST)
-        elif KIND == 1:
-            h_new = tl.maximum(a0 + x0.to(tl.float32), 0.0)
-        elif KIND == 4:
-            r, _r, z, u = _sigmoids(a0 + x0.to(tl.float32), a1 + x1.to(tl.float32), FAST)
-            h_new = z * h + u * _tanh(x2.to(tl.float32) + r * a2, EXACT, FAST)
-        else:
-            a0 += x0.to(tl.float32)
-            a1 += x1.to(tl.float32)
+        low = h.to(R_ptr.dtype.element_ty)
+        a0 = tl.dot(low, R0, input_precision=PRECISION) + b0 + x0.to(tl.float32)
+        a1 = a0
+        a2 = a0
+        a3 = a0
+        if G > 1:
+            a1 = tl.dot(low, R1, input_precision=PRECISION) + b1 + x1.to(tl.float32)
+            a2 = tl.dot(low, R2, input_precision=PRECISION) + b2
+        if KIND == 4:
+            a3 = x2.to(tl.float32)
+        elif G > 1:
             a2 += x2.to(tl.float32)
-            if KIND == 3:
-                if PEEPHOLES:
-                    a0 += p0 * c
-                keep, write = _sigmoid(a0, FAST)
-                c_new = keep * c + write * _tanh(a1, EXACT, FAST)
-                if PEEPHOLES:
-                    a2 += p1 * c_new
-                o, _o = _output_gate(a2, FAST)
-            else:
-                a3 += x3.to(tl.float32)
-                if PEEPHOLES:
-                    a0 += p0 * c
-                    a1 += p1 * c
-                if KIND == 5:
-                    keep, write, m_new = _slstm_weights(a0, a1, n, m, FAST)
-                    n_new = keep * n + write
-                else:
-                    write, _w, keep, _k = _sigmoids(a0, a1, FAST)
-                c_new = keep * c + write * _tanh(a2, EXACT, FAST)
-                if PEEPHOLES:
-                    a3 += p2 * c_new
-                o, _o = _output_gate(a3, FAST)
-            if KIND == 5:
-                h_new = o * c_new * _inverse(n_new, FAST)
-            else:
-                h_new = o * _tanh(c_new, EXACT, FAST)
+        if G > 3:
+            a3 = tl.dot(low, R3, input_precision=PRECISION) + b3 + x3.to(tl.float32)
+        h_new, c_new, n_new, m_new = _step(
+            a0, a1, a2, a3, h, c, n, m, p0, p1, p2, KIND, PEEPHOLES, EXACT, FAST
+        )  # fmt: skip
         tl.store(y_at, h_new.to(y_ptr.dtype.element_ty), mask=now)
         y_at += H * D
         if PACKED:  # sequences that have ended keep their state
             h = tl.where(now, h_new, h)
-            if KIND == 2 or KIND == 3 or KIND == 5:
-                c = tl.where(now, c_new, c)
-            if KIND == 5:
-                n = tl.where(now, n_new, n)
-                m = tl.where(now, m_new, m)
+            c = tl.where(now, c_new, c)
+            n = tl.where(now, n_new, n)
+            m = tl.where(now, m_new, m)
         else:
             h = h_new
-            if KIND == 2 or KIND == 3 or KIND == 5:
-                c = c_new
-            if KIND == 5:
-                n = n_new
-                m = m_new
+            c = c_new
+            n = n_new
+            m = m_new
         x0 = f0
         x1 = f1
         x2 = f2
         x3 = f3
-
-    tl.store(h1_ptr + at, h, mask=mask)
-    if KIND == 2 or KIND == 3 or KIND == 5:
-        tl.store(c1_ptr + at, c, mask=mask)
-    if KIND == 5:
-        tl.store(n1_ptr + at, n, mask=mask)
-        tl.store(m1_ptr + at, m, mask=mask)
-
-
-@triton.jit
-def _backward_inputs(
-    a_at, x_at, dy_at, before_at, tape_at, h0_at, mask, first, H, D, KIND: tl.constexpr, G: tl.constexpr
-):
-    """What the backward pass reads for a token: its gates' inputs (GRU: as the fourth the candidate's own), the
-    gradient of its h, and the parts of the state before it (GRU: h as the first of them)."""
-    a0 = tl.load(a_at, mask=mask, other=0.0)
-    a1 = a0
-    a2 = a0
-    a3 = a0
-    if G > 1:
-        a1 = tl.load(a_at + D, mask=mask, other=0.0)
-        a2 = tl.load(a_at + 2 * D, mask=mask, other=0.0)
-    if G > 3:
-        a3 = tl.load(a_at + 3 * D, mask=mask, other=0.0)
-    dy = tl.load(dy_at, mask=mask, other=0.0)
-    c = dy
-    n = dy
-    m = dy
-    if KIND == 4:
-        a3 = tl.load(x_at + 2 * D, mask=mask, other=0.0)
-        c = tl.load(before_at, mask=mask & (first == 0), other=0.0).to(tl.float32)
-        if first:
-            c = tl.load(h0_at, mask=mask, other=0.0)
-    if KIND == 2 or KIND == 3 or KIND == 5:
-        c = tl.load(tape_at, mask=mask, other=0.0)
-    if KIND == 5:
-        n = tl.load(tape_at + H * D, mask=mask, other=1.0)
-        m = tl.load(tape_at + 2 * H * D, mask=mask, other=0.0)
-    return a0, a1, a2, a3, dy, c, n, m
+    _store_state(h1_ptr, c1_ptr, n1_ptr, m1_ptr, at, h, c, n, m, mask, KIND)
 
 
 @triton.jit
@@ -386,50 +483,25 @@ def backward_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """One head of BN sequences, from the last token to the first."""
     h_id = tl.program_id(0) % H
-    rows, first, length, live = _rows(tl.program_id(0) // H, start_ptr, order_ptr, N, T, BN, PACKED)
+    tile = tl.program_id(0) // H
+    rows, first, length, live = _rows(tile, start_ptr, order_ptr, N, T, BN, PACKED)
     cols = tl.arange(0, BD)
     ins = cols < D
     mask = live[:, None] & ins[None, :]
     ks = tl.arange(0, BD)
-    CELL: tl.constexpr = KIND == 2 or KIND == 3 or KIND == 5
-
     # R transposed: from the gates' channels to the state's.
     weights = R_ptr + h_id.to(tl.int64) * D * G * D + ks[:, None] + cols[None, :] * (G * D)
-    square = (ks < D)[:, None] & ins[None, :]
-    R0 = tl.load(weights, mask=square, other=0.0)
-    if G > 1:
-        R1 = tl.load(weights + D, mask=square, other=0.0)
-        R2 = tl.load(weights + 2 * D, mask=square, other=0.0)
-    if G > 3:
-        R3 = tl.load(weights + 3 * D, mask=square, other=0.0)
-    b0 = tl.zeros([1, BD], tl.float32)
-    b1 = b0
-    b2 = b0
-    b3 = b0
-    if BIAS:
-        bias = b_ptr + h_id * G * D + cols
-        b0 = tl.load(bias, mask=ins, other=0.0)[None, :]
-        if G > 1:
-            b1 = tl.load(bias + D, mask=ins, other=0.0)[None, :]
-            b2 = tl.load(bias + 2 * D, mask=ins, other=0.0)[None, :]
-        if G > 3:
-            b3 = tl.load(bias + 3 * D, mask=ins, other=0.0)[None, :]
-    if PEEPHOLES:
-        peep = p_ptr + h_id * (G - 1) * D + cols
-        p0 = tl.load(peep, mask=ins, other=0.0)[None, :]
-        p1 = tl.load(peep + D, mask=ins, other=0.0)[None, :]
-        if KIND == 2:
-            p2 = tl.load(peep + 2 * D, mask=ins, other=0.0)[None, :]
+    R0, R1, R2, R3 = _tiles(weights, D, (ks < D)[:, None] & ins[None, :], G)
+    b0, b1, b2, b3 = _vectors(b_ptr, h_id * G * D, D, cols, ins, G, BIAS)
+    p0, p1, p2, _p3 = _vectors(p_ptr, h_id * (G - 1) * D, D, cols, ins, G - 1, PEEPHOLES)
 
     at = (rows.to(tl.int64) * H + h_id)[:, None] * D + cols[None, :]
-    dh = tl.load(dh1_ptr + at, mask=mask, other=0.0)
-    dc = tl.zeros([BN, BD], tl.float32)
-    dn = dc
-    if CELL:
-        dc = tl.load(dc1_ptr + at, mask=mask, other=0.0)
-    if KIND == 5:
-        dn = tl.load(dn1_ptr + at, mask=mask, other=0.0)
+    dh, dc, dn, _m = _load_state(dh1_ptr, dc1_ptr, dn1_ptr, None, at, mask, KIND)
+    dp0 = tl.zeros_like(dh)
+    dp1 = dp0
+    dp2 = dp0
 
     steps = tl.max(length, 0)
     EXTRA: tl.constexpr = 3 if KIND == 5 else 1
@@ -440,15 +512,9 @@ def backward_kernel(
     x_at = (token * H + h_id) * (G * D) + cols[None, :]
     y_at = (token * H + h_id) * D + cols[None, :]
     tape_at = (token * (EXTRA * H) + h_id) * D + cols[None, :]
-
-    if PEEPHOLES:
-        dp0 = tl.zeros([BN, BD], tl.float32)
-        dp1 = dp0
-        dp2 = dp0
-    more = mask & (length >= steps)[:, None]
     e0, e1, e2, e3, e_dy, e_c, e_n, e_m = _backward_inputs(
-        a_ptr + a_at, x_ptr + x_at, dy_ptr + y_at, y_ptr + y_at - H * D, tape_ptr + tape_at, h0_ptr + at, more,
-        steps == 1, H, D, KIND, G,
+        a_ptr + a_at, x_ptr + x_at, dy_ptr + y_at, y_ptr + y_at - H * D, tape_ptr + tape_at, h0_ptr + at, H * D,
+        mask & (length >= steps)[:, None], steps == 1, D, KIND, G,
     )  # fmt: skip
     for back in range(0, steps):
         t = steps - 1 - back
@@ -457,96 +523,18 @@ def backward_kernel(
         else:
             now = mask
         # What the token before brings.
-        more = mask & ((t <= length) & (t > 0))[:, None]
         f0, f1, f2, f3, f_dy, f_c, f_n, f_m = _backward_inputs(
             a_ptr + a_at - G * D, x_ptr + x_at - H * G * D, dy_ptr + y_at - H * D, y_ptr + y_at - 2 * H * D,
-            tape_ptr + tape_at - EXTRA * H * D, h0_ptr + at, more, t == 1, H, D, KIND, G,
+            tape_ptr + tape_at - EXTRA * H * D, h0_ptr + at, H * D,
+            mask & ((t <= length) & (t > 0))[:, None], t == 1, D, KIND, G,
         )  # fmt: skip
-        a0 = e0.to(tl.float32) + b0
-        if G > 1:
-            a1 = e1.to(tl.float32) + b1
-            a2 = e2.to(tl.float32) + b2
+        a3 = e3.to(tl.float32)
         if G > 3:
-            a3 = e3.to(tl.float32) + b3
-        dy = e_dy.to(tl.float32)
-        c = e_c.to(tl.float32)
-        n = e_n
-        m = e_m
-        g = dh + dy
-
-        if KIND == 0:
-            y = _tanh(a0, EXACT, FAST)
-            d0 = g * (1.0 - y * y)
-            dh_new = tl.zeros([BN, BD], tl.float32)
-        elif KIND == 1:
-            d0 = tl.where(a0 > 0, g, 0.0)
-            dh_new = tl.zeros([BN, BD], tl.float32)
-        elif KIND == 4:
-            r, r_off, z, u = _sigmoids(a0, a1, FAST)
-            w = _tanh(e3.to(tl.float32) + r * a2, EXACT, FAST)
-            d2 = g * u * (1.0 - w * w)
-            d0 = d2 * a2 * r * r_off
-            d1 = g * (c - w) * z * u
-            d3 = d2 * r
-            dh_new = g * z
-        else:
-            if KIND == 3:
-                if PEEPHOLES:
-                    a0 += p0 * c
-                keep, write = _sigmoid(a0, FAST)
-                z = _tanh(a1, EXACT, FAST)
-                c_new = keep * c + write * z
-                if PEEPHOLES:
-                    a2 += p1 * c_new
-                o, o_off = _output_gate(a2, FAST)
-            else:
-                if PEEPHOLES:
-                    a0 += p0 * c
-                    a1 += p1 * c
-                if KIND == 5:
-                    keep, write, _m = _slstm_weights(a0, a1, n, m, FAST)
-                    n_new = keep * n + write
-                    _f, f_off = _sigmoid(a1, FAST)
-                else:
-                    write, w_off, keep, f_off = _sigmoids(a0, a1, FAST)
-                z = _tanh(a2, EXACT, FAST)
-                c_new = keep * c + write * z
-                if PEEPHOLES:
-                    a3 += p2 * c_new
-                o, o_off = _output_gate(a3, FAST)
-            if KIND == 5:
-                over = _inverse(n_new, FAST)
-                ratio = c_new * over
-                d3 = g * ratio * o * o_off
-                dc_now = dc + g * o * over
-                dn_now = dn - g * o * ratio * over
-                d0 = write * (z * dc_now + dn_now)
-                d1 = keep * f_off * (c * dc_now + n * dn_now)
-                d2 = dc_now * write * (1.0 - z * z)
-                dn_new = dn_now * keep
-            else:
-                y = _tanh(c_new, EXACT, FAST)
-                d_o = g * y * o * o_off
-                dc_now = dc + g * o * (1.0 - y * y)
-                if KIND == 3:
-                    d2 = d_o
-                    if PEEPHOLES:
-                        dc_now += d2 * p1
-                    d0 = dc_now * (c - z) * keep * write
-                    d1 = dc_now * write * (1.0 - z * z)
-                else:
-                    d3 = d_o
-                    if PEEPHOLES:
-                        dc_now += d3 * p2
-                    d0 = dc_now * z * write * w_off
-                    d1 = dc_now * c * keep * f_off
-                    d2 = dc_now * write * (1.0 - z * z)
-            dc_new = dc_now * keep
-            if PEEPHOLES:
-                dc_new += d0 * p0
-                if KIND == 2:
-                    dc_new += d1 * p1
-            dh_new = tl.zeros([BN, BD], tl.float32)
+            a3 += b3
+        d0, d1, d2, d3, dh_new, dc_new, dn_new, c_new = _step_back(
+            e0.to(tl.float32) + b0, e1.to(tl.float32) + b1, e2.to(tl.float32) + b2, a3, e_c, e_n, e_m,
+            dh + e_dy.to(tl.float32), dc, dn, p0, p1, p2, KIND, PEEPHOLES, EXACT, FAST,
+        )  # fmt: skip
 
         low = R_ptr.dtype.element_ty
         out = dx_ptr.dtype.element_ty
@@ -565,24 +553,20 @@ def backward_kernel(
             tl.store(dx_ptr + x_at + 3 * D, d3.to(out), mask=now)
             dh_new = tl.dot(d3.to(low), R3, dh_new, input_precision=PRECISION)
         if PEEPHOLES:
-            dp0 += tl.where(now, d0 * c, 0.0)
+            dp0 += tl.where(now, d0 * e_c, 0.0)
             if KIND == 2:
-                dp1 += tl.where(now, d1 * c, 0.0)
+                dp1 += tl.where(now, d1 * e_c, 0.0)
                 dp2 += tl.where(now, d3 * c_new, 0.0)
             else:
                 dp1 += tl.where(now, d2 * c_new, 0.0)
         if PACKED:  # of sequences that ended earlier, the gradient of the final state waits
             dh = tl.where(now, dh_new, dh)
-            if CELL:
-                dc = tl.where(now, dc_new, dc)
-            if KIND == 5:
-                dn = tl.where(now, dn_new, dn)
+            dc = tl.where(now, dc_new, dc)
+            dn = tl.where(now, dn_new, dn)
         else:
             dh = dh_new
-            if CELL:
-                dc = dc_new
-            if KIND == 5:
-                dn = dn_new
+            dc = dc_new
+            dn = dn_new
         a_at -= G * D
         x_at -= H * G * D
         y_at -= H * D
@@ -595,14 +579,9 @@ def backward_kernel(
         e_c = f_c
         e_n = f_n
         e_m = f_m
-
-    tl.store(dh0_ptr + at, dh, mask=mask)
-    if CELL:
-        tl.store(dc0_ptr + at, dc, mask=mask)
-    if KIND == 5:
-        tl.store(dn0_ptr + at, dn, mask=mask)
+    _store_state(dh0_ptr, dc0_ptr, dn0_ptr, None, at, dh, dc, dn, dn, mask, KIND)
     if PEEPHOLES:
-        dp_at = dp_ptr + tl.program_id(0) // H * H * (G - 1) * D + h_id * (G - 1) * D + cols
+        dp_at = dp_ptr + (tile * H + h_id) * (G - 1) * D + cols
         tl.store(dp_at, tl.sum(dp0, 0), mask=ins)
         tl.store(dp_at + D, tl.sum(dp1, 0), mask=ins)
         if KIND == 2:

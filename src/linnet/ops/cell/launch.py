@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
 
 from .cells import CELLS, Tensors
 from .kernels import KINDS, backward_kernel, forward_kernel
+from .kernels_wide import wide_backward_kernel, wide_forward_kernel
+
+WIDE = 128  # a head with more channels is shared by several programs
 
 
 def launch_settings(D: int, gates: int, dtype: torch.dtype) -> dict[str, int]:
@@ -15,6 +21,17 @@ def launch_settings(D: int, gates: int, dtype: torch.dtype) -> dict[str, int]:
     BD = max(16, triton.next_power_of_2(D))
     held = gates * BD * BD * dtype.itemsize  # over the registers of the program
     return {"BN": 16, "BD": BD, "num_warps": 4 if held <= 32768 else 8, "num_stages": 1}
+
+
+def wide_settings(D: int, gates: int, backward: bool) -> dict[str, int]:
+    """Tiles where several programs share a head: BC channels of D each, all gates of them. Products are cut into blocks
+    of channels, chains of dependence that run side by side."""
+    tile = {"BN": 16, "BC": 16, "num_stages": 1}
+    if backward:
+        BK = min(128, max(16, triton.next_power_of_2(triton.cdiv(gates * D, 8))))
+        return tile | {"SLICES": 8, "BK": BK, "BLOCKS": triton.cdiv(gates * D, 8 * BK), "num_warps": 8}
+    BK = max(64, triton.next_power_of_2(D)) // 4
+    return tile | {"BK": BK, "BLOCKS": triton.cdiv(D, BK), "num_warps": 4}
 
 
 def _rows(x: Tensor, cu_host: Tensor | None) -> tuple[int, Tensor | None, Tensor | None]:
@@ -51,17 +68,43 @@ def forward(
     (B, T, H), D = x.shape[:3], R.shape[1]
     gates = CELLS[kind].gates
     N, start, order = _rows(x, cu_host)
-    settings = launch_settings(D, gates, x.dtype)
     y = x.new_empty(B, T, H, D)
     tape = state[0].new_empty(B * T, len(state) - 1, H, D) if keep else None
     after = tuple(torch.empty_like(s) for s in state)
     missing = (None,) * (4 - len(state))
-    forward_kernel[(triton.cdiv(N, settings["BN"]) * H,)](
-        x, R, b, p, *state, *missing, y, tape, *after, *missing, start, order, N, T, H, D,
-        KIND=KINDS[kind], G=gates, BIAS=b is not None, PEEPHOLES=p is not None, SAVE=keep and len(state) > 1,
-        PACKED=cu_host is not None, **_numerics(x), **settings,
-    )  # fmt: skip
+    tensors = x, R, b, p, *state, *missing, y, tape, *after, *missing
+    flags = {"KIND": KINDS[kind], "G": gates, "BIAS": b is not None, "PEEPHOLES": p is not None}
+    flags |= {"SAVE": keep and len(state) > 1, "PACKED": cu_host is not None}
+    if D > WIDE:
+        shared = torch.stack([state[0].to(x.dtype)] * 2)
+        settings = wide_settings(D, gates, False)
+        for first, programs, counter in _shares(N, H, D, settings, x.device):
+            wide_forward_kernel[(programs,)](
+                *tensors, shared, counter, start, order, first, N, T, H, D,
+                FAST=_numerics(x)["FAST"], launch_cooperative_grid=True, **flags, **settings,
+            )  # fmt: skip
+    else:
+        settings = launch_settings(D, gates, x.dtype)
+        grid = (triton.cdiv(N, settings["BN"]) * H,)
+        forward_kernel[grid](*tensors, start, order, N, T, H, D, **flags, **_numerics(x), **settings)
     return y, after, tape
+
+
+def _shares(
+    N: int, H: int, D: int, settings: dict[str, int], device: torch.device
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Launches of programs that wait for each other: no more than there are multiprocessors. Each is the first (tile,
+    head) it takes and its number of programs; and the counters of all."""
+    units, parts = triton.cdiv(N, settings["BN"]) * H, triton.cdiv(D, settings["BC"])
+    counters = torch.zeros(units, dtype=torch.int32, device=device)
+    at_once = max(1, _multiprocessors(device) // parts)
+    for first in range(0, units, at_once):
+        yield first, min(at_once, units - first) * parts, counters
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _before(y: Tensor, h: Tensor, cu_host: Tensor | None) -> Tensor:
@@ -93,7 +136,6 @@ def backward(
     (B, T, H), D = x.shape[:3], R.shape[1]
     cell, tokens = CELLS[kind], B * T
     N, start, order = _rows(x, cu_host)
-    settings = launch_settings(D, cell.gates, x.dtype)
     before = _before(y, h, cu_host).transpose(0, 1)  # [H, tokens, D]
     inputs = x.view(tokens, H, -1).transpose(0, 1)
     if kind == "gru":
@@ -102,17 +144,24 @@ def backward(
     else:
         a = torch.baddbmm(inputs, before, R)
     dx, dg = torch.empty_like(x), torch.empty_like(y) if kind == "gru" else None
+    settings = wide_settings(D, cell.gates, True) if D > WIDE else launch_settings(D, cell.gates, x.dtype)
     tiles = triton.cdiv(N, settings["BN"])
     dp = None if p is None else h.new_empty(tiles, *p.shape)
     d_state = tuple(d.contiguous() for d in d_state)
     d_before = tuple(torch.empty_like(d) for d in d_state)
     missing = (None,) * (3 - len(d_state))
-    backward_kernel[(tiles * H,)](
-        a, x, R, bias, peep, h, y, tape, dy, *d_state, *missing, dx, dg, dp, *d_before, *missing, start, order,
-        N, T, H, D, tokens,
-        KIND=KINDS[kind], G=cell.gates, BIAS=b is not None, PEEPHOLES=p is not None,
-        PACKED=cu_host is not None, **_numerics(x), **settings,
-    )  # fmt: skip
+    tensors = a, x, R, bias, peep, h, y, tape, dy, *d_state, *missing, dx, dg, dp, *d_before, *missing
+    flags = {"KIND": KINDS[kind], "G": cell.gates, "BIAS": b is not None, "PEEPHOLES": p is not None}
+    flags |= {"PACKED": cu_host is not None}
+    if D > WIDE:
+        shared = x.new_empty(2, N, H, cell.gates * D)
+        for first, programs, counter in _shares(N, H, D, settings, x.device):
+            wide_backward_kernel[(programs,)](
+                *tensors, shared, counter, start, order, first, N, T, H, D, tokens,
+                FAST=_numerics(x)["FAST"], launch_cooperative_grid=True, **flags, **settings,
+            )  # fmt: skip
+    else:
+        backward_kernel[(tiles * H,)](*tensors, start, order, N, T, H, D, tokens, **flags, **_numerics(x), **settings)
     da = dx.view(tokens, H, -1).transpose(0, 1)
     if dg is not None:
         da = torch.cat([da[..., : 2 * D], dg.view(tokens, H, D).transpose(0, 1)], 2)
