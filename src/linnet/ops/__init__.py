@@ -5,6 +5,7 @@ from .cell import CellState, cell, cell_state
 from .conv import ConvState, conv
 from .core import Segments, backend, get_op, ops, value_checks
 from .decay import DecayState, MLSTMState, decay, mlstm
+from .scan import ScanState, SoftmaxScanState, minmax_scan, scan, selective_scan, softmax_scan
 
 __all__ = [
     "AttentionState",
@@ -12,7 +13,9 @@ __all__ = [
     "ConvState",
     "DecayState",
     "MLSTMState",
+    "ScanState",
     "Segments",
+    "SoftmaxScanState",
     "attention",
     "backend",
     "cell",
@@ -20,8 +23,12 @@ __all__ = [
     "conv",
     "decay",
     "get_op",
+    "minmax_scan",
     "mlstm",
     "ops",
     "rotary",
+    "scan",
+    "selective_scan",
+    "softmax_scan",
     "value_checks",
 ]
