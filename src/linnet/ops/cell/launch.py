@@ -12,6 +12,7 @@ from torch import Tensor
 from .cells import CELLS, Tensors
 from .kernels import KINDS, backward_kernel, forward_kernel
 from .kernels_wide import wide_backward_kernel, wide_forward_kernel
+from .state import before
 
 WIDE = 128  # a head with more channels is shared by several programs
 
@@ -107,16 +108,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _before(y: Tensor, h: Tensor, cu_host: Tensor | None) -> Tensor:
-    """h before every token ``[B * T, H, D]``, as the products see it."""
-    h = h.to(y.dtype)
-    if cu_host is None:
-        return torch.cat([h[:, None], y[:, :-1]], 1).flatten(0, 1)
-    before = y[0].roll(1, 0)
-    full = (cu_host.diff() > 0).nonzero().flatten()
-    return before.index_copy(0, cu_host[full].to(y.device).long(), h.index_select(0, full.to(y.device)))
-
-
 def backward(
     x: Tensor,
     R: Tensor,
@@ -136,13 +127,13 @@ def backward(
     (B, T, H), D = x.shape[:3], R.shape[1]
     cell, tokens = CELLS[kind], B * T
     N, start, order = _rows(x, cu_host)
-    before = _before(y, h, cu_host).transpose(0, 1)  # [H, tokens, D]
+    past = before(y, h, cu_host).flatten(0, 1).transpose(0, 1)  # [H, tokens, D]
     inputs = x.view(tokens, H, -1).transpose(0, 1)
     if kind == "gru":
-        a = torch.bmm(before, R)
+        a = torch.bmm(past, R)
         a[..., : 2 * D] += inputs[..., : 2 * D]
     else:
-        a = torch.baddbmm(inputs, before, R)
+        a = torch.baddbmm(inputs, past, R)
     dx, dg = torch.empty_like(x), torch.empty_like(y) if kind == "gru" else None
     settings = wide_settings(D, cell.gates, True) if D > WIDE else launch_settings(D, cell.gates, x.dtype)
     tiles = triton.cdiv(N, settings["BN"])
@@ -165,7 +156,7 @@ def backward(
     da = dx.view(tokens, H, -1).transpose(0, 1)
     if dg is not None:
         da = torch.cat([da[..., : 2 * D], dg.view(tokens, H, D).transpose(0, 1)], 2)
-    grads = {"x": dx, "R": torch.bmm(before.transpose(1, 2), da).to(R.dtype)}
+    grads = {"x": dx, "R": torch.bmm(past.transpose(1, 2), da).to(R.dtype)}
     if b is not None:
         grads["b"] = da.sum(1, dtype=torch.float32).to(b.dtype)
     if p is not None and dp is not None:
