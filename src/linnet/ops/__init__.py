@@ -1,7 +1,7 @@
 """The engines: pure functions on tensors, one folder each. Importing this package registers all of them."""
 
 from .attention import AttentionState, attention, rotary
-from .cell import CellState, cell, cell_state
+from .cell import CellState, NewtonResult, ParaState, cell, cell_state, newton, paragru, paralstm, unroll
 from .conv import ConvState, conv
 from .core import Segments, backend, get_op, ops, value_checks
 from .decay import DecayState, MLSTMState, decay, mlstm
@@ -13,6 +13,8 @@ __all__ = [
     "ConvState",
     "DecayState",
     "MLSTMState",
+    "NewtonResult",
+    "ParaState",
     "ScanState",
     "Segments",
     "SoftmaxScanState",
@@ -25,10 +27,14 @@ __all__ = [
     "get_op",
     "minmax_scan",
     "mlstm",
+    "newton",
     "ops",
+    "paragru",
+    "paralstm",
     "rotary",
     "scan",
     "selective_scan",
     "softmax_scan",
+    "unroll",
     "value_checks",
 ]

@@ -21,9 +21,22 @@ from ..core import (
 from ..decay.reference import accumulate_dtype
 from . import chunked, reference
 from .cells import CELLS
+from .newton import NewtonResult, newton, unroll
+from .para import ParaState, paragru, paralstm
 from .state import CellState
 
-__all__ = ["CellState", "cell", "cell_state", "cost"]
+__all__ = [
+    "CellState",
+    "NewtonResult",
+    "ParaState",
+    "cell",
+    "cell_state",
+    "cost",
+    "newton",
+    "paragru",
+    "paralstm",
+    "unroll",
+]
 
 BACKENDS = ("reference", "chunked", "triton")
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core import Case, Identity, Op, register_op
+from ..scan import scan
 from . import BACKENDS, cell, cost
 from .cells import CELLS
+from .newton import newton
+from .para import _STEPS, ParaState, paragru, paralstm
+from .para import BACKENDS as PARA_BACKENDS
+from .para import cost as para_cost
 from .state import CellState
 
 H, D = 2, 4
@@ -141,5 +147,78 @@ register_op(
             Identity("lstm with peepholes of 0 is lstm", _no_peepholes),
             Identity("cifg is lstm with a tied input gate", _tied_gates),
         ),
+    )
+)
+
+
+def _para_case(name: str, kind: str, size: float = 0.5, **options: Any) -> Case:
+    hostile = options.get("hostile")
+    layers = 3
+
+    def make(r: torch.Generator, B: int, T: int) -> dict[str, Any]:
+        x = _normal(r, B, T, layers, D)
+        if hostile is not None:
+            palette = torch.tensor(hostile, dtype=torch.float64)
+            x = palette[torch.randint(len(palette), x.shape, generator=r)]
+        given = {"x": x, "A": size * _normal(r, layers, D).clamp(-1, 1)}
+        return given if kind == "paragru" else given | {"C": size * _normal(r, 2, D).clamp(-1, 1)}
+
+    def state(r: torch.Generator, rows: int) -> ParaState:
+        h = torch.tanh(_normal(r, rows, D))
+        return ParaState(h, None if kind == "paragru" else torch.tanh(_normal(r, rows, D)))
+
+    return Case(name, make, ("x",), state, keep_fp32=("A", "C"), hostile=hostile is not None)
+
+
+def _para_is_step(kind: str, backend: str):
+    """Both against the plain function through `newton`, which differentiates it automatically."""
+
+    def check(r: torch.Generator):
+        given = _para_case("", kind, 1.0).make(r, 2, 30)
+        weights = tuple(given[name] for name in ("A", "C") if name in given)
+        state = torch.zeros(2, D, dtype=torch.float64) if kind == "paragru" else torch.zeros(2, D, 2).double()
+        jacobian = "diagonal" if kind == "paragru" else "block"
+        h = newton(_STEPS[kind], given["x"], state, weights, jacobian=jacobian).h
+        op = paragru if kind == "paragru" else paralstm
+        return op(**given, backend=backend)[0], h if kind == "paragru" else h[..., 1]
+
+    return check
+
+
+def _no_recurrence(r: torch.Generator):
+    given = _para_case("", "paragru").make(r, 2, 30)
+    z, _, n = given["x"].unbind(2)
+    h = scan(torch.sigmoid(-z), torch.sigmoid(z) * torch.tanh(n))[0]
+    return paragru(given["x"], torch.zeros(3, D, dtype=torch.float64))[0], h
+
+
+register_op(
+    Op(
+        "paragru",
+        paragru,
+        PARA_BACKENDS,
+        (
+            _para_case("clipped", "paragru"),
+            _para_case("expansive", "paragru", 3.0),
+            _para_case("hostile", "paragru", hostile=EXTREME),
+        ),
+        para_cost,
+        chunk=5,
+        identities=(
+            Identity("is the plain step function solved by newton", _para_is_step("paragru", "chunked")),
+            Identity("without recurrent weights is a linear scan", _no_recurrence),
+        ),
+    )
+)
+
+register_op(
+    Op(
+        "paralstm",
+        paralstm,
+        PARA_BACKENDS,
+        (_para_case("clipped", "paralstm"), _para_case("hostile", "paralstm", hostile=EXTREME)),
+        partial(para_cost, kind="paralstm"),
+        chunk=5,
+        identities=(Identity("is the plain step function solved by newton", _para_is_step("paralstm", "reference")),),
     )
 )

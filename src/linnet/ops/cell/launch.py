@@ -44,7 +44,7 @@ def _rows(x: Tensor, cu_host: Tensor | None) -> tuple[int, Tensor | None, Tensor
     return len(order), cu_host.to(x.device), order.to(x.device)
 
 
-def _numerics(x: Tensor) -> dict[str, bool | str]:
+def numerics(x: Tensor) -> dict[str, bool | str]:
     """How exactly the kernels compute: 16-bit inputs take hardware approximations where there are any."""
     exact, real = x.dtype == torch.float32, x.device.type == "cuda"
     fast = real and not exact and torch.version.hip is None
@@ -82,12 +82,12 @@ def forward(
         for first, programs, counter in _shares(N, H, D, settings, x.device):
             wide_forward_kernel[(programs,)](
                 *tensors, shared, counter, start, order, first, N, T, H, D,
-                FAST=_numerics(x)["FAST"], launch_cooperative_grid=True, **flags, **settings,
+                FAST=numerics(x)["FAST"], launch_cooperative_grid=True, **flags, **settings,
             )  # fmt: skip
     else:
         settings = launch_settings(D, gates, x.dtype)
         grid = (triton.cdiv(N, settings["BN"]) * H,)
-        forward_kernel[grid](*tensors, start, order, N, T, H, D, **flags, **_numerics(x), **settings)
+        forward_kernel[grid](*tensors, start, order, N, T, H, D, **flags, **numerics(x), **settings)
     return y, after, tape
 
 
@@ -149,10 +149,10 @@ def backward(
         for first, programs, counter in _shares(N, H, D, settings, x.device):
             wide_backward_kernel[(programs,)](
                 *tensors, shared, counter, start, order, first, N, T, H, D, tokens,
-                FAST=_numerics(x)["FAST"], launch_cooperative_grid=True, **flags, **settings,
+                FAST=numerics(x)["FAST"], launch_cooperative_grid=True, **flags, **settings,
             )  # fmt: skip
     else:
-        backward_kernel[(tiles * H,)](*tensors, start, order, N, T, H, D, tokens, **flags, **_numerics(x), **settings)
+        backward_kernel[(tiles * H,)](*tensors, start, order, N, T, H, D, tokens, **flags, **numerics(x), **settings)
     da = dx.view(tokens, H, -1).transpose(0, 1)
     if dg is not None:
         da = torch.cat([da[..., : 2 * D], dg.view(tokens, H, D).transpose(0, 1)], 2)

@@ -1,9 +1,9 @@
 """Newton's method over the sequence: a nonlinear recurrence solved for all tokens at once.
 
-``h_t = f(h_{t-1}, x_t)`` for t = 1 .. T is one system of equations in the whole trajectory. A Newton step linearises every
-token around the current guess and solves the linear recurrence ``d_t = J_t d_{t-1} + (f(h_{t-1}, x_t) - h_t)`` with a
-scan. After k steps the first k tokens are exact whatever f is, so T steps always suffice; contractive cells need three
-or four. The backward pass needs no iteration: it is one linear recurrence in reverse around the solution.
+``h_t = f(h_{t-1}, x_t)`` for t = 1 .. T is one system of equations in the whole trajectory. A Newton step linearises
+every token around the current guess and solves the linear recurrence ``d_t = J_t d_{t-1} + (f(h_{t-1}, x_t) - h_t)``
+with a scan. After k steps the first k tokens are exact whatever f is, so T steps always suffice; contractive cells need
+three or four. The backward pass needs no iteration: it is one linear recurrence in reverse around the solution.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def newton(
         tolerance: largest residual of a solution, relative to the largest state or to 1; 16 units in the last place of
             the dtype when None. Where rounding keeps it above, a residual that falls no more is accepted below 64 times
             this.
-        on_failure: what to do when ``iterations`` do not suffice: "sequential" runs the tokens one after the other, which
-            is exact; "warn" returns the last guess with a RuntimeWarning (its gradients are then those of nothing in
-            particular); "error" raises.
+        on_failure: what to do when ``iterations`` do not suffice: "sequential" runs the tokens one after the other,
+            which is exact; "warn" returns the last guess with a RuntimeWarning (its gradients are then those of nothing
+            in particular); "error" raises.
         segments: packing of ``[1, total, ...]`` inputs.
 
     Returns:
@@ -89,8 +89,8 @@ def newton(
         ValueError: on options, shapes or devices; the message names the argument.
         RuntimeError: without convergence, with ``on_failure="error"``.
 
-    Source: ParaRNN (arXiv 2510.21450) and DEER (2309.12252). Weights that track a state over long spans are expansive in
-    places, and the iterations then grow with T (see `docs`): the residual tells.
+    Source: ParaRNN (arXiv 2510.21450) and DEER (2309.12252). Weights that track a state over long spans, as those that
+    solve parity, are expansive in places; the iterations they need grow with T.
     """
     if jacobian not in JACOBIANS:
         raise ValueError(f"jacobian: expected one of {', '.join(JACOBIANS)}; got {jacobian!r}")
