@@ -1,7 +1,19 @@
 """The engines: pure functions on tensors, one folder each. Importing this package registers all of them."""
 
 from .attention import AttentionState, attention, rotary
-from .cell import CellState, NewtonResult, ParaState, cell, cell_state, newton, paragru, paralstm, unroll
+from .cell import (
+    CellState,
+    M2RNNState,
+    NewtonResult,
+    ParaState,
+    cell,
+    cell_state,
+    m2rnn,
+    newton,
+    paragru,
+    paralstm,
+    unroll,
+)
 from .conv import ConvState, conv
 from .core import Segments, backend, get_op, ops, value_checks
 from .decay import DecayState, MLSTMState, decay, mlstm
@@ -12,6 +24,7 @@ __all__ = [
     "CellState",
     "ConvState",
     "DecayState",
+    "M2RNNState",
     "MLSTMState",
     "NewtonResult",
     "ParaState",
@@ -25,6 +38,7 @@ __all__ = [
     "conv",
     "decay",
     "get_op",
+    "m2rnn",
     "minmax_scan",
     "mlstm",
     "newton",

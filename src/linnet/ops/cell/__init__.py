@@ -21,17 +21,20 @@ from ..core import (
 from ..decay.reference import accumulate_dtype
 from . import chunked, reference
 from .cells import CELLS
+from .m2rnn import M2RNNState, m2rnn
 from .newton import NewtonResult, newton, unroll
 from .para import ParaState, paragru, paralstm
 from .state import CellState
 
 __all__ = [
     "CellState",
+    "M2RNNState",
     "NewtonResult",
     "ParaState",
     "cell",
     "cell_state",
     "cost",
+    "m2rnn",
     "newton",
     "paragru",
     "paralstm",

@@ -12,6 +12,9 @@ from ..core import Case, Identity, Op, register_op
 from ..scan import scan
 from . import BACKENDS, cell, cost
 from .cells import CELLS
+from .m2rnn import BACKENDS as M2RNN_BACKENDS
+from .m2rnn import M2RNNState, m2rnn
+from .m2rnn import cost as m2rnn_cost
 from .newton import newton
 from .para import _STEPS, ParaState, paragru, paralstm
 from .para import BACKENDS as PARA_BACKENDS
@@ -220,5 +223,81 @@ register_op(
         partial(para_cost, kind="paralstm"),
         chunk=5,
         identities=(Identity("is the plain step function solved by newton", _para_is_step("paralstm", "reference")),),
+    )
+)
+
+
+def _m2rnn_case(name: str, *, heads: int = 2, **options: Any) -> Case:
+    hostile = options.pop("hostile", False)
+
+    def make(r: torch.Generator, B: int, T: int) -> dict[str, Any]:
+        given = {
+            "q": _normal(r, B, T, heads, 5),
+            "k": _normal(r, B, T, heads, 5),
+            "v": _normal(r, B, T, 2, 3),
+            "g": -torch.exp(_normal(r, B, T, 2) - 1),
+            "W": _normal(r, 2, 3, 3) * 3**-0.5,
+        }
+        if hostile:  # everything saturated, gates that keep all, forget all, forget exactly
+            given["k"] = 1e4 * given["k"]
+            palette = torch.tensor([0.0, -1e-4, -20.0, -1e3, -torch.inf], dtype=torch.float64)
+            given["g"] = palette[torch.randint(len(palette), (B, T, 2), generator=r)]
+        return given | options
+
+    def state(r: torch.Generator, rows: int) -> M2RNNState:
+        return M2RNNState(torch.tanh(_normal(r, rows, 2, 5, 3)))
+
+    # A clipped gradient is not what finite differences see, which hostile cases are spared.
+    hostile = hostile or "clip" in options
+    return Case(name, make, ("q", "k", "v", "g"), state, keep_fp32=("g",), hostile=hostile)
+
+
+def _m2rnn_inputs(r: torch.Generator) -> dict[str, Any]:
+    return _m2rnn_case("").make(r, 2, 9)
+
+
+def _rows_are_elman(r: torch.Generator):
+    """With K = 1 and nothing kept, a head is an Elman network that reads k v and is read by q."""
+    given = {name: x[..., :1] if name in ("q", "k") else x for name, x in _m2rnn_inputs(r).items()}
+    given["g"] = torch.full_like(given["g"], -torch.inf)
+    h, _ = cell(given["k"] * given["v"], given["W"], kind="tanh")
+    return m2rnn(**given)[0], given["q"] * h
+
+
+def _no_transition(r: torch.Generator):
+    """Without recurrent weights it is a gated sum of tanh(k v^T)."""
+    given = _m2rnn_inputs(r)
+    given["W"] = torch.zeros_like(given["W"])
+    q, k, v, g = (given[name] for name in ("q", "k", "v", "g"))
+    write = -torch.expm1(g)[..., None, None] * torch.tanh(k[..., :, None] * v[..., None, :])
+    S = scan(g[..., None, None].exp().expand_as(write).flatten(2), write.flatten(2))[0].view_as(write)
+    return m2rnn(**given)[0], (S * q[..., None]).sum(-2)
+
+
+def _no_clip(r: torch.Generator):
+    given = {name: x.requires_grad_() for name, x in _m2rnn_inputs(r).items()}
+    gradients = (
+        torch.autograd.grad(m2rnn(**given, clip=bound)[0].sum(), tuple(given.values())) for bound in (None, 1e9)
+    )
+    return tuple(gradients)
+
+
+register_op(
+    Op(
+        "m2rnn",
+        m2rnn,
+        M2RNN_BACKENDS,
+        (
+            _m2rnn_case("shared keys", heads=1),
+            _m2rnn_case("clip", clip=0.5),
+            _m2rnn_case("hostile", hostile=True),
+        ),
+        m2rnn_cost,
+        chunk=5,
+        identities=(
+            Identity("with one row and nothing kept is an Elman network", _rows_are_elman),
+            Identity("without recurrent weights is a gated sum", _no_transition),
+            Identity("a clip that is never reached is none", _no_clip),
+        ),
     )
 )

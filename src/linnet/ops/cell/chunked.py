@@ -32,7 +32,7 @@ class _Plan(NamedTuple):
     gather: Tensor | None  # [tokens] token of a packed row at each place in this order
 
 
-def _make_plan(batch: int, length: int, cu_host: Tensor | None, device: torch.device) -> _Plan:
+def make_plan(batch: int, length: int, cu_host: Tensor | None, device: torch.device) -> _Plan:
     if cu_host is None:
         return _Plan([batch] * length, None, None)
     lengths = cu_host.diff().long()
@@ -42,23 +42,23 @@ def _make_plan(batch: int, length: int, cu_host: Tensor | None, device: torch.de
     return _Plan(running.sum(1).tolist(), order.to(device), tokens[running].to(device))
 
 
-def _by_time(x: Tensor, plan: _Plan) -> Tensor:
+def by_time(x: Tensor, plan: _Plan) -> Tensor:
     """``[B, T, ...]`` or packed ``[1, total, ...]`` -> ``[tokens, ...]`` in order of time."""
     return x.transpose(0, 1).flatten(0, 1) if plan.gather is None else x[0].index_select(0, plan.gather)
 
 
-def _by_row(x: Tensor, plan: _Plan, shape: torch.Size) -> Tensor:
-    """The inverse of :func:`_by_time`."""
+def by_row(x: Tensor, plan: _Plan, shape: torch.Size) -> Tensor:
+    """The inverse of :func:`by_time`."""
     if plan.gather is None:
         return x.unflatten(0, (shape[1], shape[0])).transpose(0, 1).contiguous()
     return torch.empty_like(x).index_copy(0, plan.gather, x)[None]
 
 
-def _rows(state: Tensors, plan: _Plan) -> Tensors:
+def rows_in(state: Tensors, plan: _Plan) -> Tensors:
     return state if plan.order is None else tuple(s.index_select(0, plan.order) for s in state)
 
 
-def _unrows(state: Tensors, plan: _Plan) -> Tensors:
+def rows_out(state: Tensors, plan: _Plan) -> Tensors:
     return state if plan.order is None else tuple(torch.empty_like(s).index_copy(0, plan.order, s) for s in state)
 
 
@@ -81,11 +81,11 @@ def forward(
     """``h`` ``[B, T, H, D]``, the final state and, with ``keep``, the states before every token ``[tokens, S, H, D]``
     in order of time."""
     acc, shape = accumulate_dtype(x), x.shape
-    plan = _make_plan(shape[0], shape[1], cu_host, x.device)
+    plan = make_plan(shape[0], shape[1], cu_host, x.device)
     R, b = R.to(acc), None if b is None else b.to(acc)
     weights, step = split_peepholes(kind, None if p is None else p.to(acc)), CELLS[kind].step
-    inputs = _by_time(x, plan).split(plan.counts)
-    state, outputs, tape = _rows(state, plan), [], []
+    inputs = by_time(x, plan).split(plan.counts)
+    state, outputs, tape = rows_in(state, plan), [], []
     for x_t, n in zip(inputs, plan.counts, strict=True):
         now = tuple(s[:n] for s in state)
         if keep:
@@ -95,8 +95,8 @@ def forward(
         if n < len(state[0]):  # the others have ended
             after = tuple(torch.cat([new, old[n:]]) for new, old in zip(after, state, strict=True))
         state = after
-    h = _by_row(torch.cat(outputs).to(x.dtype), plan, shape)
-    return h, tuple(s.clone() for s in _unrows(state, plan)), torch.cat(tape) if keep else None
+    h = by_row(torch.cat(outputs).to(x.dtype), plan, shape)
+    return h, tuple(s.clone() for s in rows_out(state, plan)), torch.cat(tape) if keep else None
 
 
 def backward(
@@ -112,13 +112,13 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by input name, from those of ``h`` and of the final state (its differentiable parts)."""
     acc, cell = accumulate_dtype(x), CELLS[kind]
-    plan = _make_plan(x.shape[0], x.shape[1], cu_host, x.device)
+    plan = make_plan(x.shape[0], x.shape[1], cu_host, x.device)
     R_acc, b_acc = R.to(acc), None if b is None else b.to(acc)
     weights = split_peepholes(kind, None if p is None else p.to(acc))
-    inputs, dy = _by_time(x, plan).to(acc), _by_time(dy, plan).to(acc)
+    inputs, dy = by_time(x, plan).to(acc), by_time(dy, plan).to(acc)
     of_x, of_product = gate_slots(kind)
     slots = max(of_product) + 1
-    dS = torch.stack(_rows(d_state, plan))  # [states, N, H, D]
+    dS = torch.stack(rows_in(d_state, plan))  # [states, N, H, D]
     da = inputs.new_empty(slots, *tape.shape[:1], *tape.shape[2:])  # [slots, tokens, H, D]
     dp = [torch.zeros_like(w) for w in weights]
 
@@ -155,12 +155,12 @@ def backward(
 
     back = da[of_product].permute(2, 1, 0, 3).flatten(2)  # [H, tokens, G * D]
     grads = {
-        "x": _by_row(da[of_x].permute(1, 2, 0, 3).flatten(2).to(x.dtype), plan, x.shape),
+        "x": by_row(da[of_x].permute(1, 2, 0, 3).flatten(2).to(x.dtype), plan, x.shape),
         "R": torch.bmm(tape[:, 0].permute(1, 2, 0), back).to(R.dtype),
     }
     if b is not None:
         grads["b"] = back.sum(1).to(b.dtype)
     if p is not None:
         grads["p"] = torch.stack(dp, 1).flatten(1).to(p.dtype)
-    before = (d.clone() for d in _unrows(tuple(dS), plan))
+    before = (d.clone() for d in rows_out(tuple(dS), plan))
     return grads | dict(zip(cell.states, before, strict=False))
