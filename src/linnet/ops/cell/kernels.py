@@ -83,6 +83,19 @@ def _tanh(x, EXACT: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
+def _tanh_slope(x, EXACT: tl.constexpr, FAST: tl.constexpr):
+    """The hyperbolic tangent and its derivative, which next to 1 is not the difference it could be written as."""
+    y = _tanh(x, EXACT, FAST)
+    if FAST:
+        slope = 1.0 - y * y
+    else:
+        e = tl.exp(-2.0 * tl.abs(x))
+        over = 1.0 / (1.0 + e)
+        slope = 4.0 * e * over * over
+    return y, slope
+
+
+@triton.jit
 def _output_gate(x, FAST: tl.constexpr):
     """The logistic function of x and of -x, where nothing accumulates."""
     if FAST:

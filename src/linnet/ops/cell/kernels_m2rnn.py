@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import _tanh
+from .kernels import _tanh, _tanh_slope
 from .kernels_para import _span
 
 
@@ -23,10 +23,9 @@ def _gate(g_ptr, at, live):
 
 
 @triton.jit
-def _outer(S, W, k, v, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr):
-    """tanh(S W + k v^T)."""
-    X = tl.dot(S.to(W.dtype), W, input_precision=PRECISION) + k.to(tl.float32)[:, None] * v.to(tl.float32)[None, :]
-    return _tanh(X, EXACT, FAST)
+def _inside(S, W, k, v, PRECISION: tl.constexpr):
+    """S W + k v^T."""
+    return tl.dot(S.to(W.dtype), W, input_precision=PRECISION) + k.to(tl.float32)[:, None] * v.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -87,7 +86,7 @@ def m2rnn_forward_kernel(
         if SAVE:
             if t % KEEP == 0:
                 tl.store(kept_ptr + ((piece + t // KEEP) * H + h) * K * V + tile, S, mask=mask)
-        S = f * S + rest * _outer(S, W, k, v, EXACT, FAST, PRECISION)
+        S = f * S + rest * _tanh(_inside(S, W, k, v, PRECISION), EXACT, FAST)
         y = tl.sum(S * q.to(tl.float32)[:, None], 0)
         tl.store(y_ptr + v_at, y.to(y_ptr.dtype.element_ty), mask=in_v)
         v_at += H * V
@@ -163,7 +162,7 @@ def m2rnn_backward_kernel(
             k = tl.load(k_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0)
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             f, rest = _gate(g_ptr, at * H + h, True)
-            S = f * S + rest * _outer(S, W, k, v, EXACT, FAST, PRECISION)
+            S = f * S + rest * _tanh(_inside(S, W, k, v, PRECISION), EXACT, FAST)
         tl.debug_barrier()  # the scratch is read by other threads than wrote it
         for j in range(0, count):
             i = count - 1 - j
@@ -174,14 +173,14 @@ def m2rnn_backward_kernel(
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             dy = tl.load(dy_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0).to(tl.float32)
             f, rest = _gate(g_ptr, at * H + h, True)
-            Z = _outer(old, W, k, v, EXACT, FAST, PRECISION)
+            Z, slope = _tanh_slope(_inside(old, W, k, v, PRECISION), EXACT, FAST)
             new = f * old + rest * Z
             dq = tl.sum(new * dy[None, :], 1)
             if CLIP:
                 dS = tl.minimum(tl.maximum(dS, -clip), clip)
             G = dS + q[:, None] * dy[None, :]
             dg = f * tl.sum(tl.sum(G * (old - Z), 1), 0)
-            dX = rest * G * (1.0 - Z * Z)
+            dX = rest * G * slope
             dk = tl.sum(dX * v.to(tl.float32)[None, :], 1)
             dv = tl.sum(dX * k.to(tl.float32)[:, None], 0)
             dW = tl.dot(tl.trans(old).to(low), dX.to(low), dW, input_precision=PRECISION)
