@@ -1,12 +1,17 @@
-"""Models built from mixers: the language-model decoder, its MLPs, generation, and checkpoints on disk."""
+"""Models built from mixers: the language-model decoder, its MLPs, generation, checkpoints on disk; and the
+recurrent modules of ``torch.nn`` on the cell engine."""
 
 from .decoder import Decoder, DecoderConfig, DecoderLayer, DecoderOutput
 from .generation import Generation, GenerationStep, generate, sample, stream
 from .io import atomic_folder, recover_folder
 from .mlp import MixtureOfExperts, SwiGLU
 from .parameters import no_decay_names, parameter_groups
+from .rnn import GRU, LSTM, RNN
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "Decoder",
     "DecoderConfig",
     "DecoderLayer",

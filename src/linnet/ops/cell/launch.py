@@ -12,9 +12,11 @@ from torch import Tensor
 from .cells import CELLS, Tensors
 from .kernels import KINDS, backward_kernel, forward_kernel
 from .kernels_wide import wide_backward_kernel, wide_forward_kernel
+from .solver import solutions
 from .state import before
 
 WIDE = 128  # a head with more channels is shared by several programs
+SHARED = 200 << 10  # bytes of shared memory that a program may hold weights in
 
 
 def launch_settings(D: int, gates: int, dtype: torch.dtype) -> dict[str, int]:
@@ -24,15 +26,38 @@ def launch_settings(D: int, gates: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BN": 16, "BD": BD, "num_warps": 4 if held <= 32768 else 8, "num_stages": 1}
 
 
-def wide_settings(D: int, gates: int, backward: bool) -> dict[str, int]:
-    """Tiles where several programs share a head: BC channels of D each, all gates of them. Products are cut into blocks
-    of channels, chains of dependence that run side by side."""
-    tile = {"BN": 16, "BC": 16, "num_stages": 1}
+def wide_settings(D: int, gates: int, backward: bool, units: int = 1, multiprocessors: int = 132) -> dict[str, int]:
+    """Tiles where several programs share a head: BC channels of D each, all gates of them, for ``units`` heads of
+    groups of sequences. Products are cut into blocks of channels, chains of dependence that run side by side.
+
+    The fewer channels a program has, the sooner it is done with a token, so the fewest that let all units run at once
+    are taken, as far as the weights of those channels fit into shared memory; failing that, units wait for each other.
+    """
+    width = gates * D if backward else D
+
+    def blocks() -> list[int]:  # channels of one product: a power of two, at most four products or groups of products
+        least = max(16, triton.next_power_of_2(triton.cdiv(width, 8)))
+        return [min(128, least)] if backward else [max(64, triton.next_power_of_2(D)) // 4]
+
+    def held(BC: int, BK: int) -> int:  # bytes of weights, and of one block of what they are multiplied with
+        span, slots = (8 * BK, 1) if backward else (BK, 4 if gates > 1 else 1)
+        return 2 * triton.cdiv(width, span) * span * slots * BC + 2 * 16 * span
+
+    domains = {
+        "at_once": [units, *range(min(units, multiprocessors) - 1, 0, -1)],
+        "BC": [16, 32, 64],
+        "BK": blocks(),
+    }
+    limits = [
+        lambda at_once, BC: at_once * triton.cdiv(D, BC) <= multiprocessors,
+        lambda BC, BK: held(BC, BK) <= SHARED,
+    ]
+    found = next(solutions(domains, limits))
+    BC, BK = found["BC"], found["BK"]
+    tile = {"BN": 16, "BC": BC, "BK": BK, "num_stages": 1}
     if backward:
-        BK = min(128, max(16, triton.next_power_of_2(triton.cdiv(gates * D, 8))))
-        return tile | {"SLICES": 8, "BK": BK, "BLOCKS": triton.cdiv(gates * D, 8 * BK), "num_warps": 8}
-    BK = max(64, triton.next_power_of_2(D)) // 4
-    return tile | {"BK": BK, "BLOCKS": triton.cdiv(D, BK), "num_warps": 4}
+        return tile | {"SLICES": 8, "BLOCKS": triton.cdiv(width, 8 * BK), "num_warps": 8}
+    return tile | {"BLOCKS": triton.cdiv(width, BK), "num_warps": 4}
 
 
 def _rows(x: Tensor, cu_host: Tensor | None) -> tuple[int, Tensor | None, Tensor | None]:
@@ -78,7 +103,7 @@ def forward(
     flags |= {"SAVE": keep and len(state) > 1, "PACKED": cu_host is not None}
     if D > WIDE:
         shared = torch.stack([state[0].to(x.dtype)] * 2)
-        settings = wide_settings(D, gates, False)
+        settings = wide_settings(D, gates, False, triton.cdiv(N, 16) * H, _multiprocessors(x.device))
         for first, programs, counter in _shares(N, H, D, settings, x.device):
             wide_forward_kernel[(programs,)](
                 *tensors, shared, counter, start, order, first, N, T, H, D,
@@ -135,7 +160,10 @@ def backward(
     else:
         a = torch.baddbmm(inputs, past, R)
     dx, dg = torch.empty_like(x), torch.empty_like(y) if kind == "gru" else None
-    settings = wide_settings(D, cell.gates, True) if D > WIDE else launch_settings(D, cell.gates, x.dtype)
+    if D > WIDE:
+        settings = wide_settings(D, cell.gates, True, triton.cdiv(N, 16) * H, _multiprocessors(x.device))
+    else:
+        settings = launch_settings(D, cell.gates, x.dtype)
     tiles = triton.cdiv(N, settings["BN"])
     dp = None if p is None else h.new_empty(tiles, *p.shape)
     d_state = tuple(d.contiguous() for d in d_state)

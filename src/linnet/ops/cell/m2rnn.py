@@ -178,7 +178,7 @@ def kept_states(batch: int, length: int, cu_host: Tensor | None) -> int:
 
 
 def _forward(q, k, v, g, W, S, cu_host, training) -> tuple[Tensor, Tensor, Tensor]:
-    plan, shape, dtype = make_plan(*q.shape[:2], cu_host, q.device), v.shape, v.dtype
+    plan, shape, dtype = make_plan(q.shape[0], q.shape[1], cu_host, q.device), v.shape, v.dtype
     q, k, v, f, rest = _unpack(plan, S.dtype, v.shape[2], q, k, v, g)
     W, (S,) = W.to(S.dtype), rows_in((S,), plan)
     outputs, kept = [], []
@@ -189,14 +189,14 @@ def _forward(q, k, v, g, W, S, cu_host, training) -> tuple[Tensor, Tensor, Tenso
             now, _ = _advance(S[: b - a], f[a:b], rest[a:b], k[a:b, :, :, None] * v[a:b, :, None, :], W)
             outputs.append((now * q[a:b, :, :, None]).sum(-2))
             S = now if b - a == len(S) else torch.cat([now, S[b - a :]])
-    room = S.new_empty(kept_states(*shape[:2], cu_host) if training else 0, *S.shape[1:])
+    room = S.new_empty(kept_states(shape[0], shape[1], cu_host) if training else 0, *S.shape[1:])
     if training:
         torch.cat(kept, out=room[: sum(map(len, kept))])
     return by_row(torch.cat(outputs).to(dtype), plan, shape), rows_out((S,), plan)[0].clone(), room
 
 
 def _backward(q, k, v, g, W, cu_host, clip, kept, dy, dS) -> tuple[Tensor, ...]:
-    plan, acc, H = make_plan(*q.shape[:2], cu_host, q.device), kept.dtype, v.shape[2]
+    plan, acc, H = make_plan(q.shape[0], q.shape[1], cu_host, q.device), kept.dtype, v.shape[2]
     inputs, shapes = (q, k, v, g, W), [x.shape for x in (q, k, v, g)]
     q, k, v, f, rest = _unpack(plan, acc, H, q, k, v, g)
     dy, W, (dS,) = by_time(dy, plan).to(acc), W.to(acc), rows_in((dS,), plan)
@@ -257,7 +257,7 @@ def _m2rnn(
 
 @_m2rnn.register_fake
 def _(q, k, v, g, W, S, cu_host, clip, backend, training):
-    kept = S.new_empty(kept_states(*q.shape[:2], cu_host) if training else 0, *S.shape[1:])
+    kept = S.new_empty(kept_states(q.shape[0], q.shape[1], cu_host) if training else 0, *S.shape[1:])
     return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(S), kept
 
 
@@ -279,7 +279,7 @@ def _m2rnn_backward(
         if backend == "triton":
             from . import launch_m2rnn
 
-            return launch_m2rnn.backward(q, k, v, g, W, cu_host, clip, kept, dy, dS)
+            return launch_m2rnn.backward(q, k, v, g, W, cu_host, clip, kept, dy, dS)  # type: ignore[return-value]
         return _backward(q, k, v, g, W, cu_host, clip, kept, dy, dS)  # type: ignore[return-value]
 
 
