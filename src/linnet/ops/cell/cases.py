@@ -276,10 +276,8 @@ def _no_transition(r: torch.Generator):
 
 def _no_clip(r: torch.Generator):
     given = {name: x.requires_grad_() for name, x in _m2rnn_inputs(r).items()}
-    gradients = (
-        torch.autograd.grad(m2rnn(**given, clip=bound)[0].sum(), tuple(given.values())) for bound in (None, 1e9)
-    )
-    return tuple(gradients)
+    free, clipped = (m2rnn(**given, clip=bound)[0].sum() for bound in (None, 1e9))
+    return torch.autograd.grad(free, tuple(given.values())), torch.autograd.grad(clipped, tuple(given.values()))
 
 
 register_op(
