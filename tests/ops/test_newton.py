@@ -90,7 +90,7 @@ def test_what_happens_without_convergence():
     exact = unroll(chaotic, x, state)[0]
     torch.testing.assert_close(found.h, exact, rtol=0, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(h[:, :9].sum(), x)[0] for h in (found.h, exact)))
-    with pytest.raises(RuntimeError, match="newton: residual .* after 3 iterations"):
+    with pytest.raises(RuntimeError, match=r"newton: residual .* after 3 iterations"):
         newton(chaotic, x, state, iterations=3, on_failure="error")
 
 

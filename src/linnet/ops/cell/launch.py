@@ -73,7 +73,7 @@ def numerics(x: Tensor) -> dict[str, bool | str]:
     """How exactly the kernels compute: 16-bit inputs take hardware approximations where there are any."""
     exact, real = x.dtype == torch.float32, x.device.type == "cuda"
     fast = real and not exact and torch.version.hip is None
-    return {"EXACT": exact, "FAST": fast, "PRECISION": "tf32x3" if exact and real else "ieee"}
+    return {"EXACT": exact, "FAST": fast, "PRECISION": "ieee"}
 
 
 def forward(

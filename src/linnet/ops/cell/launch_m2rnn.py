@@ -13,14 +13,18 @@ from .launch import numerics
 from .m2rnn import KEEP, kept_states
 
 
-def launch_settings(K: int, V: int) -> dict[str, int]:
-    """The tile of a state and the warps that share it: alone, a warp waits for nobody."""
+def launch_settings(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+    """The tile of a state and the warps that share it: alone, a warp waits for nobody. In fp32 there are no matrix
+    units, and a product is written out: so many warps that its share of one stays short."""
     BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
-    return {"BK": BK, "BV": BV, "KEEP": KEEP, "num_warps": 1 if BK * BV <= 1024 else 4, "num_stages": 1}
+    warps = 1 if BK * BV <= 1024 else 4
+    if dtype == torch.float32:
+        warps = min(16, max(warps, BK * BV * BV // (32 * 1024)))
+    return {"BK": BK, "BV": BV, "KEEP": KEEP, "num_warps": warps, "num_stages": 1}
 
 
 def _call(q: Tensor, v: Tensor, cu_host: Tensor | None) -> tuple[int, Tensor | None, Tensor | None, dict[str, Any]]:
-    settings = launch_settings(q.shape[3], v.shape[3]) | numerics(q) | {"PACKED": cu_host is not None}
+    settings = launch_settings(q.shape[3], v.shape[3], q.dtype) | numerics(q) | {"PACKED": cu_host is not None}
     if cu_host is None:
         return q.shape[0], None, None, settings
     counts = -(-cu_host.diff() // KEEP)

@@ -141,6 +141,13 @@ def _check(x: Any, state: Tensor, params: tuple[Tensor, ...], segments: Segments
     return tuple(y.to(acc) for y in inputs), state.to(acc), tuple(p.to(acc) for p in params)
 
 
+def _evaluate(step: Step, h: Tensor, inputs: tuple[Tensor, ...], several: bool, params: tuple[Tensor, ...]) -> Tensor:
+    f = step(h, inputs if several else inputs[0], *params)
+    if f.shape != h.shape:
+        raise ValueError(f"step: expected a state shaped like h, {list(h.shape)}, got {list(f.shape)}")
+    return f
+
+
 def _unroll(
     step: Step, inputs: tuple[Tensor, ...], several: bool, state: Tensor, params: tuple[Tensor, ...], bounds: Any
 ) -> tuple[Tensor, Tensor]:
@@ -148,7 +155,7 @@ def _unroll(
         states = [h]
         for t in range(begin, end):
             now = tuple(y[:, t] for y in inputs)
-            states.append(step(states[-1], now if several else now[0], *params))
+            states.append(_evaluate(step, states[-1], now, several, params))
         return states
 
     if bounds is None:
@@ -225,7 +232,7 @@ class _Call:
         self.residual, self.solves = 0.0, 0
 
     def run(self, h: Tensor, inputs: tuple[Tensor, ...], params: tuple[Tensor, ...]) -> Tensor:
-        return self.step(h, inputs if self.several else inputs[0], *params)
+        return _evaluate(self.step, h, inputs, self.several, params)
 
     def derivative(self, f: Tensor, h: Tensor) -> Tensor:
         """df/dh from the graph of f, which is kept."""
@@ -252,8 +259,6 @@ class _Newton(torch.autograd.Function):
             with torch.enable_grad():
                 prev = prev.detach().requires_grad_()
                 f = call.run(prev, inputs, params)
-                if f.shape != prev.shape:
-                    raise ValueError(f"step: expected a state shaped like h, {list(prev.shape)}, got {list(f.shape)}")
                 return f.detach(), call.derivative(f, prev)
 
         guess = state.new_zeros(*inputs[0].shape[:2], *state.shape[1:])
