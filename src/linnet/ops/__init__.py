@@ -17,6 +17,7 @@ from .cell import (
 from .conv import ConvState, conv
 from .core import Segments, backend, get_op, ops, value_checks
 from .decay import DecayState, MLSTMState, decay, mlstm
+from .delta import DeltaState, delta, delta_transition, dplr
 from .scan import ScanState, SoftmaxScanState, minmax_scan, scan, selective_scan, softmax_scan
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "CellState",
     "ConvState",
     "DecayState",
+    "DeltaState",
     "M2RNNState",
     "MLSTMState",
     "NewtonResult",
@@ -37,6 +39,9 @@ __all__ = [
     "cell_state",
     "conv",
     "decay",
+    "delta",
+    "delta_transition",
+    "dplr",
     "get_op",
     "m2rnn",
     "minmax_scan",
