@@ -75,6 +75,7 @@ def test_hybrid_models_have_attention_where_their_papers_say():
     assert attention("hybrid-340m(mixer=gla, ratio=24:1)") == [23]
     assert attention("hybrid-340m(ratio=24:1)") == [20]  # 21 layers of Gated DeltaNet
     assert attention("hybrid-340m(mixer=gla, ratio=pure)") == []
+    assert attention("m2rnn-410m(layers=hybrid)") == [4, 12, 20]
 
 
 @pytest.mark.parametrize("ratio", ["3:1", "pure"])
@@ -83,6 +84,14 @@ def test_models_of_the_hybrid_grid_have_about_one_size(mixer, ratio):
     low, high = presets.info("hybrid-340m").published_range()
     slack = 0.05 * low if mixer == "retnet" else 0.01 * low  # its MLPs are narrower, those of attention layers too
     assert low - slack <= size("hybrid-340m", mixer=mixer, ratio=ratio) <= high + slack
+
+
+def test_choices_of_cells_and_layers_have_about_one_size():
+    for name, option in (("pararnn-400m", "cell"), ("pararnn-7b", "cell"), ("m2rnn-410m", "layers")):
+        sizes = [size(name, **{option: value}) for value in presets.info(name).choices[option]]
+        assert max(sizes) / min(sizes) < 1.01
+    config = presets.load("m2rnn-410m(layers=gdn+3)")
+    assert [i for i in range(24) if "m2rnn" in str(config.mixer_spec(i))] == [3, 11, 19]
 
 
 def test_unknown_choices_are_refused():
