@@ -1,6 +1,7 @@
 """Models built from mixers: the language-model decoder, its MLPs, generation, checkpoints on disk; and the
 recurrent modules of ``torch.nn`` on the cell engine."""
 
+from .compressor import Compressor
 from .decoder import Decoder, DecoderConfig, DecoderLayer, DecoderOutput
 from .generation import Generation, GenerationStep, generate, sample, stream
 from .io import atomic_folder, recover_folder
@@ -12,6 +13,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Compressor",
     "Decoder",
     "DecoderConfig",
     "DecoderLayer",

@@ -18,6 +18,7 @@ from .conv import ConvState, conv
 from .core import Segments, backend, get_op, ops, value_checks
 from .decay import DecayState, MLSTMState, decay, mlstm
 from .delta import DeltaState, delta, delta_transition, dplr
+from .lti import LTIState, lti, lti_diagonal
 from .scan import ScanState, SoftmaxScanState, minmax_scan, scan, selective_scan, softmax_scan
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ConvState",
     "DecayState",
     "DeltaState",
+    "LTIState",
     "M2RNNState",
     "MLSTMState",
     "NewtonResult",
@@ -43,6 +45,8 @@ __all__ = [
     "delta_transition",
     "dplr",
     "get_op",
+    "lti",
+    "lti_diagonal",
     "m2rnn",
     "minmax_scan",
     "mlstm",

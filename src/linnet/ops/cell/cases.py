@@ -139,7 +139,7 @@ register_op(
             _case("slstm hostile", "slstm", hostile=EXTREME),
         ),
         cost,
-        chunk=3,
+        chunk=5,
         constants=("m",),
         identities=(
             Identity("lstm with one head is torch.nn.LSTM", _one_head_is_torch("lstm", nn.LSTM)),
@@ -206,7 +206,7 @@ register_op(
             _para_case("hostile", "paragru", hostile=EXTREME),
         ),
         para_cost,
-        chunk=3,
+        chunk=5,
         identities=(
             Identity("is the plain step function solved by newton", _para_is_step("paragru", "chunked")),
             Identity("without recurrent weights is a linear scan", _no_recurrence),
@@ -221,7 +221,7 @@ register_op(
         PARA_BACKENDS,
         (_para_case("clipped", "paralstm"), _para_case("hostile", "paralstm", hostile=EXTREME)),
         partial(para_cost, kind="paralstm"),
-        chunk=3,
+        chunk=5,
         identities=(Identity("is the plain step function solved by newton", _para_is_step("paralstm", "reference")),),
     )
 )
@@ -290,7 +290,7 @@ register_op(
             _m2rnn_case("hostile", hostile=True),
         ),
         m2rnn_cost,
-        chunk=3,
+        chunk=5,
         identities=(
             Identity("with one row and nothing kept is an Elman network", _rows_are_elman),
             Identity("without recurrent weights is a gated sum", _no_transition),

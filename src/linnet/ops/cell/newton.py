@@ -73,7 +73,7 @@ def newton(
         jacobian: which entries of a state depend on which of the one before: "diagonal", each on itself alone; "block",
             the two of the last axis on each other; "dense", all of ``[N, D]`` (T log T products of D x D matrices).
         iterations: Newton steps at most.
-        tolerance: largest residual of a solution, relative to the largest state or to 1; 16 units in the last place of
+        tolerance: largest residual of a solution, relative to the largest state or to 1; 4 units in the last place of
             the dtype when None. Where rounding keeps it above, a residual that falls no more is accepted below 64 times
             this.
         on_failure: what to do when ``iterations`` do not suffice: "sequential" runs the tokens one after the other,
@@ -201,7 +201,7 @@ def solve(
 ) -> tuple[Tensor, float, int, bool]:
     """Newton's iteration from the guess ``h``. ``linearise`` takes the states before all tokens to those after them and
     their derivatives. Returns the trajectory, its residual, the number of steps and whether it is a solution."""
-    unit = 16 * torch.finfo(h.dtype).eps if tolerance is None else tolerance
+    unit = 4 * torch.finfo(h.dtype).eps if tolerance is None else tolerance
     previous = float("inf")
     for k in range(iterations + 1):
         f, J = linearise(before(h, state, cu_host))

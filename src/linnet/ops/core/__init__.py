@@ -10,9 +10,10 @@ from .checks import (
     no_autocast,
     value_checks,
 )
+from .differentiable import differentiable
 from .registry import BACKENDS, Case, Cost, Identity, Op, backend, get_op, ops, register_op, resolve_backend
 from .segments import Segments, chunk_table
-from .state import detach, map_state, repeat_rows, select_rows, state_bytes, state_tensors, to
+from .state import detach, map_state, named_tensors, repeat_rows, select_rows, state_bytes, state_tensors, to
 
 __all__ = [
     "BACKENDS",
@@ -30,8 +31,10 @@ __all__ = [
     "chunk_table",
     "common_dtype",
     "detach",
+    "differentiable",
     "get_op",
     "map_state",
+    "named_tensors",
     "no_autocast",
     "ops",
     "register_op",
