@@ -53,14 +53,14 @@ def _token_by_token(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         linear_state=False,
         examples=(
             {"d_model": 16, "num_heads": 4, "num_qk_heads": 2, "head_k": 5, "head_v": 3},
-            {"d_model": 8, "num_heads": 2, "head_k": 3, "head_v": 4, "conv_size": 0, "w_init": "random"},
+            {"d_model": 8, "num_heads": 2, "head_k": 3, "head_v": 4, "conv_size": 0, "w_init": "random", "f_init": 0.2},
         ),
         identities=(Identity("without convolution, is the recurrence written out token by token", _token_by_token),),
         notes=(
             "The clip acts on what a state receives from later tokens, as in the published kernel; the published loop"
             " also clips what the reading contributes.",
-            "Without a convolution there is no SiLU on queries, keys and values either. With w_init='random' that is"
-            " the variant that learns to track states quickly.",
+            "Without a convolution there is no SiLU on queries, keys and values either. With w_init='random' and"
+            " f_init=0.2 that is the variant that learns to track states quickly.",
         ),
     ),
 )
@@ -75,6 +75,7 @@ class M2RNN(Mixer):
         head_v: columns V of a state, channels of a value.
         conv_size: taps W of the short convolution, 0 for none.
         w_init: recurrent weights at first, "identity" or "random", normal of variance 1 / V.
+        f_init: forget gate at first, of an input of 0, in (0, 1); None draws it as Mamba-2 does, mostly close to 1.
         clip: bound, entry by entry, of the gradient a state receives from later tokens; None for none.
         norm_eps: of the RMSNorm over all heads.
 
@@ -94,6 +95,7 @@ class M2RNN(Mixer):
         head_v: int = 16,
         conv_size: int = 4,
         w_init: str = "identity",
+        f_init: float | None = None,
         clip: float | None = 1.0,
         norm_eps: float = 1e-5,
     ):
@@ -104,7 +106,9 @@ class M2RNN(Mixer):
         parts.check_choice("w_init", w_init, ("identity", "random"))
         if clip is not None:
             parts.check_positive(clip=clip)
-        self.d_model, self.w_init, self.clip = d_model, w_init, clip
+        if f_init is not None and not 0 < f_init < 1:
+            raise ValueError(f"f_init: expected a number between 0 and 1 or None, got {f_init}")
+        self.d_model, self.w_init, self.f_init, self.clip = d_model, w_init, f_init, clip
         self.num_heads, self.num_qk_heads, self.head_k, self.head_v = num_heads, num_qk_heads, head_k, head_v
         keys, values = num_qk_heads * head_k, num_heads * head_v
         self.split = 2 * keys + values, num_heads, values  # q k v, a, gate
@@ -120,8 +124,12 @@ class M2RNN(Mixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A uniform in (0, 16]; step sizes log-uniform in [1e-3, 0.1], stored as their inverse softplus; D = 1."""
-        self.A_log.copy_((16 * (1 - torch.rand_like(self.A_log))).log())
-        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
+        if self.f_init is None:
+            self.A_log.copy_((16 * (1 - torch.rand_like(self.A_log))).log())
+            dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
+        else:
+            nn.init.zeros_(self.A_log)
+            dt = nn.init.constant_(self.dt_bias, -math.log(self.f_init))
         dt.add_(torch.log(-torch.expm1(-dt)))
         nn.init.ones_(self.D)
         if self.w_init == "random":
