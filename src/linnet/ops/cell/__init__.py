@@ -15,10 +15,11 @@ from ..core import (
     check_floating,
     check_segments,
     common_dtype,
+    differentiable,
     no_autocast,
     resolve_backend,
 )
-from ..decay.reference import accumulate_dtype
+from ..core.chunks import accumulate_dtype
 from . import chunked, reference
 from .cells import CELLS
 from .m2rnn import M2RNNState, m2rnn
@@ -159,8 +160,7 @@ def _check(x, R, b, p, kind, state, segments):
 # The registered op. Optional tensors cannot be returned, so the parts a kind does not have are empty tensors.
 
 
-@torch.library.custom_op("linnet::cell", mutates_args=())
-def _cell(
+def _forward(
     x: Tensor,
     R: Tensor,
     b: Tensor | None,
@@ -186,8 +186,7 @@ def _cell(
     return (y, *after, *missing, h.new_empty(0) if tape is None else tape)  # type: ignore[return-value]
 
 
-@_cell.register_fake
-def _(x, R, b, p, h, c, n, m, cu_host, kind, backend, training):
+def _forward_fake(x, R, b, p, h, c, n, m, cu_host, kind, backend, training):
     y = x.new_empty(*x.shape[:3], R.shape[1])
     after = [h.new_empty(0) if s is None else torch.empty_like(s) for s in (h, c, n, m)]
     parts = len(CELLS[kind].states) - (backend == "triton")
@@ -198,8 +197,7 @@ def _(x, R, b, p, h, c, n, m, cu_host, kind, backend, training):
 _GRADS = ("x", "R", "b", "p", "h", "c", "n")
 
 
-@torch.library.custom_op("linnet::cell_backward", mutates_args=())
-def _cell_backward(
+def _backward(
     x: Tensor,
     R: Tensor,
     b: Tensor | None,
@@ -223,8 +221,7 @@ def _cell_backward(
     return [grads[name].contiguous() if name in grads else tape.new_empty(0) for name in _GRADS]
 
 
-@_cell_backward.register_fake
-def _(x, R, b, p, h, cu_host, kind, backend, tape, y, dy, d_state):
+def _backward_fake(x, R, b, p, h, cu_host, kind, backend, tape, y, dy, d_state):
     given = (x, R, b, p, *d_state, *[None] * (3 - len(d_state)))
     return [
         tape.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in given
@@ -238,17 +235,25 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, *d_after):
+def _gradients(run, ctx, dy, *d_after):
     x, R, b, p, cu_host, h, y, tape = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     free = CELLS[ctx.options[0]].differentiable
     d_state = [torch.zeros_like(h) if d is None else d.contiguous() for d in d_after[:free]]
-    grads = _cell_backward(x, R, b, p, h, cu_host, *ctx.options, tape, y, dy, d_state)
+    grads = run(x, R, b, p, h, cu_host, *ctx.options, tape, y, dy, d_state)
     grads = [d if needed and d.numel() else None for d, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return *grads, None, None, None, None, None
 
 
-_cell.register_autograd(_backward, setup_context=_setup)
+_cell = differentiable(
+    "cell",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(B: int, T: int, H: int, D: int, *, kind: str = "lstm", itemsize: int = 2, backward: bool = False) -> Cost:

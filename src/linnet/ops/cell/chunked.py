@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..decay.reference import accumulate_dtype
+from ..core.chunks import accumulate_dtype
 from .cells import CELLS, Tensors, gate_slots, preactivations, split_peepholes
 
 # Derivatives are held for at most this many pre-activations at a time (fp32, LSTM: 12 numbers for 4 of them).

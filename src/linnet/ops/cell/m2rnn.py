@@ -20,10 +20,11 @@ from ..core import (
     check_log_decay,
     check_segments,
     common_dtype,
+    differentiable,
     no_autocast,
     resolve_backend,
 )
-from ..decay.reference import accumulate_dtype
+from ..core.chunks import accumulate_dtype
 from .chunked import by_row, by_time, make_plan, rows_in, rows_out
 
 BACKENDS = ("reference", "chunked", "triton")
@@ -177,7 +178,7 @@ def kept_states(batch: int, length: int, cu_host: Tensor | None) -> int:
     return batch * -(-length // KEEP) if cu_host is None else length // KEEP + cu_host.shape[0] - 1
 
 
-def _forward(q, k, v, g, W, S, cu_host, training) -> tuple[Tensor, Tensor, Tensor]:
+def _chunked_forward(q, k, v, g, W, S, cu_host, training) -> tuple[Tensor, Tensor, Tensor]:
     plan, shape, dtype = make_plan(q.shape[0], q.shape[1], cu_host, q.device), v.shape, v.dtype
     q, k, v, f, rest = _unpack(plan, S.dtype, v.shape[2], q, k, v, g)
     W, (S,) = W.to(S.dtype), rows_in((S,), plan)
@@ -195,7 +196,7 @@ def _forward(q, k, v, g, W, S, cu_host, training) -> tuple[Tensor, Tensor, Tenso
     return by_row(torch.cat(outputs).to(dtype), plan, shape), rows_out((S,), plan)[0].clone(), room
 
 
-def _backward(q, k, v, g, W, cu_host, clip, kept, dy, dS) -> tuple[Tensor, ...]:
+def _chunked_backward(q, k, v, g, W, cu_host, clip, kept, dy, dS) -> tuple[Tensor, ...]:
     plan, acc, H = make_plan(q.shape[0], q.shape[1], cu_host, q.device), kept.dtype, v.shape[2]
     inputs, shapes = (q, k, v, g, W), [x.shape for x in (q, k, v, g)]
     q, k, v, f, rest = _unpack(plan, acc, H, q, k, v, g)
@@ -234,8 +235,7 @@ def _backward(q, k, v, g, W, cu_host, clip, kept, dy, dS) -> tuple[Tensor, ...]:
     return *found, dW.to(inputs[-1].dtype), rows_out((dS,), plan)[0].clone()
 
 
-@torch.library.custom_op("linnet::m2rnn", mutates_args=())
-def _m2rnn(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -252,17 +252,15 @@ def _m2rnn(
             from . import launch_m2rnn
 
             return launch_m2rnn.forward(q, k, v, g, W, S, cu_host, training)
-        return _forward(q, k, v, g, W, S, cu_host, training)
+        return _chunked_forward(q, k, v, g, W, S, cu_host, training)
 
 
-@_m2rnn.register_fake
-def _(q, k, v, g, W, S, cu_host, clip, backend, training):
+def _forward_fake(q, k, v, g, W, S, cu_host, clip, backend, training):
     kept = S.new_empty(kept_states(q.shape[0], q.shape[1], cu_host) if training else 0, *S.shape[1:])
     return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(S), kept
 
 
-@torch.library.custom_op("linnet::m2rnn_backward", mutates_args=())
-def _m2rnn_backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -280,11 +278,10 @@ def _m2rnn_backward(
             from . import launch_m2rnn
 
             return launch_m2rnn.backward(q, k, v, g, W, cu_host, clip, kept, dy, dS)  # type: ignore[return-value]
-        return _backward(q, k, v, g, W, cu_host, clip, kept, dy, dS)  # type: ignore[return-value]
+        return _chunked_backward(q, k, v, g, W, cu_host, clip, kept, dy, dS)  # type: ignore[return-value]
 
 
-@_m2rnn_backward.register_fake
-def _(q, k, v, g, W, cu_host, clip, backend, kept, dy, dS):
+def _backward_fake(q, k, v, g, W, cu_host, clip, backend, kept, dy, dS):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, W, dS))
 
 
@@ -294,13 +291,21 @@ def _setup(ctx, inputs, output):
     ctx.options = clip, backend
 
 
-def _autograd(ctx, dy, dS, _):
+def _gradients(run, ctx, dy, dS, _):
     *given, kept = ctx.saved_tensors
-    grads = _m2rnn_backward(*given, *ctx.options, kept, dy.contiguous(), dS.contiguous())
+    grads = run(*given, *ctx.options, kept, dy.contiguous(), dS.contiguous())
     return *grads, None, None, None, None
 
 
-_m2rnn.register_autograd(_autograd, setup_context=_setup)
+_m2rnn = differentiable(
+    "m2rnn",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core import Segments, check_floating, check_segments, no_autocast
-from ..decay.reference import accumulate_dtype
+from ..core.chunks import accumulate_dtype
 from ..scan import scan
 from .state import add_at_last, after_last, at_first, before
 

@@ -18,10 +18,11 @@ from ..core import (
     check_floating,
     check_segments,
     common_dtype,
+    differentiable,
     no_autocast,
     resolve_backend,
 )
-from ..decay.reference import accumulate_dtype
+from ..core.chunks import accumulate_dtype
 from .newton import _unroll, adjoint, solve
 from .state import add_at_last, after_last, at_first, before
 
@@ -223,8 +224,7 @@ class _Lstm:
 _CELLS = {"paragru": _Gru, "paralstm": _Lstm}
 
 
-@torch.library.custom_op("linnet::para", mutates_args=())
-def _para_op(
+def _forward(
     x: Tensor, A: Tensor, C: Tensor | None, s: Tensor, cu_host: Tensor | None, kind: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "triton":
@@ -247,13 +247,11 @@ def _para_op(
         return _output(states).to(x.dtype, copy=True), after_last(states, s, cu_host), states
 
 
-@_para_op.register_fake
-def _(x, A, C, s, cu_host, kind, backend):
+def _forward_fake(x, A, C, s, cu_host, kind, backend):
     return x.new_empty(*x.shape[:2], x.shape[3]), torch.empty_like(s), s.new_empty(*x.shape[:2], *s.shape[1:])
 
 
-@torch.library.custom_op("linnet::para_backward", mutates_args=())
-def _para_backward(
+def _backward(
     x: Tensor,
     A: Tensor,
     C: Tensor | None,
@@ -281,8 +279,7 @@ def _para_backward(
         return dx.to(x.dtype), dA, s.new_empty(0) if dC is None else dC, ds
 
 
-@_para_backward.register_fake
-def _(x, A, C, s, cu_host, kind, backend, states, dy, dlast):
+def _backward_fake(x, A, C, s, cu_host, kind, backend, states, dy, dlast):
     return torch.empty_like(x), torch.empty_like(A), s.new_empty(0 if C is None else C.shape), torch.empty_like(s)
 
 
@@ -292,13 +289,21 @@ def _setup(ctx, inputs, output):
     ctx.options = kind, backend
 
 
-def _backward(ctx, dy, dlast, _):
+def _gradients(run, ctx, dy, dlast, _):
     *given, states = ctx.saved_tensors
-    dx, dA, dC, ds = _para_backward(*given, *ctx.options, states, dy.contiguous(), dlast.contiguous())
+    dx, dA, dC, ds = run(*given, *ctx.options, states, dy.contiguous(), dlast.contiguous())
     return dx, dA, None if given[2] is None else dC, ds, None, None, None
 
 
-_para_op.register_autograd(_backward, setup_context=_setup)
+_para_op = differentiable(
+    "para",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(B: int, T: int, D: int, *, kind: str = "paragru", itemsize: int = 2, backward: bool = False) -> Cost:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..decay.reference import accumulate_dtype
+from ..core.chunks import accumulate_dtype
 from .cells import CELLS, Tensors, preactivations, split_peepholes
 
 
