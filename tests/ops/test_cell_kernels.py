@@ -41,9 +41,9 @@ def call_m2rnn(K: int, V: int, dtype: torch.dtype):
     return m2rnn(q, q, v, g, empty(2, V, V, dtype=dtype), clip=1.0, backend="triton")
 
 
-def call_paralstm(dtype: torch.dtype):
+def call_paralstm(length: int, dtype: torch.dtype):
     A, C = empty(3, 64, dtype=torch.float32), empty(2, 64, dtype=torch.float32)
-    return paralstm(empty(1, 40, 3, 64, dtype=dtype), A, C, backend="triton")
+    return paralstm(empty(1, length, 3, 64, dtype=dtype), A, C, backend="triton")
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -53,7 +53,8 @@ CALLS = {
     "cifg": lambda: call_cell("cifg", 32, BF16, packed=True, peepholes=True),
     "fp32": lambda: call_cell("gru", 64, FP32),
     "wide": lambda: call_cell("lstm", 768, BF16),
-    "paralstm": lambda: call_paralstm(FP32),
+    "paralstm": lambda: call_paralstm(10, BF16),
+    "paralstm tiles": lambda: call_paralstm(40, FP32),
     "m2rnn": lambda: call_m2rnn(64, 16, BF16),
 }
 

@@ -183,7 +183,7 @@ def m2rnn_backward_kernel(
             dX = rest * G * slope
             dk = tl.sum(dX * v.to(tl.float32)[None, :], 1)
             dv = tl.sum(dX * k.to(tl.float32)[:, None], 0)
-            dW = tl.dot(tl.trans(old).to(low), dX.to(low), dW, input_precision=PRECISION)
+            dW += tl.dot(tl.trans(old).to(low), dX.to(low), input_precision=PRECISION)
             dS = tl.dot(dX.to(low), W_back, f * G, input_precision=PRECISION)
             out = dq_ptr.dtype.element_ty
             tl.store(dq_ptr + (at * H + h) * K + ks, dq.to(out), mask=in_k)

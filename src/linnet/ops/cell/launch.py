@@ -70,10 +70,11 @@ def _rows(x: Tensor, cu_host: Tensor | None) -> tuple[int, Tensor | None, Tensor
 
 
 def numerics(x: Tensor) -> dict[str, bool | str]:
-    """How exactly the kernels compute: 16-bit inputs take hardware approximations where there are any."""
-    exact, real = x.dtype == torch.float32, x.device.type == "cuda"
-    fast = real and not exact and torch.version.hip is None
-    return {"EXACT": exact, "FAST": fast, "PRECISION": "ieee"}
+    """How exactly the kernels compute: 16-bit inputs take hardware approximations where there are any; fp32 products
+    run on matrix units only where ``torch.set_float32_matmul_precision`` allows it, as three of TF32."""
+    exact, nvidia = x.dtype == torch.float32, x.device.type == "cuda" and torch.version.hip is None
+    split = exact and nvidia and torch.get_float32_matmul_precision() != "highest"
+    return {"EXACT": exact, "FAST": nvidia and not exact, "PRECISION": "tf32x3" if split else "ieee"}
 
 
 def forward(

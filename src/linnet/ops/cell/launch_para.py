@@ -8,19 +8,33 @@ import torch
 import triton
 from torch import Tensor
 
-from .kernels_para import para_backward_kernel, para_forward_kernel
+from .kernels_para import (
+    para_backward_kernel,
+    para_forward_kernel,
+    para_tile_backward_kernel,
+    para_tile_forward_kernel,
+)
 from .launch import numerics
-from .state import before
 
-SETTINGS = {"BD": 64, "num_warps": 1, "num_stages": 1}  # two channels a thread: the least that loads in advance
+SEQUENTIAL = {"BD": 64, "num_warps": 1, "num_stages": 1}  # two channels a thread: the least that loads in advance
+SHORT = 16  # tokens up to which one after the other is sooner done
+MANY = 16384  # channels, of all sequences, that keep a GPU busy one token after the other
+TOLERANCE, STEPS = 1e-5, 12  # of Newton's method: the step after this residual is exact to rounding
+
+
+def tile_settings(length: int, channels: int) -> dict[str, int]:
+    """Tokens and channels of a tile: so few channels that their programs fill the GPU, as far as reads allow."""
+    BD = 8 if channels > 1024 else 4
+    return {"BT": 64 if length <= 64 else 256, "BD": BD, "num_warps": 8 if BD > 4 else 4, "num_stages": 1}
 
 
 def _call(x: Tensor, C: Tensor | None, cu_host: Tensor | None) -> tuple[tuple[int, ...], Tensor | None, dict[str, Any]]:
-    rows = x.shape[0] if cu_host is None else len(cu_host) - 1
-    how = numerics(x)
+    rows, length = (x.shape[0], x.shape[1]) if cu_host is None else (len(cu_host) - 1, int(cu_host.diff().max()))
+    how, channels = numerics(x), rows * x.shape[3]
     flags = {"LSTM": C is not None, "PACKED": cu_host is not None, "EXACT": how["EXACT"], "FAST": how["FAST"]}
-    grid = (triton.cdiv(x.shape[3], SETTINGS["BD"]), rows)
-    return grid, None if cu_host is None else cu_host.to(x.device), flags | SETTINGS
+    settings = SEQUENTIAL if length <= SHORT or channels > MANY else tile_settings(length, channels)
+    grid = (triton.cdiv(x.shape[3], settings["BD"]), rows)
+    return grid, None if cu_host is None else cu_host.to(x.device), flags | settings
 
 
 def forward(x: Tensor, A: Tensor, C: Tensor | None, s: Tensor, cu_host: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +43,11 @@ def forward(x: Tensor, A: Tensor, C: Tensor | None, s: Tensor, cu_host: Tensor |
     grid, cu, flags = _call(x, C, cu_host)
     y, states = x.new_empty(*x.shape[:2], x.shape[3]), s.new_empty(*x.shape[:2], *s.shape[1:])
     last = torch.empty_like(s)
-    para_forward_kernel[grid](x, A, C, s, y, states, last, cu, x.shape[1], x.shape[3], **flags)
+    tensors = x, A, C, s, y, states, last, cu
+    if "BT" in flags:
+        para_tile_forward_kernel[grid](*tensors, TOLERANCE, STEPS, x.shape[1], x.shape[3], **flags)
+    else:
+        para_forward_kernel[grid](*tensors, x.shape[1], x.shape[3], **flags)
     return y, last, states
 
 
@@ -44,12 +62,12 @@ def backward(
     dlast: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, A, C (empty without) and the initial states."""
-    x, A, dy, dlast = x.contiguous(), A.contiguous(), dy.contiguous(), dlast.contiguous()
+    x, A, s, dy, dlast = (t.contiguous() for t in (x, A, s, dy, dlast))
     C = None if C is None else C.contiguous()
     grid, cu, flags = _call(x, C, cu_host)
     dx, ds = torch.empty_like(x), torch.empty_like(dlast)
     sums = s.new_empty(grid[1], 5, x.shape[3])
-    past = before(states, s, cu_host).contiguous()
-    para_backward_kernel[grid](x, A, C, past, dy, dlast, dx, sums, ds, cu, x.shape[1], x.shape[3], **flags)
+    kernel = para_tile_backward_kernel if "BT" in flags else para_backward_kernel
+    kernel[grid](x, A, C, s, states, dy, dlast, dx, sums, ds, cu, x.shape[1], x.shape[3], **flags)
     total = sums.sum(0)
     return dx, total[:3].clone(), s.new_empty(0) if C is None else total[3:].clone(), ds
