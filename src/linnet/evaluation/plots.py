@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_curves", "plot_dissection", "plot_loss_curve"]
+__all__ = ["plot_curves", "plot_dissection", "plot_loss_curve", "plot_speed"]
 
 _INK, _MUTED, _GRID = "#1f2933", "#66727f", "#e4e7eb"
 _TRAIN, _HELD_OUT = "#7fb0d6", "#d1495b"
+_OURS, _PEERS = "#d1495b", ("#3b76a8", "#6c7a3f", "#7d5ba6", "#c98a2b", "#3c8c84")
 _BASELINES = ("#6c7a3f", "#7d5ba6", "#c98a2b", "#3c8c84")
 _CURVES = ("#1f77b4", "#d1495b", "#3c8c84", "#c98a2b", "#7d5ba6", "#6c7a3f", "#8c5a3c", "#5b6770", "#b0569b", "#2f9e44")
 
@@ -192,6 +193,72 @@ def _canvas(x: str, y: str, title: str) -> tuple[Any, Any]:
     axes.spines["bottom"].set_color(_GRID)
     axes.tick_params(colors=_MUTED, length=0)
     return figure, axes
+
+
+def plot_speed(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the times of `linnet bench`: a panel an op and pass, shapes along x, milliseconds on a log axis, one
+    colour an implementation, and the hardware limit as a line.
+
+    Args:
+        path: the PNG file to write (replaced if it exists).
+        rows: lines of the CSV file, as text or numbers.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    timed = [row for row in rows if row["ms"]]
+    panels = list(dict.fromkeys((row["op"], row["pass"]) for row in timed))
+    ops, passes = (list(dict.fromkeys(panel[i] for panel in panels)) for i in (0, 1))
+    impls = sorted(dict.fromkeys(row["impl"] for row in timed), key=lambda name: name != "linnet")
+    colors = {name: _OURS if name == "linnet" else _PEERS[i % len(_PEERS)] for i, name in enumerate(impls)}
+    figure = Figure(
+        figsize=(1.2 + 3.2 * max(1, len(ops)), 1.4 + 2.7 * max(1, len(passes))), dpi=150, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(max(1, len(passes)), max(1, len(ops)), squeeze=False)
+    for i, name in enumerate(passes):
+        for j, op in enumerate(ops):
+            axes = grid[i][j]
+            mine = [row for row in timed if row["op"] == op and row["pass"] == name]
+            places = {shape: x for x, shape in enumerate(dict.fromkeys(_shape(row) for row in mine))}
+            for impl in impls:
+                at = [(places[_shape(row)], float(row["ms"])) for row in mine if row["impl"] == impl]
+                if at:
+                    bold = {"zorder": 3, "s": 34} if impl == "linnet" else {"s": 18}
+                    axes.scatter(*zip(*at, strict=True), color=colors[impl], label=impl, **bold)
+            floor = sorted({(places[_shape(row)], float(row["limit_ms"])) for row in mine if row["limit_ms"]})
+            if floor:
+                axes.plot(*zip(*floor, strict=True), "_", color=_INK, markersize=9, label="limit")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.set_title(f"{op}, {name}", loc="left", color=_INK, fontsize=9, fontweight="bold")
+            few = len(places) <= 8
+            axes.set_xticks(
+                range(len(places)) if few else [], list(places) if few else [], fontsize=6, rotation=30, ha="right"
+            )
+            axes.grid(axis="y", color=_GRID, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.spines["bottom"].set_color(_GRID)
+            axes.tick_params(colors=_MUTED, which="both", length=0, labelsize=7)
+            axes.margins(x=0.08, y=0.1)
+            if j == 0:
+                axes.set_ylabel("ms", color=_MUTED)
+    named = {}
+    for axes in grid.flat:
+        named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if named:
+        style = {"frameon": False, "labelcolor": _INK, "fontsize": 8}
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=8, **style)
+    figure.savefig(path)
+
+
+def _shape(row: Mapping[str, Any]) -> str:
+    sizes = "×".join(str(row[name]) for name in ("B", "T", "H", "K", "V") if str(row[name]))
+    return f"{sizes} in {row['segments']}" if row["segments"] else sizes
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

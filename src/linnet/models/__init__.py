@@ -3,7 +3,7 @@ recurrent modules of ``torch.nn`` on the cell engine."""
 
 from .compressor import Compressor
 from .decoder import Decoder, DecoderConfig, DecoderLayer, DecoderOutput
-from .generation import Generation, GenerationStep, generate, sample, stream
+from .generation import DecodingStep, Generation, GenerationStep, generate, sample, stream
 from .io import atomic_folder, recover_folder
 from .mlp import MixtureOfExperts, SwiGLU
 from .parameters import no_decay_names, parameter_groups
@@ -18,6 +18,7 @@ __all__ = [
     "DecoderConfig",
     "DecoderLayer",
     "DecoderOutput",
+    "DecodingStep",
     "Generation",
     "GenerationStep",
     "MixtureOfExperts",
