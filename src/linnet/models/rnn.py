@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from linnet.ops import CellState, Segments, cell
 
+from .encoder import reverse
+
 __all__ = ["GRU", "LSTM", "RNN"]
 
 
@@ -103,9 +105,9 @@ class _Recurrent(nn.Module):
             sides = []
             for suffix in ("", "_reverse") if self.bidirectional else ("",):
                 start = None if starts is None else tuple(s[len(ends)] for s in starts)
-                y = self._reversed(x, segments) if suffix else x
+                y = reverse(x, segments) if suffix else x
                 y, end = self._run(y, f"l{layer}{suffix}", start, segments)
-                sides.append(self._reversed(y, segments) if suffix else y)
+                sides.append(reverse(y, segments) if suffix else y)
                 ends.append(end)
             x = torch.cat(sides, -1)
         last = tuple(torch.stack(part).to(x.dtype) for part in zip(*ends, strict=True))
@@ -144,15 +146,6 @@ class _Recurrent(nn.Module):
             if list(part.shape) != want:
                 raise ValueError(f"hx: expected shape {want if batched else [want[0], size]}, got {list(part.shape)}")
         return parts if order is None else tuple(s.index_select(1, order) for s in parts)
-
-    @staticmethod
-    def _reversed(x: Tensor, segments: Segments | None) -> Tensor:
-        """Every sequence from its own last token to its first."""
-        if segments is None:
-            return x.flip(1)
-        ids = segments.ids.long()
-        ends = segments.cu_seqlens[1:].long()[ids] - 1
-        return x.index_select(1, ends - segments.positions)
 
     def _run(
         self, x: Tensor, name: str, start: tuple[Tensor, ...] | None, segments: Segments | None
