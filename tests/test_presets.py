@@ -51,6 +51,7 @@ def test_exact_figures_match_exactly():
     assert size("xlstm-7b") == 6_865_424_896
     assert size("olmo-hybrid-7b") == 7_430_870_688
     assert size("mamba2-130m") == 128_989_632
+    assert size("first-xlstm-350m", stack="7:1") == 408_436_048  # printed as 408.4M
 
 
 def test_comparison_models_have_one_size():

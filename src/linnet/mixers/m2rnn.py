@@ -125,12 +125,10 @@ class M2RNN(Mixer):
     def reset_parameters(self) -> None:
         """A uniform in (0, 16]; step sizes log-uniform in [1e-3, 0.1], stored as their inverse softplus; D = 1."""
         if self.f_init is None:
-            self.A_log.copy_((16 * (1 - torch.rand_like(self.A_log))).log())
-            dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
-        else:
+            parts.reset_softplus_decay(self.A_log, self.dt_bias, lowest=0.0)
+        else:  # softplus(dt_bias) = -log f_init
             nn.init.zeros_(self.A_log)
-            dt = nn.init.constant_(self.dt_bias, -math.log(self.f_init))
-        dt.add_(torch.log(-torch.expm1(-dt)))
+            nn.init.constant_(self.dt_bias, math.log(1 / self.f_init - 1))
         nn.init.ones_(self.D)
         if self.w_init == "random":
             nn.init.normal_(self.W, std=self.head_v**-0.5)
@@ -148,7 +146,7 @@ class M2RNN(Mixer):
         keys = self.num_qk_heads * self.head_k
         q, k, v = qkv.split([keys, keys, self.split[2]], -1)
         q, k, v = parts.heads(q, self.num_qk_heads), parts.heads(k, self.num_qk_heads), parts.heads(v, self.num_heads)
-        g = -parts.fp32(self.A_log).exp() * F.softplus(parts.fp32(a) + parts.fp32(self.dt_bias))
+        g = parts.softplus_decay(a, self.A_log, self.dt_bias)
         y, memory = m2rnn(q, k, v, g, self.W.to(v.dtype), clip=self.clip, state=memory, segments=segments)
         y = (parts.fp32(y) + parts.fp32(self.D) * parts.fp32(v)).flatten(2) * F.silu(parts.fp32(gate))
         return self.o_proj(self.norm(y).to(gate.dtype)), M2RNNMixerState(memory, tail)
