@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linnet.ops import Segments, newton, paragru, unroll
+from linnet.ops import Segments, check_step, newton, paragru, unroll
 
 # A cell of one's own is a plain function of one token. This is all it takes to run it both ways:
 
@@ -130,3 +130,28 @@ def test_bad_arguments_are_named():
             call()
     with pytest.raises(ValueError, match=r"^state: expected shape \[N, D, 2\]"):
         newton(step, x, state, params, jacobian="block")
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "block", "dense"])
+def test_cells_of_ones_own_are_tested_by_one_call(kind):
+    step, x, state, params = draw(kind, None, torch.float32)
+    assert 0 < check_step(step, x, state, params, jacobian=kind).iterations <= 8
+
+
+def test_what_is_wrong_with_a_cell_is_said():
+    step, x, state, params = draw("dense", None)
+    with pytest.raises(AssertionError, match=r"step: channel \d depends on another, not diagonal"):
+        check_step(step, x, state, params)
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h: Tensor, x: Tensor) -> Tensor:
+            return 0.5 * h + x
+
+        @staticmethod
+        def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
+            return 0.5 * g, 2 * g if g.dim() == 2 else g
+
+    x, state = torch.randn(2, 5, 3), torch.zeros(2, 3)
+    with pytest.raises(AssertionError, match=r"gradient of x\[0\]: newton and token by token differ by"):
+        check_step(lambda h, x: Halved.apply(h, x), x, state)

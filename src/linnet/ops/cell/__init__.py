@@ -23,7 +23,7 @@ from ..core.chunks import accumulate_dtype
 from . import chunked, reference
 from .cells import CELLS
 from .m2rnn import M2RNNState, m2rnn
-from .newton import NewtonResult, newton, unroll
+from .newton import NewtonResult, check_step, newton, unroll
 from .para import ParaState, paragru, paralstm
 from .state import CellState
 
@@ -34,6 +34,7 @@ __all__ = [
     "ParaState",
     "cell",
     "cell_state",
+    "check_step",
     "cost",
     "m2rnn",
     "newton",

@@ -125,6 +125,57 @@ def unroll(
         return _unroll(step, inputs, isinstance(x, tuple), state, params, bounds)
 
 
+def check_step(
+    step: Step,
+    x: Tensor | tuple[Tensor, ...],
+    state: Tensor,
+    params: tuple[Tensor, ...] = (),
+    *,
+    jacobian: str = "diagonal",
+    tolerance: float = 1e-8,
+) -> NewtonResult:
+    """Test a cell of one's own, on inputs of one's choice in float64: its states depend on each other as ``jacobian``
+    says, and both ways to run it give the same states and gradients.
+
+    Args:
+        step, x, state, params, jacobian: as for :func:`newton`.
+        tolerance: largest difference, relative to the largest entry or to 1.
+
+    Returns:
+        What :func:`newton` found; ``iterations`` says how well the cell suits it (-1: it did not converge).
+
+    Raises:
+        AssertionError: naming what differs.
+        ValueError: as :func:`newton`.
+    """
+    inputs, state, params = _check(x, state, params, None)
+    tensors = [t.detach().double().requires_grad_() for t in (*inputs, state, *params)]
+    inputs, (state, *rest), several = tuple(tensors[: len(inputs)]), tensors[len(inputs) :], isinstance(x, tuple)
+    first = tuple(y[:1, 0].detach() for y in inputs)
+    full: Any = torch.autograd.functional.jacobian(
+        lambda h: _evaluate(step, h, first, several, tuple(p.detach() for p in rest)), state[:1].detach()
+    )
+    if jacobian != "dense":  # entries of other channels must be 0
+        D, size = state.shape[1], state[0, 0].numel()
+        across = full.reshape(D, size, D, size).abs().amax((1, 3)) * (1 - torch.eye(D, dtype=full.dtype))
+        assert not across.any(), f"step: channel {int(across.amax(1).argmax())} depends on another, not {jacobian}"
+    x = inputs if several else inputs[0]
+    found = newton(step, x, state, tuple(rest), jacobian=jacobian)
+    names = [f"x[{i}]" for i in range(len(inputs))] + ["state"] + [f"params[{i}]" for i in range(len(rest))]
+    weights = torch.linspace(-1, 1, found.h.numel(), dtype=found.h.dtype).view_as(found.h)
+    results = []
+    for h, last in (found[:2], unroll(step, x, state, tuple(rest))):
+        grads = torch.autograd.grad((h * weights).sum() + last.sum(), tensors, allow_unused=True)
+        results.append([h, last, *grads])
+    for name, got, want in zip(["h", "state", *(f"gradient of {n}" for n in names)], *results, strict=True):
+        if got is None or want is None:
+            assert got is want, f"{name}: in one way only"
+            continue
+        error = float((got - want).detach().abs().max() / want.detach().abs().max().clamp(min=1))
+        assert error <= tolerance, f"{name}: newton and token by token differ by {error:.3g}"
+    return found
+
+
 def _check(x: Any, state: Tensor, params: tuple[Tensor, ...], segments: Segments | None):
     """The inputs as a tuple, everything in the dtype of states."""
     inputs = x if isinstance(x, tuple) else (x,)
