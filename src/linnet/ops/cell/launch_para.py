@@ -18,21 +18,23 @@ from .launch import numerics
 
 SEQUENTIAL = {"BD": 64, "num_warps": 1, "num_stages": 1}  # two channels a thread: the least that loads in advance
 SHORT = 16  # tokens up to which one after the other is sooner done
-MANY = 16384  # channels, of all sequences, that keep a GPU busy one token after the other
+GRU_MANY, LSTM_MANY = 8192, 4096  # channels, of all sequences, with which one after the other is sooner done too
 TOLERANCE, STEPS = 1e-5, 12  # of Newton's method: the step after this residual is exact to rounding
 
 
 def tile_settings(length: int, channels: int) -> dict[str, int]:
-    """Tokens and channels of a tile: so few channels that their programs fill the GPU, as far as reads allow."""
-    BD = 8 if channels > 1024 else 4
-    return {"BT": 64 if length <= 64 else 256, "BD": BD, "num_warps": 8 if BD > 4 else 4, "num_stages": 1}
+    """Tokens and channels of a tile. The fewer channels there are, the fewer a program takes and the more tokens."""
+    few = channels <= 1024
+    tile = {"BT": 64} if length <= 64 else {"BT": 256 if few else 128}
+    return tile | {"BD": 4 if few else 8, "num_warps": 4, "num_stages": 1}
 
 
 def _call(x: Tensor, C: Tensor | None, cu_host: Tensor | None) -> tuple[tuple[int, ...], Tensor | None, dict[str, Any]]:
     rows, length = (x.shape[0], x.shape[1]) if cu_host is None else (len(cu_host) - 1, int(cu_host.diff().max()))
     how, channels = numerics(x), rows * x.shape[3]
     flags = {"LSTM": C is not None, "PACKED": cu_host is not None, "EXACT": how["EXACT"], "FAST": how["FAST"]}
-    settings = SEQUENTIAL if length <= SHORT or channels > MANY else tile_settings(length, channels)
+    many = GRU_MANY if C is None else LSTM_MANY
+    settings = SEQUENTIAL if length <= SHORT or channels > many else tile_settings(length, channels)
     grid = (triton.cdiv(x.shape[3], settings["BD"]), rows)
     return grid, None if cu_host is None else cu_host.to(x.device), flags | settings
 
