@@ -44,6 +44,48 @@ def _weights(A_ptr, C_ptr, D, cols, ins, LSTM: tl.constexpr):
 
 
 @triton.jit
+def _gru(h, x0, x1, x2, a0, a1, a2, EXACT: tl.constexpr, FAST: tl.constexpr):
+    """The gates around h, and the derivative of the state after."""
+    z, keep = _sigmoid(a0 * h + x0, FAST)
+    r, r_off = _sigmoid(a1 * h + x1, FAST)
+    n = _tanh(a2 * r * h + x2, EXACT, False)
+    slope = z * (1.0 - n * n) * a2
+    J = keep + (n - h) * z * keep * a0 + slope * (r + h * r * r_off * a1)
+    return z, keep, r, r_off, n, J
+
+
+@triton.jit
+def _lstm(c, h, x0, x1, x2, a0, a1, a2, p0, p1, EXACT: tl.constexpr, FAST: tl.constexpr):
+    """The gates around (c, h), the memory after, and the derivatives of (c, h) after."""
+    f, f_off = _sigmoid(a0 * h + p0 * c + x0, FAST)
+    z = _tanh(a2 * h + x2, EXACT, False)
+    new = f * c + f_off * z
+    o, o_off = _sigmoid(a1 * h + p1 * new + x1, FAST)
+    y = _tanh(new, EXACT, False)
+    df = (c - z) * f * f_off
+    do = y * o * o_off
+    cc = f + df * p0
+    ch = df * a0 + f_off * (1.0 - z * z) * a2
+    through = do * p1 + o * (1.0 - y * y)
+    return f, f_off, z, new, o, o_off, y, cc, ch, through * cc, do * a1 + through * ch
+
+
+@triton.jit
+def _gru_back(g, h, z, keep, r, r_off, n, a2):
+    """Gradients of the gates' inputs from that of the state after."""
+    d2 = g * z * (1.0 - n * n)
+    return g * (n - h) * z * keep, d2 * a2 * h * r * r_off, d2
+
+
+@triton.jit
+def _lstm_back(g, dc, c, f, f_off, z, o, o_off, y, p1):
+    """Gradients of the gates' inputs, and the whole one of the memory after, from those of (c, h) after."""
+    d1 = g * y * o * o_off
+    dc += g * o * (1.0 - y * y) + d1 * p1
+    return dc * (c - z) * f * f_off, d1, dc * f_off * (1.0 - z * z), dc
+
+
+@triton.jit
 def para_forward_kernel(
     x_ptr,  # [tokens, 3, D]
     A_ptr,  # [3, D] fp32
@@ -80,16 +122,15 @@ def para_forward_kernel(
         x1 = tl.load(x_at + t * 3 * D + D, mask=ins, other=0.0).to(tl.float32)
         x2 = tl.load(x_at + t * 3 * D + 2 * D, mask=ins, other=0.0).to(tl.float32)
         if LSTM:
-            f, f_off = _sigmoid(a0 * h + p0 * c + x0, FAST)
-            c = f * c + f_off * _tanh(a2 * h + x2, EXACT, False)
-            o, _o = _sigmoid(a1 * h + p1 * c + x1, FAST)
-            h = o * _tanh(c, EXACT, False)
+            _f, _f_off, _z, c, o, _o_off, y, _cc, _ch, _hc, _hh = _lstm(
+                c, h, x0, x1, x2, a0, a1, a2, p0, p1, EXACT, FAST
+            )
+            h = o * y
             tl.store(states_at + t * 2 * D, c, mask=ins)
             tl.store(states_at + t * 2 * D + 1, h, mask=ins)
         else:
-            z, keep = _sigmoid(a0 * h + x0, FAST)
-            r, _r = _sigmoid(a1 * h + x1, FAST)
-            h = keep * h + z * _tanh(a2 * r * h + x2, EXACT, False)
+            z, keep, _r, _r_off, y, _J = _gru(h, x0, x1, x2, a0, a1, a2, EXACT, FAST)
+            h = keep * h + z * y
             tl.store(states_at + t * D, h, mask=ins)
         tl.store(y_at + t * D, h.to(y_ptr.dtype.element_ty), mask=ins)
     if LSTM:
@@ -153,15 +194,8 @@ def para_backward_kernel(
             h = tl.load(states_ptr + (y_at + t * D - D) * 2 + 1, mask=ins & (t > 0), other=0.0)
             c = tl.where(t > 0, c, c_first)
             h = tl.where(t > 0, h, h_first)
-            f, f_off = _sigmoid(a0 * h + p0 * c + x0, FAST)
-            z = _tanh(a2 * h + x2, EXACT, False)
-            new = f * c + f_off * z
-            o, o_off = _sigmoid(a1 * h + p1 * new + x1, FAST)
-            y = _tanh(new, EXACT, False)
-            d1 = g * y * o * o_off
-            dc += g * o * (1.0 - y * y) + d1 * p1
-            d0 = dc * (c - z) * f * f_off
-            d2 = dc * f_off * (1.0 - z * z)
+            f, f_off, z, new, o, o_off, y, _cc, _ch, _hc, _hh = _lstm(c, h, x0, x1, x2, a0, a1, a2, p0, p1, EXACT, FAST)
+            d0, d1, d2, dc = _lstm_back(g, dc, c, f, f_off, z, o, o_off, y, p1)
             dh = a0 * d0 + a1 * d1 + a2 * d2
             dc = dc * f + d0 * p0
             da2 += d2 * h
@@ -170,12 +204,8 @@ def para_backward_kernel(
         else:
             h = tl.load(states_ptr + y_at + t * D - D, mask=ins & (t > 0), other=0.0)
             h = tl.where(t > 0, h, h_first)
-            z, keep = _sigmoid(a0 * h + x0, FAST)
-            r, r_off = _sigmoid(a1 * h + x1, FAST)
-            y = _tanh(a2 * r * h + x2, EXACT, False)
-            d2 = g * z * (1.0 - y * y)
-            d0 = g * (y - h) * z * keep
-            d1 = d2 * a2 * h * r * r_off
+            z, keep, r, r_off, y, _J = _gru(h, x0, x1, x2, a0, a1, a2, EXACT, FAST)
+            d0, d1, d2 = _gru_back(g, h, z, keep, r, r_off, y, a2)
             dh = g * keep + a0 * d0 + a1 * d1 + a2 * r * d2
             da2 += d2 * r * h
         da0 += d0 * h
@@ -228,33 +258,6 @@ def _before(x, edge, BT: tl.constexpr):
 @triton.jit
 def _tokens(ptr, at, stride, rows, inside):
     return tl.load(ptr + at + rows * stride, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _gru(h, x0, x1, x2, a0, a1, a2, EXACT: tl.constexpr, FAST: tl.constexpr):
-    """The gates around h, and the derivative of the state after."""
-    z, keep = _sigmoid(a0 * h + x0, FAST)
-    r, r_off = _sigmoid(a1 * h + x1, FAST)
-    n = _tanh(a2 * r * h + x2, EXACT, False)
-    slope = z * (1.0 - n * n) * a2
-    J = keep + (n - h) * z * keep * a0 + slope * (r + h * r * r_off * a1)
-    return z, keep, r, r_off, n, J
-
-
-@triton.jit
-def _lstm(c, h, x0, x1, x2, a0, a1, a2, p0, p1, EXACT: tl.constexpr, FAST: tl.constexpr):
-    """The gates around (c, h), the memory after, and the derivatives of (c, h) after."""
-    f, f_off = _sigmoid(a0 * h + p0 * c + x0, FAST)
-    z = _tanh(a2 * h + x2, EXACT, False)
-    new = f * c + f_off * z
-    o, o_off = _sigmoid(a1 * h + p1 * new + x1, FAST)
-    y = _tanh(new, EXACT, False)
-    df = (c - z) * f * f_off
-    do = y * o * o_off
-    cc = f + df * p0
-    ch = df * a0 + f_off * (1.0 - z * z) * a2
-    through = do * p1 + o * (1.0 - y * y)
-    return f, f_off, z, new, o, o_off, y, cc, ch, through * cc, do * a1 + through * ch
 
 
 @triton.jit
@@ -437,10 +440,7 @@ def para_tile_backward_kernel(
             dc_in = tl.sum(tl.where(rows == count - 1, mc, 0.0), 0)
             dh_in = tl.sum(tl.where(rows == count - 1, mh, 0.0), 0)
             g = wh + _before(mh, nothing, BT)
-            d1 = g * y * o * o_off
-            dc = wc + _before(mc, nothing, BT) + g * o * (1.0 - y * y) + d1 * p1
-            d0 = dc * (c - z) * f * f_off
-            d2 = dc * f_off * (1.0 - z * z)
+            d0, d1, d2, _dc = _lstm_back(g, wc + _before(mc, nothing, BT), c, f, f_off, z, o, o_off, y, p1)
             da2 += tl.where(inside, d2 * h, 0.0)
             dp0 += tl.where(inside, d0 * c, 0.0)
             dp1 += tl.where(inside, d1 * new, 0.0)
@@ -451,9 +451,7 @@ def para_tile_backward_kernel(
             _a, mh = tl.associative_scan((J, J * wh), 0, _then1)
             dh_in = tl.sum(tl.where(rows == count - 1, mh, 0.0), 0)
             g = wh + _before(mh, nothing, BT)
-            d2 = g * z * (1.0 - y * y)
-            d0 = g * (y - h) * z * keep
-            d1 = d2 * a2 * h * r * r_off
+            d0, d1, d2 = _gru_back(g, h, z, keep, r, r_off, y, a2)
             da2 += tl.where(inside, d2 * r * h, 0.0)
         da0 += tl.where(inside, d0 * h, 0.0)
         da1 += tl.where(inside, d1 * h, 0.0)
