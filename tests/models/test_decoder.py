@@ -452,3 +452,12 @@ def test_mixtures_of_tokens() -> None:
     assert torch.allclose(seen[0][0, 0], other, atol=1e-6)
     with pytest.raises(ValueError, match=r"floats \[B, T, W\] with W <= 7"):
         model(torch.zeros(1, 2, 8))
+
+
+def test_mlps_by_layer_are_repeated_over_the_layers_like_mixers():
+    model = decoder(mlp=["none", "swiglu", "none"])
+    assert [layer.mlp is not None for layer in model.layers] == [False, True, False, False]
+    assert DecoderConfig.from_dict(json.loads(json.dumps(model.config.to_dict()))) == model.config
+    assert model(tokens(1, 4)).logits.shape == (1, 4, VOCAB)
+    with pytest.raises(ValueError, match=r"^mlp: expected 'swiglu', 'moe', 'none' or a list of these, got"):
+        config(mlp=["swiglu", "geglu"])

@@ -38,7 +38,8 @@ class DecoderConfig:
         num_layers: number of layers.
         mixers: mixer specs, repeated over the layers in turn: ``["gla", "gla", "gla", "attention(window=256)"]`` is
             three to one. A spec is a name, a name with options, or a mapping with a ``name``.
-        mlp: "swiglu", "moe" (mixture of experts) or "none" (the layer is its mixer alone).
+        mlp: "swiglu", "moe" (mixture of experts) or "none" (the layer is its mixer alone); or a list of these, repeated
+            over the layers like the mixers.
         mlp_hidden: inner width of the MLP; by default ``mlp_ratio * d_model`` rounded up to a multiple of 64.
         mlp_ratio: inner width relative to ``d_model`` when ``mlp_hidden`` is not given.
         num_experts, experts_per_token: experts of "moe", and how many of them a token runs.
@@ -62,7 +63,7 @@ class DecoderConfig:
     d_model: int
     num_layers: int
     mixers: Sequence[str | Mapping[str, Any]]
-    mlp: str = "swiglu"
+    mlp: str | Sequence[str] = "swiglu"
     mlp_hidden: int | None = None
     mlp_ratio: float = 8 / 3
     num_experts: int = 8
@@ -97,7 +98,11 @@ class DecoderConfig:
         for name in ("tie_embeddings", "scale_residual_init"):
             self._expect(name, "true or false", lambda x: isinstance(x, bool))
         self._expect("logit_soft_cap", "a number > 0 or None", lambda x: x is None or (_is_number(x) and x > 0))
-        self._expect("mlp", "'swiglu', 'moe' or 'none'", lambda x: x in ("swiglu", "moe", "none"))
+        kinds = (self.mlp,) if isinstance(self.mlp, str) else tuple(self.mlp)
+        allowed = ("swiglu", "moe", "none")
+        self._expect("mlp", "'swiglu', 'moe', 'none' or a list of these", lambda _: kinds and set(kinds) <= {*allowed})
+        if not isinstance(self.mlp, str):
+            object.__setattr__(self, "mlp", kinds)
         self._expect("router", "'softmax' or 'sigmoid'", lambda x: x in ("softmax", "sigmoid"))
         self._expect("norm_position", "'pre' or 'post'", lambda x: x in ("pre", "post"))
         self._expect("experts_per_token", f"at most num_experts={self.num_experts}", lambda x: x <= self.num_experts)
@@ -130,10 +135,11 @@ class DecoderConfig:
     def build_mlp(self, layer: int) -> SwiGLU | MixtureOfExperts | None:
         """The MLP of a layer."""
         std = self.init_std / math.sqrt(2 * self.num_layers) if self.scale_residual_init else self.init_std
-        if self.mlp == "none":
+        kind = self.mlp if isinstance(self.mlp, str) else self.mlp[layer % len(self.mlp)]
+        if kind == "none":
             return None
         sparse = layer >= self.dense_layers and (layer - self.dense_layers + 1) % self.experts_every == 0
-        if self.mlp == "swiglu" or not sparse:
+        if kind == "swiglu" or not sparse:
             return SwiGLU(self.d_model, self.hidden, init_std=self.init_std, out_std=std)
         return MixtureOfExperts(
             self.d_model,
@@ -152,7 +158,8 @@ class DecoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; :meth:`from_dict` restores them."""
-        return dataclasses.asdict(self) | {"mixers": list(self.mixers)}
+        lists = {"mixers": list(self.mixers)} | ({} if isinstance(self.mlp, str) else {"mlp": list(self.mlp)})
+        return dataclasses.asdict(self) | lists
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
@@ -207,8 +214,8 @@ class DecoderLayer(nn.Module):
         width, eps, self.post = config.d_model, config.norm_eps, config.norm_position == "post"
         self.mixer_norm = nn.RMSNorm(width, eps=eps)
         self.mixer = build_mixer(config.mixer_spec(layer), width, layer=layer, num_layers=config.num_layers)
-        self.mlp_norm = None if config.mlp == "none" else nn.RMSNorm(width, eps=eps)
         self.mlp = config.build_mlp(layer)
+        self.mlp_norm = None if self.mlp is None else nn.RMSNorm(width, eps=eps)
 
     def forward(
         self, x: Tensor, state: Any = None, segments: Segments | None = None
