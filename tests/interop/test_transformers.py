@@ -269,11 +269,12 @@ def test_adapters_reach_every_projection(tmp_path):
     from linnet.interop.transformers import LinnetForCausalLM
 
     ids = prompts()[1]
-    for name, kind in mixers().items():
-        options = {key: value for key, value in kind.card.examples[0].items() if key != "d_model"}
-        width = kind.card.examples[0]["d_model"]
+    cases = [(name, dict(kind.card.examples[0]), {"mlp": "none"}) for name, kind in mixers().items()]
+    moe = {"mlp": "moe", "num_experts": 4, "expert_hidden": 8, "shared_experts": 1, "shared_gate": True}
+    for name, options, mlp in [*cases, ("gla", {"d_model": 16, "num_heads": 2}, moe)]:
+        width = options.pop("d_model")
         torch.manual_seed(0)
-        decoder = Decoder(config([{"name": name, **options}], d_model=width, num_layers=1, mlp="none")).eval()
+        decoder = Decoder(config([{"name": name, **options}], d_model=width, num_layers=1, **mlp)).eval()
         lm = LinnetForCausalLM.wrap(decoder)
         with torch.no_grad():
             for p in decoder.parameters():  # some factors start at zero, and what is before them is then not seen

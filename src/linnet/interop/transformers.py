@@ -103,7 +103,9 @@ class LinnetConfig(PreTrainedConfig):
 def _model_folder(name: Any) -> Any:
     """The model of a run folder; what else there may be, such as a name on the hub, is for transformers to judge."""
     try:
-        return str(find_model(os.fspath(name))) if isinstance(name, (str, os.PathLike)) and Path(name).is_dir() else name
+        return (
+            str(find_model(os.fspath(name))) if isinstance(name, (str, os.PathLike)) and Path(name).is_dir() else name
+        )
     except FileNotFoundError:
         return name
 
