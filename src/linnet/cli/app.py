@@ -18,6 +18,7 @@ _COMMANDS = {
     "train": "Train a language model and report held-out bits per byte.",
     "generate": "Continue a text with a trained model.",
     "eval": "Measure a trained language model: loss by context length, copying, recall and state tracking.",
+    "convert": "Convert a checkpoint of another library (Llama, Qwen, Olmo Hybrid, Kimi Linear, Mamba-2), or back.",
     "compare": "Train mixers on a synthetic task in the same decoder and compare their accuracy by length.",
     "reproduce": "Run the small version of a paper's central experiment and hold the measured figures against bars.",
     "list": "List the mixers, the ops they run on, or the synthetic tasks.",
