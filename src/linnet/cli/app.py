@@ -17,6 +17,7 @@ import linnet
 _COMMANDS = {
     "train": "Train a language model and report held-out bits per byte.",
     "generate": "Continue a text with a trained model.",
+    "serve": "Serve a trained model over HTTP, to OpenAI's clients.",
     "eval": "Measure a trained language model: loss by context length, copying, recall and state tracking.",
     "convert": "Convert a checkpoint of another library (Llama, Qwen, Olmo Hybrid, Kimi Linear, Mamba-2), or back.",
     "compare": "Train mixers on a synthetic task in the same decoder and compare their accuracy by length.",

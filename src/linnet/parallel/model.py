@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from linnet.models import Decoder, DecoderOutput
+from linnet.ops.core import join_rows
 
 from .exchange import receive, send
 
@@ -107,7 +108,7 @@ class ContextParallel(nn.Module):
         outputs = [self.decoder(part) for part in self._parts(tokens)]
         if len(outputs) == 1:
             return outputs[0]
-        state = tuple(_join([out.state[i] for out in outputs]) for i in range(len(self.decoder.layers)))
+        state = join_rows([out.state for out in outputs])
         aux = torch.stack([out.aux_loss for out in outputs]).mean()
         return DecoderOutput(torch.cat([out.logits for out in outputs]), state, aux)
 
@@ -130,13 +131,3 @@ class ContextParallel(nn.Module):
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         return x.split(1) if self.split_rows else (x,)
-
-
-def _join(states: list[Any]) -> Any:
-    """States of one row each as one of all rows."""
-    if isinstance(states[0], Tensor):
-        return torch.cat(states)
-    if states[0] is None:
-        return None
-    parts = [_join([state[i] for state in states]) for i in range(len(states[0]))]
-    return type(states[0])(*parts) if hasattr(states[0], "_fields") else tuple(parts)
