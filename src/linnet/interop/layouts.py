@@ -8,6 +8,7 @@ back) and ``rules`` (which of their tensors are which of ours). Names are those 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -705,9 +706,18 @@ def _write_mamba2(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _mamba2_rules(shape: Shape) -> Iterator[Rule]:
+def _backbone(shape: Shape, embedding: str, norm: str) -> Iterator[Rule]:
+    """The outer tensors under other names."""
+    names = {
+        "model.embed_tokens.weight": f"backbone.{embedding}.weight",
+        "model.norm.weight": f"backbone.{norm}.weight",
+    }
     for rule in _outer(shape):
-        yield rule._replace(theirs=(_MAMBA2_OUTER.get(rule.theirs[0], rule.theirs[0]),))
+        yield rule._replace(theirs=tuple(names.get(name, name) for name in rule.theirs))
+
+
+def _mamba2_rules(shape: Shape) -> Iterator[Rule]:
+    yield from _backbone(shape, "embeddings", "norm_f")
     for i in range(shape.config.num_layers):
         options = shape.options(i, "mamba2")
         theirs, ours = f"backbone.layers.{i}", f"layers.{i}"
@@ -718,10 +728,112 @@ def _mamba2_rules(shape: Shape) -> Iterator[Rule]:
         yield short_conv([f"{theirs}.mixer.conv1d.weight"], f"{ours}.mixer.conv.weight", [channels])
 
 
-_MAMBA2_OUTER = {
-    "model.embed_tokens.weight": "backbone.embeddings.weight",
-    "model.norm.weight": "backbone.norm_f.weight",
-}
+# Mamba
+
+
+def _read_mamba(f: Fields) -> DecoderConfig:
+    f.only(use_bias=False, use_conv_bias=True)
+    eps = f("layer_norm_epsilon", 1e-5)
+    rank = f("time_step_rank", "auto")
+    mixer = {
+        "name": "mamba",
+        "expand": f("expand", 2),
+        "state_dim": f("state_size", 16),
+        "dt_rank": math.ceil(f("hidden_size") / 16) if rank == "auto" else rank,
+        "conv_size": f("conv_kernel", 4),
+    }
+    return _read_common(f, [mixer] * f("num_hidden_layers"), mlp="none", norm_eps=eps)
+
+
+def _write_mamba(shape: Shape) -> dict[str, Any]:
+    options = shape.options(0, "mamba")
+    fields = _write_common(shape)
+    del fields["rms_norm_eps"]
+    inner = options["expand"] * shape.config.d_model
+    rank = -(-shape.config.d_model // 16) if options["dt_rank"] is None else options["dt_rank"]
+    return fields | {
+        "layer_norm_epsilon": shape.config.norm_eps,
+        "expand": options["expand"],
+        "intermediate_size": inner,
+        "state_size": options["state_dim"],
+        "time_step_rank": rank,
+        "conv_kernel": options["conv_size"],
+        "use_bias": False,
+        "use_conv_bias": True,
+    }
+
+
+def _mamba_rules(shape: Shape) -> Iterator[Rule]:
+    yield from _backbone(shape, "embeddings", "norm_f")
+    for i in range(shape.config.num_layers):
+        options = shape.options(i, "mamba")
+        theirs, ours = f"backbone.layers.{i}", f"layers.{i}"
+        yield same(f"{theirs}.norm.weight", f"{ours}.mixer_norm.weight")
+        names = "A_log, D, conv1d.bias=conv.bias, in_proj.weight, x_proj.weight, dt_proj.weight, dt_proj.bias, "
+        yield from _renamed(f"{theirs}.mixer", f"{ours}.mixer", names + "out_proj.weight")
+        channels = options["expand"] * shape.config.d_model
+        yield short_conv([f"{theirs}.mixer.conv1d.weight"], f"{ours}.mixer.conv.weight", [channels])
+
+
+# xLSTM: mLSTM blocks
+
+
+def _read_xlstm(f: Fields) -> DecoderConfig:
+    f.only(use_bias=False, add_out_norm=True, eps=1e-6, weight_mode="single")
+    width, eps = f("hidden_size", f.values.get("embedding_dim")), f("norm_eps", 1e-6)
+    multiple = f("ffn_round_up_to_multiple_of", 64)
+    mixer = {
+        "name": "mlstm",
+        "num_heads": f("num_heads"),
+        "expand_k": f("qk_dim_factor", 0.5),
+        "expand_v": f("v_dim_factor", 1.0),
+        "gate_soft_cap": f("gate_soft_cap", 15.0),
+        "norm_eps": eps,
+    }
+    return _read_common(
+        Fields({**f.values, "hidden_size": width}),
+        [mixer] * f("num_hidden_layers", f.values.get("num_blocks")),
+        norm_eps=eps,
+        mlp_hidden=int((width * f("ffn_proj_factor", 2.667) + multiple - 1) // multiple * multiple),
+        logit_soft_cap=f("output_logit_soft_cap", 30.0),
+    )
+
+
+def _write_xlstm(shape: Shape) -> dict[str, Any]:
+    c, options = shape.config, shape.options(0, "mlstm")
+    fields = _write_common(shape)
+    for name in ("intermediate_size", "rms_norm_eps", "hidden_act"):
+        del fields[name]
+    return fields | {
+        "embedding_dim": c.d_model,
+        "num_blocks": c.num_layers,
+        "num_heads": options["num_heads"],
+        "qk_dim_factor": options["expand_k"],
+        "v_dim_factor": options["expand_v"],
+        "gate_soft_cap": options["gate_soft_cap"],
+        "norm_eps": c.norm_eps,
+        "ffn_proj_factor": c.hidden / c.d_model,
+        "ffn_round_up_to_multiple_of": math.gcd(c.hidden, 64),
+        "output_logit_soft_cap": c.logit_soft_cap,
+        "use_bias": False,
+        "add_out_norm": True,
+        "weight_mode": "single",
+    }
+
+
+def _xlstm_rules(shape: Shape) -> Iterator[Rule]:
+    yield from _backbone(shape, "embeddings", "out_norm")
+    for i in range(shape.config.num_layers):
+        theirs, ours = f"backbone.blocks.{i}", f"layers.{i}"
+        yield from _renamed(theirs, ours, "norm_mlstm.weight=mixer_norm.weight, norm_ffn.weight=mlp_norm.weight")
+        names = ", ".join(f"{name}.weight={name}_proj.weight" for name in "qkv") + ", multihead_norm.weight=norm.weight"
+        names += ", ogate_preact.weight=g_proj.weight, out_proj.weight=o_proj.weight"
+        for name in "if":
+            names += "".join(f", {name}gate_preact.{part}={name}_gate.{part}" for part in ("weight", "bias"))
+        yield from _renamed(f"{theirs}.mlstm_layer", f"{ours}.mixer", names)
+        names = "proj_up_gate.weight=gate_proj.weight, proj_up.weight=up_proj.weight, proj_down.weight=down_proj.weight"
+        yield from _renamed(f"{theirs}.ffn", f"{ours}.mlp", names)
+
 
 _TRANSFORMER = Layout("LlamaForCausalLM", _read_transformer, _write_transformer, _transformer_rules)
 
@@ -748,5 +860,7 @@ LAYOUTS: dict[str, Layout] = {
         _write_kimi_linear,
         _kimi_linear_rules,
     ),
+    "mamba": Layout("MambaForCausalLM", _read_mamba, _write_mamba, _mamba_rules),
     "mamba2": Layout("Mamba2ForCausalLM", _read_mamba2, _write_mamba2, _mamba2_rules),
+    "xlstm": Layout("xLSTMForCausalLM", _read_xlstm, _write_xlstm, _xlstm_rules),
 }
