@@ -44,7 +44,7 @@ CASES = {
             "layer_types": ["linear_attention", "full_attention"] * 2, "q_lora_rank": 6,
         },
     ),
-    "mamba": ("Mamba", {"state_size": 8, "time_step_rank": 3}),
+    "mamba": ("Mamba", {"state_size": 8, "time_step_rank": 3, "intermediate_size": 32}),
     "xlstm": ("xLSTM", {"num_heads": 2, "num_blocks": 4, "ffn_proj_factor": 1.3, "autocast_kernel_dtype": "float32"}),
     "mamba2": ("Mamba2", {"num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 2}),
 }  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from linnet.mixers import get_mixer
 from linnet.mixers.base import parse_spec
-from linnet.models import Decoder, DecoderConfig
+from linnet.models import Decoder, DecoderConfig, MixtureOfExperts, SwiGLU
 
 __all__ = ["LAYOUTS", "Layout", "Rule", "Shape"]
 
@@ -134,10 +134,12 @@ class Shape:
     Attributes:
         config: the configuration.
         layers: name and options of the mixer of each layer, defaults included.
+        mlps: kind of the MLP of each layer: "none", "swiglu" or "moe".
     """
 
     config: DecoderConfig
     layers: tuple[tuple[str, dict[str, Any]], ...]
+    mlps: tuple[str, ...]
 
     @classmethod
     def of(cls, config: DecoderConfig) -> Shape:
@@ -150,7 +152,8 @@ class Shape:
             # What None stands for is an attribute of the mixer.
             full = {key: getattr(layer.mixer, key, None) if value is None else value for key, value in full.items()}
             layers.append((name, full))
-        return cls(config, tuple(layers))
+        kinds = {type(None): "none", SwiGLU: "swiglu", MixtureOfExperts: "moe"}
+        return cls(config, tuple(layers), tuple(kinds[type(layer.mlp)] for layer in built))
 
     def options(self, layer: int, expected: str) -> dict[str, Any]:
         """Options of a layer's mixer, which must be of the expected kind."""
@@ -165,23 +168,27 @@ class Shape:
 
     def facts(self) -> dict[str, Any]:
         """All that decides what the model computes, to compare two."""
-        c, count = self.config, self.config.num_layers
-        moe = c.mlp == "moe" and c.dense_layers < count
+        c = self.config
         found: dict[str, Any] = {f"layer {i}, mixer": name for i, (name, _) in enumerate(self.layers)}
         for i, (_, options) in enumerate(self.layers):
             found |= {
                 f"layer {i}, {key}": value for key, value in options.items() if key not in ("layer", "num_layers")
             }
-        found |= {f"layer {i}, norm behind": c.norm_after(i) for i in range(count)}
+            found |= {f"layer {i}, norm behind": c.norm_after(i), f"layer {i}, mlp": self.mlps[i]}
         names = ["vocab_size", "d_model", "num_layers", "norm_eps", "tie_embeddings", "logit_soft_cap"]
-        if moe:
+        if "moe" in self.mlps:
             names += ["num_experts", "experts_per_token", "shared_experts", "shared_gate", "router", "router_scale"]
             found |= {"expert_hidden": c.expert_hidden or c.hidden, "router bias": c.router_bias_rate > 0}
-            found["dense_layers"] = c.dense_layers
-        found["mlp"] = "moe" if moe else "none" if c.mlp == "none" else "swiglu"
-        if found["mlp"] == "swiglu" or (moe and c.dense_layers):
+        if "swiglu" in self.mlps:
             found["mlp_hidden"] = c.hidden
         return found | {name: getattr(c, name) for name in names}
+
+    def dense(self) -> int:
+        """The number of first layers without experts; a ValueError where others follow among those with them."""
+        count = next((i for i, kind in enumerate(self.mlps) if kind == "moe"), len(self.mlps))
+        if set(self.mlps[count:]) - {"moe"}:
+            raise ValueError("mlp: expected experts in all layers after the first ones that have none")
+        return count
 
 
 @dataclass(frozen=True)
@@ -435,7 +442,7 @@ def _write_qwen3_next(shape: Shape) -> dict[str, Any]:
     fields = _write_common(shape) | {"layer_types": types} | _write_delta(shape.first("gated_deltanet"))
     if shape.first("attention"):
         fields |= _write_attention(shape.first("attention"))
-    if c.mlp != "moe":
+    if "moe" not in shape.mlps:
         return fields | {"num_experts": 0}
     return fields | {
         "num_experts": c.num_experts,
@@ -444,7 +451,7 @@ def _write_qwen3_next(shape: Shape) -> dict[str, Any]:
         "shared_expert_intermediate_size": c.shared_experts * (c.expert_hidden or c.hidden),
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(c.dense_layers)),
+        "mlp_only_layers": list(range(shape.dense())),
         "router_aux_loss_coef": c.balance_loss,
     }
 
@@ -460,7 +467,7 @@ def _qwen3_next_rules(shape: Shape) -> Iterator[Rule]:
             yield from _attention(f"{theirs}.self_attn", f"{ours}.mixer", options, shifted)
         else:
             yield from _fused_delta(f"{theirs}.linear_attn", f"{ours}.mixer", options)
-        if c.mlp != "moe" or i < c.dense_layers:
+        if shape.mlps[i] != "moe":
             yield from _swiglu(f"{theirs}.mlp", f"{ours}.mlp")
             continue
         yield same(f"{theirs}.mlp.gate.weight", f"{ours}.mlp.router.weight")
@@ -609,7 +616,7 @@ def _write_kimi_linear(shape: Shape) -> dict[str, Any]:
         raise ValueError("mixers: expected both kda and mla layers")
     return _write_common(shape) | {
         "layer_types": _written_types(shape, kda="linear_attention", mla="full_attention"),
-        "mlp_layer_types": ["dense" if i < c.dense_layers or c.mlp != "moe" else "sparse" for i in range(c.num_layers)],
+        "mlp_layer_types": ["sparse" if kind == "moe" else "dense" for kind in shape.mlps],
         "linear_num_heads": kda["num_heads"],
         "linear_head_dim": kda["head_dim"],
         "linear_conv_kernel_dim": kda["conv_size"],
@@ -657,7 +664,7 @@ def _kimi_linear_rules(shape: Shape) -> Iterator[Rule]:
                 names += ", q_b_proj.weight=q_proj.2.weight"
             yield from _renamed(attn, mixer, names)
         moe = f"{theirs}.block_sparse_moe"
-        if i < c.dense_layers or c.mlp != "moe":
+        if shape.mlps[i] != "moe":
             yield from _swiglu(f"{theirs}.mlp|{moe}", f"{ours}.mlp")
             continue
         yield same(f"{moe}.gate.weight", f"{ours}.mlp.router.weight")
@@ -732,7 +739,7 @@ def _mamba2_rules(shape: Shape) -> Iterator[Rule]:
 
 
 def _read_mamba(f: Fields) -> DecoderConfig:
-    f.only(use_bias=False, use_conv_bias=True)
+    f.only(use_bias=False, use_conv_bias=True, intermediate_size=f("expand", 2) * f("hidden_size"))
     eps = f("layer_norm_epsilon", 1e-5)
     rank = f("time_step_rank", "auto")
     mixer = {
