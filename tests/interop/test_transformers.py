@@ -223,6 +223,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from linnet.interop.transformers import fast_tokenizer
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model")
+assert model.generation_config.eos_token_id == 256
 tokenizer = fast_tokenizer(sys.argv[1])
 assert tokenizer("é\\n").input_ids == [195, 169, 10] and tokenizer.decode([195, 169, 10]) == "é\\n"
 run = pipeline("text-generation", model=model, tokenizer=tokenizer)

@@ -37,6 +37,7 @@ from linnet.models import Decoder, DecoderConfig
 from linnet.models.io import FORMAT_VERSION, MODEL_TYPE
 from linnet.ops import Segments
 from linnet.ops.core import map_state, repeat_rows, select_rows
+from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
 from linnet.tasks.tokenizers import ByteTokenizer, JsonTokenizer, load_tokenizer
 from linnet.training import find_model
 
@@ -259,8 +260,14 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the folder may also be a whole run of ``linnet train``."""
-        return super().from_pretrained(_model_folder(pretrained_model_name_or_path), *args, **kwargs)
+        """As in transformers; the folder may also be a whole run of ``linnet train``. Generation ends with the document
+        where the folder holds a tokenizer that says how documents end."""
+        folder = _model_folder(pretrained_model_name_or_path)
+        loaded = super().from_pretrained(folder, *args, **kwargs)
+        settings = (loaded[0] if isinstance(loaded, tuple) else loaded).generation_config
+        if settings.eos_token_id is None and isinstance(folder, str) and Path(folder, TOKENIZER_FILE).is_file():
+            settings.eos_token_id = settings.pad_token_id = load_tokenizer(folder).end
+        return loaded
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, state_dict: Any = None, **kwargs: Any
