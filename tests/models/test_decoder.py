@@ -307,6 +307,8 @@ def test_default_mlp_width():
         {"router_scale": 0.0},
         {"router_bias_rate": -1.0},
         {"norm_position": "middle"},
+        {"norm_position": ["pre", "middle"]},
+        {"norm_position": []},
         {"dense_layers": -1},
         {"experts_every": 0},
         {"balance_loss": -0.1},
@@ -330,6 +332,12 @@ def test_norms_behind_the_mixer_and_the_mlp():
     torch.testing.assert_close(layer(x)[0], h + layer.mlp_norm(layer.mlp(h)[0]))
     torch.nn.init.zeros_(layer.mixer.o_proj.weight)  # a mixer that says nothing: the norm of zero is zero
     torch.testing.assert_close(layer(x)[0], x + layer.mlp_norm(layer.mlp(x)[0]))
+
+
+def test_norms_in_another_place_in_every_layer():
+    model = decoder(norm_position=["pre", "post"], mixers=["gla(num_heads=2)"])
+    assert [layer.post for layer in model.layers] == [False, True, False, True]
+    assert DecoderConfig.from_dict(json.loads(json.dumps(model.config.to_dict()))) == model.config
 
 
 def test_bad_mixers_are_named():

@@ -39,6 +39,7 @@ __all__ = [
     "head_size",
     "heads",
     "low_rank",
+    "matrix",
     "projections",
     "reset_softplus_decay",
     "rms_norm",
@@ -215,6 +216,15 @@ class GateLinear(nn.Linear):
         super().reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+def matrix(projection: nn.Module) -> Tensor:
+    """The matrix ``[out, in]`` of a projection without bias, for what multiplies it in another order than its forward.
+    Read off the forward where that is not a plain linear map's: an adapter or a quantised layer in its place."""
+    if type(projection) is nn.Linear:
+        return projection.weight
+    like = next(p for p in projection.parameters() if p.is_floating_point())
+    return projection(torch.eye(projection.in_features, dtype=like.dtype, device=like.device)).T  # type: ignore[arg-type]
 
 
 def low_rank(d_model: int, rank: int, size: int, *, bias: bool = False, gate: bool = False) -> nn.Sequential:
