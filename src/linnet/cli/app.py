@@ -22,6 +22,8 @@ _COMMANDS = {
     "reproduce": "Run the small version of a paper's central experiment and hold the measured figures against bars.",
     "list": "List the mixers, the ops they run on, or the synthetic tasks.",
     "inspect": "Show one mixer: paper, recurrence, options, size and identities.",
+    "dissect": "Take one mixer apart: its exact linear form, its memory, and what its state can track.",
+    "bench": "Time the ops beside other libraries, or whole models.",
     "env": "Show versions and devices, and test every op's backends on this machine.",
 }
 

@@ -2,7 +2,7 @@
 
 from .compressor import Compressor
 from .decoder import Decoder, DecoderConfig, DecoderLayer, DecoderOutput
-from .generation import Generation, GenerationStep, generate, sample, stream
+from .generation import DecodingStep, Generation, GenerationStep, generate, sample, stream
 from .io import atomic_folder, recover_folder
 from .mlp import MixtureOfExperts, SwiGLU
 from .parameters import no_decay_names, parameter_groups
@@ -13,6 +13,7 @@ __all__ = [
     "DecoderConfig",
     "DecoderLayer",
     "DecoderOutput",
+    "DecodingStep",
     "Generation",
     "GenerationStep",
     "MixtureOfExperts",
