@@ -243,7 +243,7 @@ def reproduce(
             "x": outcome.x,
             "y": outcome.y,
             "log_x": outcome.log_x,
-            "limits": outcome.limits,
+            "limits": None if outcome.limits is None else list(outcome.limits),
             "curves": {k: [[float(x), round(float(y), 4)] for x, y in v] for k, v in outcome.curves.items()},
         },
         "hardware": hardware(budget),
