@@ -14,6 +14,7 @@ from ..core import (
     check_not_negative,
     check_segments,
     common_dtype,
+    differentiable,
     no_autocast,
     resolve_backend,
 )
@@ -89,7 +90,7 @@ def selective_scan(
     acc = reference.accumulate_dtype(x)
     tail = (shapes["D"], shapes["S"])
     h = x.new_zeros(rows, *tail, dtype=acc) if state is None else check_state(state, rows, tail, x.device).to(acc)
-    name = resolve_backend(backend, BACKENDS, x)
+    name = resolve_backend(backend, BACKENDS[:2], x)
     if name == "reference" or is_step(x, segments, backend):
         with no_autocast(x):
             y, h = reference.selective(x, delta, A, B, C, D, h, segments)
@@ -99,8 +100,7 @@ def selective_scan(
     return y, ScanState(h)
 
 
-@torch.library.custom_op("linnet::selective_scan", mutates_args=())
-def _selective(
+def _forward(
     x: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -116,8 +116,7 @@ def _selective(
         return chunked.selective_forward(x, delta, A, B, C, D, h, cu_host, chunk)
 
 
-@_selective.register_fake
-def _(x, delta, A, B, C, D, h, cu_host, chunk, backend):
+def _forward_fake(x, delta, A, B, C, D, h, cu_host, chunk, backend):
     edges = h.new_empty(-(-x.shape[1] // chunk), x.shape[0], *h.shape[1:])
     return torch.empty_like(x, memory_format=torch.contiguous_format), h.new_empty(h.shape), edges
 
@@ -125,8 +124,7 @@ def _(x, delta, A, B, C, D, h, cu_host, chunk, backend):
 _GRADS = ("x", "delta", "A", "B", "C", "D", "h")
 
 
-@torch.library.custom_op("linnet::selective_scan_backward", mutates_args=())
-def _selective_backward(
+def _backward(
     x: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -146,8 +144,7 @@ def _selective_backward(
     return [grads[name] if name in grads else h.new_empty(0) for name in _GRADS]
 
 
-@_selective_backward.register_fake
-def _(x, delta, A, B, C, D, h, edges, cu_host, chunk, backend, dy, dh):
+def _backward_fake(x, delta, A, B, C, D, h, edges, cu_host, chunk, backend, dy, dh):
     given = (x, delta, A, B, C, D, h)
     return [h.new_empty(0) if y is None else torch.empty_like(y, memory_format=torch.contiguous_format) for y in given]
 
@@ -159,15 +156,23 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dh, _):
+def _gradients(run, ctx, dy, dh, _):
     *given, cu_host, edges = ctx.saved_tensors
     dy = torch.zeros_like(given[0]) if dy is None else dy
     dh = torch.zeros_like(given[-1]) if dh is None else dh
-    grads = _selective_backward(*given, edges, cu_host, *ctx.options, dy, dh)
+    grads = run(*given, edges, cu_host, *ctx.options, dy, dh)
     return *(None if y is None else d for d, y in zip(grads, given, strict=True)), None, None, None
 
 
-_selective.register_autograd(_backward, setup_context=_setup)
+_selective = differentiable(
+    "selective_scan",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(B: int, T: int, D: int, N: int, *, itemsize: int = 2, groups: int = 1, backward: bool = False) -> Cost:
