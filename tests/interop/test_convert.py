@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linnet.interop.convert import convert
-from linnet.mixers import mixers
 from linnet.models import Decoder, DecoderConfig
 from linnet.ops import Segments
 
@@ -70,8 +69,6 @@ def original(name, options, folder):
 def test_same_logits_and_nothing_lost(case, tmp_path):
     name, options = CASES[case]
     kind = case.partition("-")[0]
-    if kind == "mamba" and "mamba" not in mixers():
-        pytest.skip("there is no mixer mamba yet")
     model = original(name, options, tmp_path / "theirs")
     done = convert(tmp_path / "theirs", tmp_path / "ours")
     assert (done.source, done.target, done.ignored) == (kind, "linnet", [])

@@ -131,6 +131,9 @@ class StateCache(Cache):
     def __repr__(self) -> str:
         return f"StateCache(seen={self.seen})"
 
+    def __len__(self) -> int:
+        return 0 if self.state is None else len(self.state)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
 

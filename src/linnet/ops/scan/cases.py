@@ -301,7 +301,7 @@ register_op(
     Op(
         "selective_scan",
         selective_scan,
-        BACKENDS[:2],
+        BACKENDS,
         (
             _selective_case("plain", _mamba(None)),
             _selective_case("groups, no skip", _mamba(2, skip=False)),

@@ -10,7 +10,8 @@ a last launch walks every piece from its own state.
 The backward pass is the same walk in the other direction of time, over the transposed factors of the next token.
 Channels are numbers, pairs (complex numbers, blocks) or bounds; what differs is in `_apply` and `_compose`.
 
-Tiles are ``[W, L, BD]``. The hints about `V` make the compiler give a thread V neighbouring channels and all L tokens.
+Tiles are ``[W, L, BD]``. The hints about `V`, and `_tokens`, make the compiler give a thread V neighbouring channels
+and all L tokens. That is more than speed: where it spreads L over threads, Triton 3.6 compiles the scan over W wrong.
 """
 # ruff: noqa: RUF005 (Triton's language has no unpacking into tuples)
 
@@ -324,6 +325,15 @@ def _taken(a, b, h):
 
 
 @triton.jit
+def _tokens(L: tl.constexpr, T, D: tl.constexpr):
+    """The numbers of a run's tokens. The compiler must not see that tokens of one channel are neighbours in memory."""
+    l = tl.arange(0, L)[None, :, None]
+    if D == 1:
+        l *= tl.where(T > 0, 1, 0)
+    return l
+
+
+@triton.jit
 def _sequence(ids_ptr, row, there, STEP: tl.constexpr, near):
     """The sequence of a packed token, and whether it is another one a step away (where there is one)."""
     seq = tl.load(ids_ptr + row, mask=there, other=-1)
@@ -397,7 +407,7 @@ def _tile(
             lasting = ok & (lane + p0 + 1 < T)
         extra = _vector(h_ptr, ahead, at, hop, lasting, KIND, 0.0)
     if PACKED:
-        entering = _fp32(_vector(start_ptr, 0, seq * D + col, 0, known, KIND, 0.0))
+        entering = _fp32(_vector(start_ptr, 0, tl.multiple_of(seq * D + col, (1, 1, V)), 0, known, KIND, 0.0))
         a = _factor(a, KIND, GRAD)
         b = _fp32(b)
         fixed = _apply(a, b, entering, KIND)
@@ -443,7 +453,7 @@ def scan_kernel(
     STEP: tl.constexpr = -1 if REVERSE else 1
     KIND: tl.constexpr = REAL if GRAD and ALGEBRA == MINMAX else ALGEBRA
     FLIP: tl.constexpr = GRAD and not PACKED  # packed factors are transposed as they are loaded
-    blocks: tl.constexpr = tl.cdiv(D, BD)
+    blocks: tl.constexpr = (D + BD - 1) // BD
     pid = tl.program_id(0)
     unit = pid // blocks
     pieces = tl.cdiv(T, PIECE)
@@ -455,7 +465,7 @@ def scan_kernel(
     if REVERSE:
         origin += T - 1
     w = tl.arange(0, W)[:, None, None]
-    l = tl.arange(0, L)[None, :, None]
+    l = _tokens(L, T, D)
     lane = w * L + l
     cols = (pid % blocks) * BD + tl.arange(0, BD)
     col = cols[None, None, :]
@@ -497,8 +507,8 @@ def scan_kernel(
             a = _factor(factors, KIND, FLIP)
             b = _fp32(values)
             later = _tile(
-                a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, p0 + AHEAD * W * L, w, l, col, within, origin, end, T,
-                D, CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
+                a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, p0 + AHEAD * W * L, w, l, col, within, origin, end,
+                T, D, CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
             )  # fmt: skip
             to_a, to_b, k, m = _over_tokens(a, b, KIND)
             k, m, e, f = _over_runs(k, m, KIND)
@@ -529,7 +539,7 @@ def scan_kernel(
                     row = (origin + p0 * STEP).to(tl.int32) + lane * STEP
                     seq, final = _sequence(ids_ptr, row, p < T, STEP, p + 1 < T)
                     ended = ok & final
-                    state = seq * D + col
+                    state = tl.multiple_of(seq * D + col, (1, 1, V))
                     if GRAD_A:
                         earliest = _fp32(_vector(init_ptr, 0, state, 0, ended, KIND, 0.0))
                         _write(da_ptr, base, at, hop, _outer(h, _where(ended, earliest, _fp32(extra)), KIND), ok)

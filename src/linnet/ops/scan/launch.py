@@ -28,7 +28,14 @@ def tile(algebra: str, D: int, packed: bool, device: torch.device, *, narrow: bo
     L = {"real": 16, "minmax": 16, "complex": 16, "block": 8}[algebra] // (2 if packed else 1)
     V = 2 if D > 32 and D % 2 == 0 and algebra in ("real", "minmax") else 1
     BD = min(32 * V, 1 << (D - 1).bit_length())
-    return {"W": 256 * V // BD, "L": L, "BD": BD, "V": V, "AHEAD": 1 + narrow, "num_warps": 8}
+    return {
+        "W": 256 * V // BD,
+        "L": L,
+        "BD": BD,
+        "V": V,
+        "AHEAD": 2 if narrow and algebra != "block" else 1,
+        "num_warps": 8,
+    }
 
 
 @cache
@@ -42,7 +49,7 @@ def _piece(columns: int, T: int, step: int, device: torch.device) -> int:
     at a time, and all the same work, so what counts is not to begin another round of them."""
     processors = _processors(device)
     tiles = -(-T // step)
-    if columns * 5 >= processors * 3 or tiles <= (2 if device.type == "cpu" else 16):
+    if columns * 3 >= processors or tiles <= (2 if device.type == "cpu" else 16):
         return T
     pieces = min(2 * processors // columns, -(-tiles // 2))
     return -(-tiles // pieces) * step
@@ -67,7 +74,7 @@ def _walk(
 ) -> None:
     """One scan of ``b`` ``[rows, T, D, *]``: states into ``y`` and ``last``, by way of pieces where rows are few."""
     rows, T, D = b.shape[:3]
-    settings = tile(algebra, D, ids is not None, b.device, narrow=algebra == "real" and not grad and b.itemsize == 2)
+    settings = tile(algebra, D, ids is not None, b.device, narrow=b.itemsize == 2 and not grad)
     columns = rows * -(-D // settings["BD"])
     piece = _piece(columns, T, settings["W"] * settings["L"], b.device)
     pieces = -(-T // piece)
