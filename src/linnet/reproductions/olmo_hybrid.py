@@ -43,9 +43,7 @@ def run(experiment: Experiment) -> Outcome:
     hybrid, positive, pure = (mean_accuracy(cells, mixer, "16", "late") for mixer in LABELS)
     bars = [
         Bar("16 swaps, hybrid with eigenvalues in [-1, 1]", hybrid, 0.98, published="1.0 at 16 bits"),
-        Bar(
-            "16 swaps, hybrid with eigenvalues in [0, 1]", positive, at_most=0.85, published=".94 at 16 bits"
-        ),
+        Bar("16 swaps, hybrid with eigenvalues in [0, 1]", positive, at_most=0.85, published=".94 at 16 bits"),
         Bar("16 swaps, attention alone", pure, at_most=0.85, published=".74 at 16 bits"),
     ]
     curves = by_test(cells, LABELS, {str(n): float(n) for n in SWAPS}, "late")
