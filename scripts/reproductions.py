@@ -36,6 +36,13 @@ def verdict(result: dict[str, Any]) -> str:
     return "reproduces" if result["passed"] else f"misses {missed} of {len(result['measured'])} bars"
 
 
+def spent(result: dict[str, Any]) -> str:
+    """What the run took: a GPU is waited for, a CPU core is shared."""
+    return (
+        f"{result['seconds']:.0f} seconds" if result["budget"] == "gpu" else f"{result['cpu_seconds']:.0f} CPU seconds"
+    )
+
+
 def entry(result: dict[str, Any]) -> str:
     """The section of one reproduction."""
     lines = [
@@ -48,7 +55,7 @@ def entry(result: dict[str, Any]) -> str:
         f"- **Published**: {result['published']}",
         f"- **Here**: {result['setup']}",
         f"- **Run**: {result['date']}, {result['hardware']}, PyTorch {result['versions']['torch']}, linnet"
-        f" {result['versions']['linnet']}, {result['cpu_seconds']:.0f} CPU seconds",
+        f" {result['versions']['linnet']}, {spent(result)}",
         *(f"- **Tried**: {line}" for line in result["tried"]),
         "",
         "| figure | published | measured | bar | |",
@@ -68,7 +75,7 @@ def page(results: list[dict[str, Any]]) -> str:
     """docs/reproductions.md."""
     head = (
         "# Reproductions\n\nMade from `reproductions/results` by `scripts/reproductions.py`. Each is the central claim"
-        " of a paper as an experiment of about three minutes on one CPU core, so the figures are not those of the"
+        " of a paper as an experiment of about three minutes on one CPU core, or of one on a GPU, so the figures are not those of the"
         " paper: the published ones stand beside them for the direction they point in. Bars were set before the run; a"
         " missed bar stays missed here. `linnet reproduce` lists them, `linnet reproduce NAME` runs one."
     )
