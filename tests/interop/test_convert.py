@@ -51,6 +51,8 @@ CASES = {
 
 def original(name, options, folder):
     """A tiny model of the original class with random weights of a size that matters, saved."""
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**BASE, **options})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()

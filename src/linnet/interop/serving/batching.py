@@ -281,13 +281,12 @@ class Engine:
 
     def _draw(self, jobs: list[Job], logits: Tensor) -> list[int]:
         """A token for every job; the places of those that go on."""
-        best = logits.argmax(-1).tolist()
-        goes_on = []
-        for i, job in enumerate(jobs):
-            token = best[i]
-            if job.temperature > 0:
-                options = {"temperature": job.temperature, "top_k": job.top_k, "top_p": job.top_p}
-                token = int(sample(logits[i : i + 1], **options, generator=job.generator))
+        drawn = [
+            sample(row, temperature=job.temperature, top_k=job.top_k, top_p=job.top_p, generator=job.generator)
+            for job, row in zip(jobs, logits.split(1), strict=True)
+        ]
+        tokens, goes_on = torch.cat(drawn).tolist(), []  # the device is waited for once
+        for i, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
             job.token, job.drawn = token, job.drawn + 1
             self.counters["generated_tokens"] += 1
             assert job.text is not None
