@@ -1,0 +1,288 @@
+"""Launching the delta kernels: chunks of a call, launch settings, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..core import chunk_table
+from .kernels import local_kernel, state_kernel
+from .kernels_backward import adjoint_kernel, gradient_kernel
+
+
+def chunk_rows(K: int, V: int, dtype: torch.dtype) -> int:
+    """Rows (tokens times substeps) of a chunk, the same in every pass of a call."""
+    if dtype == torch.float32:
+        return 32 if max(K, V) <= 128 else 16
+    return 64
+
+
+def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: bool) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth, by the sizes of keys and values; T never enters."""
+    BK, widest = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
+    fp32 = dtype == torch.float32
+    if kernel == "local":
+        return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": 1 if fp32 else 2}
+    if kernel == "gradient":
+        return {"BK": min(BK, 32 if fp32 else 128), "BV": min(32 if fp32 else 64, widest), "num_warps": 8, "num_stages": 1 if fp32 else 2}
+    return {"BK": BK, "BV": min(32 if fp32 else 64, widest), "num_warps": 4, "num_stages": 1 if fp32 else 3}
+
+
+class _Layout:
+    """Sequences and chunks of one call."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None):
+        self.B, self.T = q.shape[:2]
+        self.H, self.heads, self.K, self.V = v.shape[2], q.shape[2], q.shape[3], v.shape[3]
+        self.substeps, self.C = substeps, chunk_rows(self.K, self.V, q.dtype)
+        self.tokens = self.C // substeps
+        self.packed = cu_host is not None
+        if cu_host is None:
+            self.rows, self.chunks = self.B, self.B * -(-self.T // self.tokens)
+            self.cu = self.table = self.first = None
+        else:
+            self.rows = len(cu_host) - 1
+            self.table = chunk_table(cu_host, self.tokens, q.device)
+            self.chunks = len(self.table)
+            counts = torch.zeros(len(cu_host), dtype=torch.int32)
+            counts[1:] = (-(-cu_host.diff() // self.tokens)).cumsum(0)
+            self.cu, self.first = cu_host.to(q.device), counts.to(q.device)
+
+    def sizes(self, scale: float) -> tuple[float, int, int, int, int, int]:
+        return scale, self.T, self.tokens, self.H, self.heads, self.K
+
+
+class _Modes:
+    """Which of the family's modes a call is in."""
+
+    def __init__(self, beta: Tensor, g: Tensor | None, w: Tensor | None):
+        self.gate = 0 if g is None else 1 if g.dim() == 3 else 2
+        self.erase = beta.dim() == 4
+        self.write = w is not None
+        self.vector = self.gate == 2 or self.erase
+
+
+def _local(
+    layout: _Layout,
+    modes: _Modes,
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    scores: bool,
+) -> dict[str, Any]:
+    """What each chunk holds by itself: A and P (``scores``), row and chunk decays, operands of the serial passes."""
+    C, K, H = layout.C, layout.K, layout.H
+    slots = layout.chunks, H
+    fp32 = {"dtype": torch.float32, "device": q.device}
+    local: dict[str, Any] = {"rows": torch.empty(*slots, 5, C, **fp32)}
+    local["total"] = torch.empty(*slots, *((K,) if modes.vector else ()), **fp32) if modes.gate else None
+    local |= {name: q.new_empty(*slots, C, C) if scores else None for name in ("A", "P")}
+    operands = [q.new_empty(*slots, C, K) if modes.vector else None for _ in range(3)]
+    local_kernel[(layout.chunks * H,)](
+        q,
+        k,
+        beta,
+        g,
+        local["rows"],
+        local["total"],
+        local["A"],
+        local["P"],
+        *operands,
+        layout.cu,
+        layout.table,
+        *layout.sizes(scale),
+        C=C,
+        LEVELS=C.bit_length() - 1,
+        SUB=layout.substeps,
+        GATE=modes.gate,
+        ERASE=modes.erase,
+        VECTOR=modes.vector,
+        NORM=l2norm,
+        SCORES=scores,
+        PACKED=layout.packed,
+        EXACT=q.dtype == torch.float32,
+        **launch_settings("local", K, layout.V, q.dtype, modes.vector),
+    )
+    local["operands"] = operands if modes.vector else [k, q, k]
+    return local
+
+
+def _walk(
+    layout: _Layout,
+    modes: _Modes,
+    local: dict[str, Any],
+    v: Tensor,
+    w: Tensor | None,
+    S: Tensor,
+    scale: float,
+    *,
+    o: Tensor | None = None,
+    last: Tensor | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """The serial pass: the reading and the final state, or (``kept``) entering states and writes of every chunk."""
+    settings = launch_settings("state", layout.K, layout.V, v.dtype, modes.vector)
+    erase, read, write = local["operands"]
+    state_kernel[(layout.rows * layout.H * triton.cdiv(layout.V, settings["BV"]),)](
+        erase,
+        write,
+        read,
+        v,
+        w,
+        local["rows"],
+        local["total"],
+        local["A"],
+        local["P"],
+        S,
+        last,
+        o,
+        *(kept or (None, None)),
+        layout.cu,
+        layout.first,
+        *layout.sizes(scale),
+        layout.V,
+        C=layout.C,
+        SUB=layout.substeps,
+        GATE=modes.gate,
+        W=modes.write,
+        VECTOR=modes.vector,
+        OUTPUT=o is not None,
+        KEEP=kept is not None,
+        LAST=last is not None,
+        PACKED=layout.packed,
+        FULL=settings["BK"] == layout.K,
+        **settings,
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    cu_host: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    substeps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Reading, final state, and the two matrices a chunk that the backward pass needs."""
+    q, k, v, beta, S = (x.contiguous() for x in (q, k, v, beta, S))
+    g, w = (None if x is None else x.contiguous() for x in (g, w))
+    layout, modes = _Layout(q, k, v, substeps, cu_host), _Modes(beta, g, w)
+    local = _local(layout, modes, q, k, beta, g, scale, l2norm, True)
+    o, last = v.new_empty(layout.B, layout.T, layout.H, layout.V), torch.empty_like(S)
+    _walk(layout, modes, local, v, w, S, scale, o=o, last=last)
+    return o, last, local["A"], local["P"]
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    A: Tensor,
+    P: Tensor,
+    cu_host: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    substeps: int,
+    do: Tensor,
+    dS: Tensor,
+) -> dict[str, Tensor]:
+    """Gradients by input name, from those of the reading and of the final state."""
+    q, k, v, beta, S, do, dS = (x.contiguous() for x in (q, k, v, beta, S, do, dS))
+    g, w = (None if x is None else x.contiguous() for x in (g, w))
+    layout, modes = _Layout(q, k, v, substeps, cu_host), _Modes(beta, g, w)
+    H, K, V, C = layout.H, layout.K, layout.V, layout.C
+    local = _local(layout, modes, q, k, beta, g, scale, l2norm, False) | {"A": A, "P": P}
+
+    entering, leaving = (q.new_empty(layout.chunks, H, V, K) for _ in range(2))
+    R, L = (q.new_empty(layout.chunks, H, V, C) for _ in range(2))
+    _walk(layout, modes, local, v, w, S, scale, kept=(entering, R))
+
+    settings = launch_settings("state", K, V, v.dtype, modes.vector)
+    erase, read, write = local["operands"]
+    dS0 = torch.empty_like(S)
+    adjoint_kernel[(layout.rows * H * triton.cdiv(V, settings["BV"]),)](
+        erase,
+        write,
+        read,
+        local["rows"],
+        local["total"],
+        A,
+        P,
+        do,
+        dS,
+        dS0,
+        leaving,
+        L,
+        layout.cu,
+        layout.first,
+        *layout.sizes(scale),
+        V,
+        C=C,
+        SUB=substeps,
+        GATE=modes.gate,
+        VECTOR=modes.vector,
+        PACKED=layout.packed,
+        FULL=settings["BK"] == K,
+        **settings,
+    )
+    del local["operands"], erase, read, write
+
+    dq, dk = q.new_empty(*q.shape[:2], H, K), k.new_empty(*k.shape[:2], H, K)
+    grads = {"v": torch.empty_like(v), "beta": torch.empty_like(beta), "S": dS0}
+    grads |= {name: torch.empty_like(x) for name, x in (("g", g), ("w", w)) if x is not None}
+    settings = launch_settings("gradient", K, V, v.dtype, modes.vector)
+    gradient_kernel[(layout.chunks * H,)](
+        q,
+        k,
+        v,
+        beta,
+        g,
+        w,
+        local["rows"],
+        local["total"],
+        do,
+        entering,
+        R,
+        leaving,
+        L,
+        dq,
+        dk,
+        grads["v"],
+        grads["beta"],
+        grads.get("g"),
+        grads.get("w"),
+        layout.cu,
+        layout.table,
+        *layout.sizes(scale),
+        V,
+        C=C,
+        LEVELS=C.bit_length() - 1,
+        SUB=substeps,
+        GATE=modes.gate,
+        ERASE=modes.erase,
+        W=modes.write,
+        VECTOR=modes.vector,
+        NORM=l2norm,
+        WHOLE=settings["BK"] >= K,
+        PACKED=layout.packed,
+        EXACT=q.dtype == torch.float32,
+        **settings,
+    )
+    if layout.heads != H:
+        dq, dk = (x.unflatten(2, (layout.heads, -1)).sum(3) for x in (dq, dk))
+    return grads | {"q": dq, "k": dk}
