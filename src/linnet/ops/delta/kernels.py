@@ -11,7 +11,7 @@ recurrence ``S_t = (I - k_t e_t^T) D_t S_{t-1} + k_t z_t^T`` reads
 the state on chip, transposed: ``S^T`` and everything it is multiplied into stay in registers as the left operands of
 the tensor cores, and the right operands are tiles as they lie in memory.
 
-A decay that is the same for all channels of a key scales rows, so the pass reads q and k themselves, with five numbers
+A decay that is the same for all channels of a key scales rows, so the pass reads q and k themselves, with seven numbers
 a row (``rows``). A decay by channel (``VECTOR``) has its operands ``exp(G) E``, ``scale exp(G) Q``, ``exp(G_C - G) K``
 written out by ``local_kernel``.
 
@@ -43,6 +43,12 @@ def _span(chunk, cu_ptr, table_ptr, T, CT, PACKED: tl.constexpr):
 
 
 @triton.jit
+def tile_at(ptr, start, head, heads, width, row, col):
+    """Addresses of one head of a tensor ``[rows, heads, width]``, at ``row`` counted from ``start``: 32 bits a tile."""
+    return ptr + (start.to(tl.int64) * heads + head) * width + (row * (heads * width) + col)
+
+
+@triton.jit
 def _inverse(T, N: tl.constexpr, B: tl.constexpr):
     """``(I + T)^-1`` of ``N`` strictly lower triangular blocks ``[N, B, B]`` in fp32, from the inverses of halves."""
     if B == 1:
@@ -70,8 +76,8 @@ def _inverse(T, N: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def row_gates(g_ptr, t0, h, H, r, valid, SUB: tl.constexpr):
     """log2-decay of each row; the substeps of a token share the one before its first."""
-    at = (t0 + r // SUB).to(tl.int64) * H + h
-    g = tl.load(g_ptr + at, mask=valid & (r % SUB == 0), other=0.0).to(tl.float32)
+    at = tile_at(g_ptr, t0, h, H, 1, r // SUB, 0)
+    g = tl.load(at, mask=valid & (r % SUB == 0), other=0.0).to(tl.float32)
     return tl.maximum(g, -80.0) * 1.4426950408889634
 
 
@@ -89,12 +95,11 @@ def between(g, seen, C: tl.constexpr, EXACT: tl.constexpr):
 @triton.jit
 def channel_gates(g_ptr, t0, h, H, K, r, valid, cols, SUB: tl.constexpr, GATE: tl.constexpr):
     """log2-decay of each row and channel."""
-    at = (t0 + r // SUB).to(tl.int64) * H + h
-    mask = (valid & (r % SUB == 0))[:, None] & (cols < K)[None, :]
+    row, col, mask = (r // SUB)[:, None], cols[None, :], (valid & (r % SUB == 0))[:, None] & (cols < K)[None, :]
     if GATE == 2:
-        g = tl.load(g_ptr + at[:, None] * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(tile_at(g_ptr, t0, h, H, K, row, col), mask=mask, other=0.0).to(tl.float32)
     else:
-        g = tl.load(g_ptr + at[:, None] + cols[None, :] * 0, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(tile_at(g_ptr, t0, h, H, 1, row, col * 0), mask=mask, other=0.0).to(tl.float32)
     return tl.maximum(g, -80.0) * 1.4426950408889634
 
 
@@ -133,14 +138,14 @@ def across(level, C: tl.constexpr):
     return (r == s + 1) & (s % 2 == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
 def local_kernel(
     q_ptr,
     k_ptr,
     beta_ptr,
     g_ptr,
-    rows_ptr,  # [chunks, H, 5, C]: summed log2-decay up to and with a row, after it, 1/|k|, 1/|q|, beta
-    total_ptr,  # summed log2-decay of the chunk, [chunks, H] or, by channel, [chunks, H, K]
+    rows_ptr,  # [chunks, H, 7, C]: factors of the erasing, writing and reading; beta, 1/|k|, 1/|q|, summed log2-decay
+    fade_ptr,  # decay of the whole chunk, [chunks, H] or, by channel, [chunks, H, K]
     A_ptr,  # [chunks, H, C, C]
     P_ptr,
     erase_ptr,  # VECTOR: exp(G) E, scale exp(G) Q and exp(G_C - G) K, [chunks, H, C, K]
@@ -175,17 +180,17 @@ def local_kernel(
     r = tl.arange(0, C)
     valid = r < tokens * SUB
     reads = valid & (r % SUB == SUB - 1)
-    q_row = ((t0 + r // SUB).to(tl.int64) * HQ + hq) * K
-    line = t0.to(tl.int64) * SUB + r
-    k_row = (line * HQ + hq) * K
+    token, line = (r // SUB)[:, None], r[:, None]
+    s0 = t0.to(tl.int64) * SUB
+    rows_ptr += slot * (7 * C) + r
     r_k = tl.zeros([C], dtype=tl.float32) + 1.0
     r_q = tl.zeros([C], dtype=tl.float32) + 1.0
     lower = r[:, None] > r[None, :]
 
     if not VECTOR:
         cols = tl.arange(0, BK)
-        k = tl.load(k_ptr + k_row[:, None] + cols[None, :], mask=valid[:, None] & (cols < K)[None, :], other=0.0)
-        q = tl.load(q_ptr + q_row[:, None] + cols[None, :], mask=reads[:, None] & (cols < K)[None, :], other=0.0)
+        k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, line, cols[None, :]), mask=valid[:, None] & (cols < K)[None, :], other=0.0)
+        q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & (cols < K)[None, :], other=0.0)
         if NORM:
             r_k = tl.rsqrt(tl.sum(k.to(tl.float32) * k.to(tl.float32), 1) + 1e-6)
             r_q = tl.rsqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) + 1e-6)
@@ -200,10 +205,18 @@ def local_kernel(
             decay = between(g, seen, C, EXACT)
             T_ = T_ * decay
             P = P * decay
-            tl.store(total_ptr + pid, tl.sum(g, 0))
-        tl.store(rows_ptr + slot * (5 * C) + r, seen)
-        tl.store(rows_ptr + slot * (5 * C) + C + r, left)
+            tl.store(fade_ptr + pid, tl.exp2(tl.sum(g, 0)))
+            tl.store(rows_ptr + 6 * C, seen)
+        beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)
+        tl.store(rows_ptr, beta * r_k * tl.exp2(seen))
+        tl.store(rows_ptr + C, r_k * tl.exp2(left))
+        tl.store(rows_ptr + 2 * C, r_q * scale * tl.exp2(seen))
+        T_ = T_ * (beta * r_k)[:, None] * r_k[None, :]
+        P = P * (r_q * scale)[:, None] * r_k[None, :]
     else:
+        erase_ptr += slot * C * K
+        read_ptr += slot * C * K
+        write_ptr += slot * C * K
         T_ = tl.zeros([C, C], dtype=tl.float32)
         P = tl.zeros([C, C], dtype=tl.float32)
         own = tl.zeros([C], dtype=tl.float32)
@@ -211,23 +224,23 @@ def local_kernel(
             k2, q2 = tl.zeros([C], dtype=tl.float32), tl.zeros([C], dtype=tl.float32)
             for k0 in range(0, K, BK):
                 cols = k0 + tl.arange(0, BK)
-                k = tl.load(k_ptr + k_row[:, None] + cols, mask=valid[:, None] & (cols < K)[None, :], other=0.0)
-                q = tl.load(q_ptr + q_row[:, None] + cols, mask=reads[:, None] & (cols < K)[None, :], other=0.0)
+                k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, line, cols[None, :]), mask=valid[:, None] & (cols < K)[None, :], other=0.0)
+                q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & (cols < K)[None, :], other=0.0)
                 k2 += tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
                 q2 += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
             r_k, r_q = tl.rsqrt(k2 + 1e-6), tl.rsqrt(q2 + 1e-6)
         for k0 in range(0, K, BK):
             cols = k0 + tl.arange(0, BK)
             inside = valid[:, None] & (cols < K)[None, :]
-            k = tl.load(k_ptr + k_row[:, None] + cols[None, :], mask=inside, other=0.0)
-            q = tl.load(q_ptr + q_row[:, None] + cols[None, :], mask=reads[:, None] & (cols < K)[None, :], other=0.0)
+            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, line, cols[None, :]), mask=inside, other=0.0)
+            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & (cols < K)[None, :], other=0.0)
             dtype = k.dtype
             k, q = k.to(tl.float32) * r_k[:, None], q.to(tl.float32) * (r_q * scale)[:, None]
             if ERASE:
-                e = k * tl.load(beta_ptr + (line * H + h)[:, None] * K + cols[None, :], mask=inside, other=0.0)
+                e = k * tl.load(tile_at(beta_ptr, s0, h, H, K, line, cols[None, :]), mask=inside, other=0.0)
             else:
-                e = k * tl.load(beta_ptr + line * H + h, mask=valid, other=0.0).to(tl.float32)[:, None]
-            out = slot * C * K + r[:, None] * K + cols[None, :]
+                e = k * tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)[:, None]
+            out = r[:, None] * K + cols[None, :]
             fits = (r[:, None] >= 0) & (cols < K)[None, :]
             if GATE == 0:
                 if SCORES:
@@ -252,21 +265,20 @@ def local_kernel(
                 tl.store(read_ptr + out, (q * seen).to(dtype), mask=fits)
                 left = tl.exp2(sums(r[:, None] < r[None, :], high, low, EXACT))
                 tl.store(write_ptr + out, (k * left).to(dtype), mask=fits)
-                tl.store(total_ptr + slot * K + cols, tl.sum(g, 0), mask=cols < K)
+                tl.store(fade_ptr + slot * K + cols, tl.exp2(tl.sum(g, 0)), mask=cols < K)
         if GATE != 0:
             P += tl.where(r[:, None] == r[None, :], own[:, None], 0.0)
 
-    tl.store(rows_ptr + slot * (5 * C) + 2 * C + r, r_k)
-    tl.store(rows_ptr + slot * (5 * C) + 3 * C + r, r_q)
     if not ERASE:
-        beta = tl.load(beta_ptr + line * H + h, mask=valid, other=0.0).to(tl.float32)
-        tl.store(rows_ptr + slot * (5 * C) + 4 * C + r, beta)
-        if not VECTOR:
-            T_ = T_ * (beta * r_k)[:, None] * r_k[None, :]
-            P = P * (r_q * scale)[:, None] * r_k[None, :]
+        beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)
+        tl.store(rows_ptr + 3 * C, beta)
+    tl.store(rows_ptr + 4 * C, r_k)
+    tl.store(rows_ptr + 5 * C, r_q)
     if SCORES:
         A = tl.reshape(_inverse(tl.reshape(tl.where(lower, T_, 0.0), [1, C, C]), 1, C), [C, C])
-        tile = slot * (C * C) + r[:, None] * C + r[None, :]
+        tile = r[:, None] * C + r[None, :]
+        A_ptr += slot * (C * C)
+        P_ptr += slot * (C * C)
         tl.store(A_ptr + tile, A.to(A_ptr.dtype.element_ty))
         tl.store(P_ptr + tile, tl.where(r[:, None] >= r[None, :], P, 0.0).to(P_ptr.dtype.element_ty))
 
@@ -281,24 +293,38 @@ def sequence(n, cu_ptr, first_ptr, T, CT, PACKED: tl.constexpr):
 
 
 @triton.jit
-def key_tile(ptr, slot, row, K, mask, C: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr, FULL: tl.constexpr):
-    """Tile ``[C, BK]``: of a tensor at rows ``row``, or, VECTOR, one written out by ``local_kernel``."""
-    cols = tl.arange(0, BK)
+def key_tile(
+    ptr, slot, start, head, heads, K, row, mask, C: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr, FULL: tl.constexpr
+):
+    """Tile ``[C, BK]``: rows of a tensor ``[rows, heads, K]``, or, VECTOR, what ``local_kernel`` wrote out."""
+    cols = tl.arange(0, BK)[None, :]
     if VECTOR:
-        at = ptr + slot * C * K + (tl.arange(0, C)[:, None] * K + cols[None, :])
+        at = ptr + slot * C * K + (tl.arange(0, C)[:, None] * K + cols)
         if FULL:
             return tl.load(at)
         else:
-            return tl.load(at, mask=(tl.arange(0, C)[:, None] >= 0) & (cols < K)[None, :], other=0.0)
+            return tl.load(at, mask=(tl.arange(0, C)[:, None] >= 0) & (cols < K), other=0.0)
     else:
-        at = ptr + row[:, None] + cols[None, :]
+        at = tile_at(ptr, start, head, heads, K, row[:, None], cols)
         if FULL:
             return tl.load(at, mask=mask[:, None], other=0.0)
         else:
-            return tl.load(at, mask=mask[:, None] & (cols < K)[None, :], other=0.0)
+            return tl.load(at, mask=mask[:, None] & (cols < K), other=0.0)
 
 
 @triton.jit
+def factors(rows_ptr, fade_ptr, chunk, n_chunks, h, H, C: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr):
+    """What a serial pass fetches a chunk ahead by hand: the compiler does so only for what enters a product."""
+    slot = chunk.to(tl.int64) * H + h
+    fade, read = 1.0, tl.zeros([C], dtype=tl.float32)
+    if not VECTOR:
+        if GATE != 0:
+            fade = tl.load(fade_ptr + slot, mask=n_chunks > 0, other=1.0)
+        read = tl.load(rows_ptr + slot * (7 * C) + 2 * C + tl.arange(0, C), mask=n_chunks > 0, other=0.0)
+    return fade, read
+
+
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
 def state_kernel(
     erase_ptr,  # k, k and q themselves, or the operands written out by local_kernel
     write_ptr,
@@ -306,7 +332,7 @@ def state_kernel(
     v_ptr,
     w_ptr,
     rows_ptr,
-    total_ptr,
+    fade_ptr,
     A_ptr,
     P_ptr,
     start_ptr,  # [N, H, K, V]
@@ -346,73 +372,68 @@ def state_kernel(
     values = pid % blocks * BV + tl.arange(0, BV)
     has = (values < V)[:, None]
     keys = tl.arange(0, BK)
-    state = (n.to(tl.int64) * H + h) * K * V + keys[None, :] * V + values[:, None]
+    state = keys[None, :] * V + values[:, None]
     inside = has & (keys < K)[None, :]
-    S = tl.load(start_ptr + state, mask=inside, other=0.0)
+    S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
 
-    for it in range(0, tl.cdiv(end - first, CT)):
+    n_chunks = tl.cdiv(end - first, CT)
+    fade, read = factors(rows_ptr, fade_ptr, chunk0, n_chunks, h, H, C, VECTOR, GATE)
+    for it in range(0, n_chunks):
         t0 = first + it * CT
         slot = (chunk0 + it).to(tl.int64) * H + h
+        ahead = tl.minimum(it + 1, n_chunks - 1)
+        next_fade, next_read = factors(rows_ptr, fade_ptr, chunk0 + ahead, n_chunks, h, H, C, VECTOR, GATE)
         valid = r < tl.minimum(end - t0, CT) * SUB
         reads = valid & (r % SUB == SUB - 1)
-        line = t0.to(tl.int64) * SUB + r
-        k_row = (line * HQ + hq) * K
-        tile = slot * (C * C) + r[:, None] * C + r[None, :]
+        s0 = t0.to(tl.int64) * SUB
+        tile = r[:, None] * C + r[None, :]
+        rows = rows_ptr + slot * (7 * C) + r
 
         if KEEP:
-            tl.store(S_ptr + slot * K * V + values[:, None] * K + keys[None, :], S.to(S_ptr.dtype.element_ty), inside)
-        k = key_tile(write_ptr, slot, k_row, K, valid, C, BK, VECTOR, FULL)
+            at = S_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
+            tl.store(at, S.to(S_ptr.dtype.element_ty), mask=inside)
+        k = key_tile(write_ptr, slot, s0, hq, HQ, K, r, valid, C, BK, VECTOR, FULL)
         if VECTOR:
-            e = key_tile(erase_ptr, slot, k_row, K, valid, C, BK, VECTOR, FULL)
+            e = key_tile(erase_ptr, slot, s0, hq, HQ, K, r, valid, C, BK, VECTOR, FULL)
         else:
             e = k
         Sb = S.to(k.dtype)
         X = tl.dot(Sb, tl.trans(e), input_precision="ieee")
-        z = tl.load(v_ptr + ((line * H + h) * V)[None, :] + values[:, None], mask=has & valid[None, :], other=0.0)
-        z = z.to(tl.float32)
+        at = tile_at(v_ptr, s0, h, H, V, r[None, :], values[:, None])
+        z = tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
         if W:
-            w = tl.load(w_ptr + ((line * H + h) * V)[None, :] + values[:, None], mask=has & valid[None, :], other=0.0)
-            z = z * w.to(tl.float32)
+            at = tile_at(w_ptr, s0, h, H, V, r[None, :], values[:, None])
+            z = z * tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
         else:
-            beta = tl.load(rows_ptr + slot * (5 * C) + 4 * C + r)
-            z = z * beta[None, :]
+            z = z * tl.load(rows + 3 * C)[None, :]
         if VECTOR:
             z = z - X
         else:
-            r_k = tl.load(rows_ptr + slot * (5 * C) + 2 * C + r)
-            kept = r_k
-            if W:
-                beta = tl.load(rows_ptr + slot * (5 * C) + 4 * C + r)
-            if GATE != 0:
-                kept = r_k * tl.exp2(tl.load(rows_ptr + slot * (5 * C) + r))
-            z = z - X * (beta * kept)[None, :]
-        A = tl.load(A_ptr + tile)
+            z = z - X * tl.load(rows)[None, :]
+        A = tl.load(A_ptr + slot * (C * C) + tile)
         R = tl.dot(z.to(k.dtype), tl.trans(A), input_precision="ieee")
         Rb = R.to(k.dtype)
         if KEEP:
-            tl.store(R_ptr + slot * C * V + values[:, None] * C + r[None, :], Rb, mask=has & (r >= 0)[None, :])
+            at = R_ptr + slot * C * V + (values[:, None] * C + r[None, :])
+            tl.store(at, Rb, mask=has & (r >= 0)[None, :])
         if OUTPUT:
-            q_row = ((t0 + r // SUB).to(tl.int64) * HQ + hq) * K
-            q = key_tile(read_ptr, slot, q_row, K, reads, C, BK, VECTOR, FULL)
+            q = key_tile(read_ptr, slot, t0, hq, HQ, K, r // SUB, reads, C, BK, VECTOR, FULL)
             o = tl.dot(Sb, tl.trans(q), input_precision="ieee")
             if not VECTOR:
-                seen = tl.load(rows_ptr + slot * (5 * C) + 3 * C + r) * scale
-                if GATE != 0:
-                    seen = seen * tl.exp2(tl.load(rows_ptr + slot * (5 * C) + r))
-                o = o * seen[None, :]
-            P = tl.load(P_ptr + tile)
+                o = o * read[None, :]
+            P = tl.load(P_ptr + slot * (C * C) + tile)
             o = tl.dot(Rb, tl.trans(P), o, input_precision="ieee")
-            at = o_ptr + (((t0 + r // SUB).to(tl.int64) * H + h) * V)[None, :] + values[:, None]
+            at = tile_at(o_ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None])
             tl.store(at, o.to(o_ptr.dtype.element_ty), mask=has & reads[None, :])
-        if VECTOR:
-            if GATE != 0:
-                S = S * tl.exp2(tl.load(total_ptr + slot * K + keys, mask=keys < K, other=0.0))[None, :]
-        else:
-            if GATE != 0:
-                S = S * tl.exp2(tl.load(total_ptr + slot))
-                r_k = r_k * tl.exp2(tl.load(rows_ptr + slot * (5 * C) + C + r))
-            Rb = (R * r_k[None, :]).to(k.dtype)
+        if not VECTOR:
+            Rb = (R * tl.load(rows + C)[None, :]).to(k.dtype)
+        if GATE != 0:
+            if VECTOR:
+                S = S * tl.load(fade_ptr + slot * K + keys, mask=keys < K, other=0.0)[None, :]
+            else:
+                S = S * fade
         S = tl.dot(Rb, k, S, input_precision="ieee")
+        fade, read = next_fade, next_read
 
     if LAST:
-        tl.store(last_ptr + state, S, mask=inside)
+        tl.store(last_ptr + (n.to(tl.int64) * H + h) * K * V + state, S, mask=inside)

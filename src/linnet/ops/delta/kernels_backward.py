@@ -14,16 +14,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import _span, across, between, channel_gates, key_tile, near, row_gates, sequence, split, sums
+from .kernels import (
+    _span,
+    across,
+    between,
+    channel_gates,
+    factors,
+    key_tile,
+    near,
+    row_gates,
+    sequence,
+    split,
+    sums,
+    tile_at,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
 def adjoint_kernel(
     erase_ptr,
     write_ptr,
     read_ptr,
     rows_ptr,
-    total_ptr,
+    fade_ptr,
     A_ptr,
     P_ptr,
     do_ptr,
@@ -59,60 +72,60 @@ def adjoint_kernel(
     values = pid % blocks * BV + tl.arange(0, BV)
     has = (values < V)[:, None]
     keys = tl.arange(0, BK)
-    state = (n.to(tl.int64) * H + h) * K * V + keys[None, :] * V + values[:, None]
+    state = keys[None, :] * V + values[:, None]
     inside = has & (keys < K)[None, :]
-    dS = tl.load(last_ptr + state, mask=inside, other=0.0)
+    dS = tl.load(last_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
 
     n_chunks = tl.cdiv(end - first, CT)
+    fade, read = factors(rows_ptr, fade_ptr, chunk0 + n_chunks - 1, n_chunks, h, H, C, VECTOR, GATE)
     for it in range(0, n_chunks):
         c = n_chunks - 1 - it
+        ahead = chunk0 + tl.maximum(c - 1, 0)
+        next_fade, next_read = factors(rows_ptr, fade_ptr, ahead, n_chunks, h, H, C, VECTOR, GATE)
         t0 = first + c * CT
         slot = (chunk0 + c).to(tl.int64) * H + h
         valid = r < tl.minimum(end - t0, CT) * SUB
         reads = valid & (r % SUB == SUB - 1)
-        k_row = ((t0.to(tl.int64) * SUB + r) * HQ + hq) * K
-        tile = slot * (C * C) + r[:, None] * C + r[None, :]
+        s0 = t0.to(tl.int64) * SUB
+        tile = r[:, None] * C + r[None, :]
+        rows = rows_ptr + slot * (7 * C) + r
 
-        tl.store(dS_ptr + slot * K * V + values[:, None] * K + keys[None, :], dS.to(dS_ptr.dtype.element_ty), inside)
-        k = key_tile(write_ptr, slot, k_row, K, valid, C, BK, VECTOR, FULL)
+        at = dS_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
+        tl.store(at, dS.to(dS_ptr.dtype.element_ty), mask=inside)
+        k = key_tile(write_ptr, slot, s0, hq, HQ, K, r, valid, C, BK, VECTOR, FULL)
         dR = tl.dot(dS.to(k.dtype), tl.trans(k), input_precision="ieee")
         if not VECTOR:
-            r_k = tl.load(rows_ptr + slot * (5 * C) + 2 * C + r)
-            kept = r_k * tl.load(rows_ptr + slot * (5 * C) + 4 * C + r)
-            seen = tl.load(rows_ptr + slot * (5 * C) + 3 * C + r) * scale
-            if GATE != 0:
-                start = tl.exp2(tl.load(rows_ptr + slot * (5 * C) + r))
-                seen, kept = seen * start, kept * start
-                r_k = r_k * tl.exp2(tl.load(rows_ptr + slot * (5 * C) + C + r))
-            dR = dR * r_k[None, :]
-        at = do_ptr + (((t0 + r // SUB).to(tl.int64) * H + h) * V)[None, :] + values[:, None]
+            dR = dR * tl.load(rows + C)[None, :]
+        at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None])
         do = tl.load(at, mask=has & reads[None, :], other=0.0)
-        P = tl.load(P_ptr + tile)
+        P = tl.load(P_ptr + slot * (C * C) + tile)
         dR = tl.dot(do, P, dR, input_precision="ieee")
-        A = tl.load(A_ptr + tile)
+        A = tl.load(A_ptr + slot * (C * C) + tile)
         L = tl.dot(dR.to(k.dtype), A, input_precision="ieee")
         Lb = L.to(k.dtype)
-        tl.store(L_ptr + slot * C * V + values[:, None] * C + r[None, :], Lb, mask=has & (r >= 0)[None, :])
-        q_row = ((t0 + r // SUB).to(tl.int64) * HQ + hq) * K
-        q = key_tile(read_ptr, slot, q_row, K, reads, C, BK, VECTOR, FULL)
+        at = L_ptr + slot * C * V + (values[:, None] * C + r[None, :])
+        tl.store(at, Lb, mask=has & (r >= 0)[None, :])
+        q = key_tile(read_ptr, slot, t0, hq, HQ, K, r // SUB, reads, C, BK, VECTOR, FULL)
         if VECTOR:
-            e = key_tile(erase_ptr, slot, k_row, K, valid, C, BK, VECTOR, FULL)
-            if GATE != 0:
-                dS = dS * tl.exp2(tl.load(total_ptr + slot * K + keys, mask=keys < K, other=0.0))[None, :]
+            e = key_tile(erase_ptr, slot, s0, hq, HQ, K, r, valid, C, BK, VECTOR, FULL)
             Lb = (-L).to(k.dtype)
         else:
             e = k
-            if GATE != 0:
-                dS = dS * tl.exp2(tl.load(total_ptr + slot))
-            do = (do.to(tl.float32) * seen[None, :]).to(k.dtype)
-            Lb = (L * -kept[None, :]).to(k.dtype)
+            do = (do.to(tl.float32) * read[None, :]).to(k.dtype)
+            Lb = (L * -tl.load(rows)[None, :]).to(k.dtype)
+        if GATE != 0:
+            if VECTOR:
+                dS = dS * tl.load(fade_ptr + slot * K + keys, mask=keys < K, other=0.0)[None, :]
+            else:
+                dS = dS * fade
         dS = tl.dot(do, q, dS, input_precision="ieee")
         dS = tl.dot(Lb, e, dS, input_precision="ieee")
+        fade, read = next_fade, next_read
 
-    tl.store(start_ptr + state, dS, mask=inside)
+    tl.store(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, dS, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
 def gradient_kernel(
     q_ptr,
     k_ptr,
@@ -121,7 +134,7 @@ def gradient_kernel(
     g_ptr,
     w_ptr,
     rows_ptr,
-    total_ptr,
+    fade_ptr,
     do_ptr,
     S_ptr,
     R_ptr,
@@ -165,14 +178,19 @@ def gradient_kernel(
     r = tl.arange(0, C)
     valid = r < tokens * SUB
     reads = valid & (r % SUB == SUB - 1)
-    token = (t0 + r // SUB).to(tl.int64)
-    line = t0.to(tl.int64) * SUB + r
+    token = r // SUB
+    s0 = t0.to(tl.int64) * SUB
+    rows_ptr += slot * (7 * C) + r
+    R_ptr += slot * C * V
+    L_ptr += slot * C * V
+    S_ptr += slot * K * V
+    dS_ptr += slot * K * V
     dtype = k_ptr.dtype.element_ty
-    r_k = tl.load(rows_ptr + slot * (5 * C) + 2 * C + r)
-    r_q = tl.load(rows_ptr + slot * (5 * C) + 3 * C + r)
+    r_k = tl.load(rows_ptr + 4 * C)
+    r_q = tl.load(rows_ptr + 5 * C)
     dbeta = tl.zeros([C], dtype=tl.float32)
     if not ERASE:
-        beta = tl.load(rows_ptr + slot * (5 * C) + 4 * C + r)
+        beta = tl.load(rows_ptr + 3 * C)
 
     # Gradients of P and T, each with its transpose: of an accumulator that would not go to the tensor cores as it is.
     dP = tl.zeros([C, C], dtype=tl.float32)
@@ -182,9 +200,9 @@ def gradient_kernel(
     for v0 in range(0, V, BV):
         values = v0 + tl.arange(0, BV)
         has = values < V
-        do_at = (token * H + h)[:, None] * V + values[None, :]
-        do = tl.load(do_ptr + do_at, mask=reads[:, None] & has[None, :], other=0.0)
-        tile = slot * C * V + values[:, None] * C + r[None, :]
+        do_at = tile_at(do_ptr, t0, h, H, V, token[:, None], values[None, :])
+        do = tl.load(do_at, mask=reads[:, None] & has[None, :], other=0.0)
+        tile = values[:, None] * C + r[None, :]
         full = has[:, None] & (r >= 0)[None, :]
         R = tl.load(R_ptr + tile, mask=full, other=0.0)
         L = tl.load(L_ptr + tile, mask=full, other=0.0)
@@ -192,16 +210,16 @@ def gradient_kernel(
         dPt = tl.dot(tl.trans(R), tl.trans(do), dPt, input_precision="ieee")
         dT = tl.dot(tl.trans(L), R, dT, input_precision="ieee")
         dTt = tl.dot(tl.trans(R), L, dTt, input_precision="ieee")
-        v_at = (line * H + h)[None, :] * V + values[:, None]
+        row, col = r[None, :], values[:, None]
         inside = has[:, None] & valid[None, :]
-        v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(tile_at(v_ptr, s0, h, H, V, row, col), mask=inside, other=0.0).to(tl.float32)
         dz = L.to(tl.float32)
         if W:
-            w = tl.load(w_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dv_ptr + v_at, (dz * w).to(dtype), mask=inside)
-            tl.store(dw_ptr + v_at, (dz * v).to(dw_ptr.dtype.element_ty), mask=inside)
+            w = tl.load(tile_at(w_ptr, s0, h, H, V, row, col), mask=inside, other=0.0).to(tl.float32)
+            tl.store(tile_at(dv_ptr, s0, h, H, V, row, col), (dz * w).to(dtype), mask=inside)
+            tl.store(tile_at(dw_ptr, s0, h, H, V, row, col), (dz * v).to(dw_ptr.dtype.element_ty), mask=inside)
         else:
-            tl.store(dv_ptr + v_at, (dz * beta[None, :]).to(dtype), mask=inside)
+            tl.store(tile_at(dv_ptr, s0, h, H, V, row, col), (dz * beta[None, :]).to(dtype), mask=inside)
             dbeta += tl.sum(dz * v, 0)
 
     row, col = r[:, None], r[None, :]
@@ -218,13 +236,13 @@ def gradient_kernel(
         dT, dTt = tl.where(row > col, -dT, 0.0), tl.where(row < col, -dTt, 0.0)
         if GATE != 0:
             g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
-            sum_seen = tl.load(rows_ptr + slot * (5 * C) + r)
+            sum_seen = tl.load(rows_ptr + 6 * C)
             kept = between(g, sum_seen, C, EXACT)
             dP, dT = dP * kept, dT * kept
             kept = tl.trans(kept)
             dPt, dTt = dPt * kept, dTt * kept
             seen = tl.exp2(sum_seen)
-            left = tl.exp2(tl.load(rows_ptr + slot * (5 * C) + C + r))
+            left = tl.exp2(tl.sum(tl.where(row > col, g[:, None], 0.0), 0))
         D1, D2 = (dP * r_k[None, :]).to(dtype), (dT * r_k[None, :]).to(dtype)
         D1t, D2t = (dPt * r_q[None, :]).to(dtype), (dTt * (r_k * beta)[None, :]).to(dtype)
 
@@ -240,13 +258,13 @@ def gradient_kernel(
         for v0 in range(0, V, BV):
             values = v0 + tl.arange(0, BV)
             has = values < V
-            do_at = (token * H + h)[:, None] * V + values[None, :]
-            do = tl.load(do_ptr + do_at, mask=reads[:, None] & has[None, :], other=0.0)
-            tile = slot * C * V + values[:, None] * C + r[None, :]
+            do_at = tile_at(do_ptr, t0, h, H, V, token[:, None], values[None, :])
+            do = tl.load(do_at, mask=reads[:, None] & has[None, :], other=0.0)
+            tile = values[:, None] * C + r[None, :]
             full = has[:, None] & (r >= 0)[None, :]
             R = tl.load(R_ptr + tile, mask=full, other=0.0)
             L = tl.load(L_ptr + tile, mask=full, other=0.0)
-            state = slot * K * V + values[:, None] * K + keys[None, :]
+            state = values[:, None] * K + keys[None, :]
             S = tl.load(S_ptr + state, mask=has[:, None] & wide, other=0.0)
             dS = tl.load(dS_ptr + state, mask=has[:, None] & wide, other=0.0)
             dq = tl.dot(do, S, dq, input_precision="ieee")
@@ -256,16 +274,15 @@ def gradient_kernel(
                 end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
 
         k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
-        k = tl.load(k_ptr + ((line * HQ + hq) * K)[:, None] + keys[None, :], mask=k_in, other=0.0)
-        q = tl.load(q_ptr + ((token * HQ + hq) * K)[:, None] + keys[None, :], mask=q_in, other=0.0)
-        by_row = (line * H + h)[:, None] * K + keys[None, :]
+        k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, r[:, None], keys[None, :]), mask=k_in, other=0.0)
+        q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token[:, None], keys[None, :]), mask=q_in, other=0.0)
         if not VECTOR:
             kn, qn = k.to(tl.float32) * r_k[:, None], q.to(tl.float32) * r_q[:, None]
             if GATE != 0:
                 dq = dq * (scale * seen)[:, None]
                 de = de * seen[:, None]
                 dk = dk * left[:, None]
-                ends += tl.sum(end, 0) * tl.exp2(tl.load(total_ptr + pid)) + tl.sum(tl.sum(dk * kn, 1), 0)
+                ends += tl.sum(end, 0) * tl.load(fade_ptr + pid) + tl.sum(tl.sum(dk * kn, 1), 0)
             else:
                 dq = dq * scale
             dq = tl.dot(D1, k, dq, input_precision="ieee")
@@ -280,7 +297,7 @@ def gradient_kernel(
         else:
             kn, qn = k.to(tl.float32) * r_k[:, None], q.to(tl.float32) * (r_q * scale)[:, None]
             if ERASE:
-                b = tl.load(beta_ptr + by_row, mask=k_in, other=0.0).to(tl.float32)
+                b = tl.load(tile_at(beta_ptr, s0, h, H, K, r[:, None], keys[None, :]), mask=k_in, other=0.0).to(tl.float32)
             else:
                 b = beta[:, None]
             e = kn * b
@@ -312,14 +329,14 @@ def gradient_kernel(
                 high, low = split(change, EXACT)
                 dg = sums(row <= col, high, low, EXACT) + end[None, :]
                 if GATE == 2:
-                    at = (token * H + h)[:, None] * K + keys[None, :]
-                    tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=k_in & (r % SUB == 0)[:, None])
+                    at = tile_at(dg_ptr, t0, h, H, K, token[:, None], keys[None, :])
+                    tl.store(at, dg.to(dg_ptr.dtype.element_ty), mask=k_in & (r % SUB == 0)[:, None])
                 else:
                     dG += tl.sum(tl.where(wide, dg, 0.0), 1)
             dq = dq * scale
             qn = q.to(tl.float32) * r_q[:, None]
             if ERASE:
-                tl.store(dbeta_ptr + by_row, (de * kn).to(dbeta_ptr.dtype.element_ty), mask=k_in)
+                tl.store(tile_at(dbeta_ptr, s0, h, H, K, r[:, None], keys[None, :]), (de * kn).to(dbeta_ptr.dtype.element_ty), mask=k_in)
             else:
                 dbeta += tl.sum(de * kn, 1)
             dk += de * b
@@ -330,30 +347,30 @@ def gradient_kernel(
             if WHOLE:
                 dq = (dq - qn * n_q[:, None]) * r_q[:, None]
                 dk = (dk - kn * n_k[:, None]) * r_k[:, None]
-        tl.store(dq_ptr + (token * H + h)[:, None] * K + keys[None, :], dq.to(dtype), mask=q_in)
-        tl.store(dk_ptr + by_row, dk.to(dtype), mask=k_in)
+        tl.store(tile_at(dq_ptr, t0, h, H, K, token[:, None], keys[None, :]), dq.to(dtype), mask=q_in)
+        tl.store(tile_at(dk_ptr, s0, h, H, K, r[:, None], keys[None, :]), dk.to(dtype), mask=k_in)
 
     if NORM and not WHOLE:  # the norm's adjoint needs the sums over all keys
         tl.debug_barrier()
         for k0 in range(0, K, BK):
             keys = k0 + tl.arange(0, BK)
             k_in, q_in = valid[:, None] & (keys < K)[None, :], reads[:, None] & (keys < K)[None, :]
-            k = tl.load(k_ptr + ((line * HQ + hq) * K)[:, None] + keys[None, :], mask=k_in, other=0.0)
-            q = tl.load(q_ptr + ((token * HQ + hq) * K)[:, None] + keys[None, :], mask=q_in, other=0.0)
-            at = dq_ptr + (token * H + h)[:, None] * K + keys[None, :]
+            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, r[:, None], keys[None, :]), mask=k_in, other=0.0)
+            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token[:, None], keys[None, :]), mask=q_in, other=0.0)
+            at = tile_at(dq_ptr, t0, h, H, K, token[:, None], keys[None, :])
             dq = tl.load(at, mask=q_in, other=0.0).to(tl.float32)
             dq = (dq - q.to(tl.float32) * (r_q * n_q)[:, None]) * r_q[:, None]
             tl.store(at, dq.to(dtype), mask=q_in)
-            at = dk_ptr + (line * H + h)[:, None] * K + keys[None, :]
+            at = tile_at(dk_ptr, s0, h, H, K, r[:, None], keys[None, :])
             dk = tl.load(at, mask=k_in, other=0.0).to(tl.float32)
             dk = (dk - k.to(tl.float32) * (r_k * n_k)[:, None]) * r_k[:, None]
             tl.store(at, dk.to(dtype), mask=k_in)
 
     if not ERASE:
-        tl.store(dbeta_ptr + line * H + h, dbeta.to(dbeta_ptr.dtype.element_ty), mask=valid)
+        tl.store(tile_at(dbeta_ptr, s0, h, H, 1, r, 0), dbeta.to(dbeta_ptr.dtype.element_ty), mask=valid)
     if GATE == 1:
         if VECTOR:
             dg = dG
         else:
             dg = tl.sum(tl.where(row <= col, dG[None, :], 0.0), 1) + ends
-        tl.store(dg_ptr + token * H + h, dg.to(dg_ptr.dtype.element_ty), mask=valid & (r % SUB == 0))
+        tl.store(tile_at(dg_ptr, t0, h, H, 1, token, 0), dg.to(dg_ptr.dtype.element_ty), mask=valid & (r % SUB == 0))

@@ -80,8 +80,8 @@ def _local(
     C, K, H = layout.C, layout.K, layout.H
     slots = layout.chunks, H
     fp32 = {"dtype": torch.float32, "device": q.device}
-    local: dict[str, Any] = {"rows": torch.empty(*slots, 5, C, **fp32)}
-    local["total"] = torch.empty(*slots, *((K,) if modes.vector else ()), **fp32) if modes.gate else None
+    local: dict[str, Any] = {"rows": torch.empty(*slots, 7, C, **fp32)}
+    local["fade"] = torch.empty(*slots, *((K,) if modes.vector else ()), **fp32) if modes.gate else None
     local |= {name: q.new_empty(*slots, C, C) if scores else None for name in ("A", "P")}
     operands = [q.new_empty(*slots, C, K) if modes.vector else None for _ in range(3)]
     local_kernel[(layout.chunks * H,)](
@@ -90,7 +90,7 @@ def _local(
         beta,
         g,
         local["rows"],
-        local["total"],
+        local["fade"],
         local["A"],
         local["P"],
         *operands,
@@ -136,7 +136,7 @@ def _walk(
         v,
         w,
         local["rows"],
-        local["total"],
+        local["fade"],
         local["A"],
         local["P"],
         S,
@@ -220,7 +220,7 @@ def backward(
         write,
         read,
         local["rows"],
-        local["total"],
+        local["fade"],
         A,
         P,
         do,
@@ -254,7 +254,7 @@ def backward(
         g,
         w,
         local["rows"],
-        local["total"],
+        local["fade"],
         do,
         entering,
         R,
