@@ -49,6 +49,15 @@ def tile_at(ptr, start, head, heads, width, row, col):
 
 
 @triton.jit
+def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """``index < SIZE``, known beforehand when blocks fill the size."""
+    if SIZE % BLOCK == 0:
+        return tl.full(index.shape, True, tl.int1)
+    else:
+        return index < SIZE
+
+
+@triton.jit
 def _inverse(T, N: tl.constexpr, B: tl.constexpr):
     """``(I + T)^-1`` of ``N`` strictly lower triangular blocks ``[N, B, B]`` in fp32, from the inverses of halves."""
     if B == 1:
@@ -93,9 +102,9 @@ def between(g, seen, C: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def channel_gates(g_ptr, t0, h, H, K, r, valid, cols, SUB: tl.constexpr, GATE: tl.constexpr):
+def channel_gates(g_ptr, t0, h, H, K: tl.constexpr, r, valid, cols, wide, SUB: tl.constexpr, GATE: tl.constexpr):
     """log2-decay of each row and channel."""
-    row, col, mask = (r // SUB)[:, None], cols[None, :], (valid & (r % SUB == 0))[:, None] & (cols < K)[None, :]
+    row, col, mask = (r // SUB)[:, None], cols[None, :], (valid & (r % SUB == 0))[:, None] & wide
     if GATE == 2:
         g = tl.load(tile_at(g_ptr, t0, h, H, K, row, col), mask=mask, other=0.0).to(tl.float32)
     else:
@@ -158,7 +167,7 @@ def local_kernel(
     CT,
     H,
     HQ,
-    K,
+    K: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,  # log2 C
     BK: tl.constexpr,
@@ -189,8 +198,9 @@ def local_kernel(
 
     if not VECTOR:
         cols = tl.arange(0, BK)
-        k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, line, cols[None, :]), mask=valid[:, None] & (cols < K)[None, :], other=0.0)
-        q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & (cols < K)[None, :], other=0.0)
+        wide = within(cols, K, BK)[None, :]
+        k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, line, cols[None, :]), mask=valid[:, None] & wide, other=0.0)
+        q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & wide, other=0.0)
         if NORM:
             r_k = tl.rsqrt(tl.sum(k.to(tl.float32) * k.to(tl.float32), 1) + 1e-6)
             r_q = tl.rsqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) + 1e-6)
@@ -224,16 +234,18 @@ def local_kernel(
             k2, q2 = tl.zeros([C], dtype=tl.float32), tl.zeros([C], dtype=tl.float32)
             for k0 in range(0, K, BK):
                 cols = k0 + tl.arange(0, BK)
-                k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, line, cols[None, :]), mask=valid[:, None] & (cols < K)[None, :], other=0.0)
-                q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & (cols < K)[None, :], other=0.0)
+                wide = within(cols, K, BK)[None, :]
+                k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, line, cols[None, :]), mask=valid[:, None] & wide, other=0.0)
+                q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & wide, other=0.0)
                 k2 += tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
                 q2 += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
             r_k, r_q = tl.rsqrt(k2 + 1e-6), tl.rsqrt(q2 + 1e-6)
         for k0 in range(0, K, BK):
             cols = k0 + tl.arange(0, BK)
-            inside = valid[:, None] & (cols < K)[None, :]
+            wide = within(cols, K, BK)[None, :]
+            inside = valid[:, None] & wide
             k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, line, cols[None, :]), mask=inside, other=0.0)
-            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & (cols < K)[None, :], other=0.0)
+            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & wide, other=0.0)
             dtype = k.dtype
             k, q = k.to(tl.float32) * r_k[:, None], q.to(tl.float32) * (r_q * scale)[:, None]
             if ERASE:
@@ -241,7 +253,7 @@ def local_kernel(
             else:
                 e = k * tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)[:, None]
             out = r[:, None] * K + cols[None, :]
-            fits = (r[:, None] >= 0) & (cols < K)[None, :]
+            fits = tl.full([C, 1], True, tl.int1) & wide
             if GATE == 0:
                 if SCORES:
                     T_ += tl.dot(e.to(dtype), tl.trans(k.to(dtype)), input_precision="ieee")
@@ -250,7 +262,7 @@ def local_kernel(
                 tl.store(read_ptr + out, q.to(dtype), mask=fits)
                 tl.store(write_ptr + out, k.to(dtype), mask=fits)
             else:
-                g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, SUB, GATE)
+                g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
                 high, low = split(g, EXACT)
                 if SCORES:
                     own += tl.sum(q * k, 1)
@@ -265,7 +277,7 @@ def local_kernel(
                 tl.store(read_ptr + out, (q * seen).to(dtype), mask=fits)
                 left = tl.exp2(sums(r[:, None] < r[None, :], high, low, EXACT))
                 tl.store(write_ptr + out, (k * left).to(dtype), mask=fits)
-                tl.store(fade_ptr + slot * K + cols, tl.exp2(tl.sum(g, 0)), mask=cols < K)
+                tl.store(fade_ptr + slot * K + cols, tl.exp2(tl.sum(g, 0)), mask=within(cols, K, BK))
         if GATE != 0:
             P += tl.where(r[:, None] == r[None, :], own[:, None], 0.0)
 
@@ -294,22 +306,16 @@ def sequence(n, cu_ptr, first_ptr, T, CT, PACKED: tl.constexpr):
 
 @triton.jit
 def key_tile(
-    ptr, slot, start, head, heads, K, row, mask, C: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr, FULL: tl.constexpr
+    ptr, slot, start, head, heads, row, mask, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr
 ):
     """Tile ``[C, BK]``: rows of a tensor ``[rows, heads, K]``, or, VECTOR, what ``local_kernel`` wrote out."""
     cols = tl.arange(0, BK)[None, :]
+    wide = within(cols, K, BK)
     if VECTOR:
         at = ptr + slot * C * K + (tl.arange(0, C)[:, None] * K + cols)
-        if FULL:
-            return tl.load(at)
-        else:
-            return tl.load(at, mask=(tl.arange(0, C)[:, None] >= 0) & (cols < K), other=0.0)
+        return tl.load(at, mask=tl.full([C, 1], True, tl.int1) & wide, other=0.0)
     else:
-        at = tile_at(ptr, start, head, heads, K, row[:, None], cols)
-        if FULL:
-            return tl.load(at, mask=mask[:, None], other=0.0)
-        else:
-            return tl.load(at, mask=mask[:, None] & (cols < K), other=0.0)
+        return tl.load(tile_at(ptr, start, head, heads, K, row[:, None], cols), mask=mask[:, None] & wide, other=0.0)
 
 
 @triton.jit
@@ -347,8 +353,8 @@ def state_kernel(
     CT,
     H,
     HQ,
-    K,
-    V,
+    K: tl.constexpr,
+    V: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -360,7 +366,6 @@ def state_kernel(
     KEEP: tl.constexpr,
     LAST: tl.constexpr,
     PACKED: tl.constexpr,
-    FULL: tl.constexpr,
 ):
     blocks = tl.cdiv(V, BV)
     pid = tl.program_id(0)
@@ -370,10 +375,10 @@ def state_kernel(
     first, end, chunk0 = sequence(n, cu_ptr, first_ptr, T, CT, PACKED)
     r = tl.arange(0, C)
     values = pid % blocks * BV + tl.arange(0, BV)
-    has = (values < V)[:, None]
+    has = within(values, V, BV)[:, None]
     keys = tl.arange(0, BK)
     state = keys[None, :] * V + values[:, None]
-    inside = has & (keys < K)[None, :]
+    inside = has & within(keys, K, BK)[None, :]
     S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
 
     n_chunks = tl.cdiv(end - first, CT)
@@ -392,9 +397,9 @@ def state_kernel(
         if KEEP:
             at = S_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
             tl.store(at, S.to(S_ptr.dtype.element_ty), mask=inside)
-        k = key_tile(write_ptr, slot, s0, hq, HQ, K, r, valid, C, BK, VECTOR, FULL)
+        k = key_tile(write_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
         if VECTOR:
-            e = key_tile(erase_ptr, slot, s0, hq, HQ, K, r, valid, C, BK, VECTOR, FULL)
+            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
         else:
             e = k
         Sb = S.to(k.dtype)
@@ -415,9 +420,9 @@ def state_kernel(
         Rb = R.to(k.dtype)
         if KEEP:
             at = R_ptr + slot * C * V + (values[:, None] * C + r[None, :])
-            tl.store(at, Rb, mask=has & (r >= 0)[None, :])
+            tl.store(at, Rb, mask=has & tl.full([1, C], True, tl.int1))
         if OUTPUT:
-            q = key_tile(read_ptr, slot, t0, hq, HQ, K, r // SUB, reads, C, BK, VECTOR, FULL)
+            q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reads, K, C, BK, VECTOR)
             o = tl.dot(Sb, tl.trans(q), input_precision="ieee")
             if not VECTOR:
                 o = o * read[None, :]
@@ -429,7 +434,7 @@ def state_kernel(
             Rb = (R * tl.load(rows + C)[None, :]).to(k.dtype)
         if GATE != 0:
             if VECTOR:
-                S = S * tl.load(fade_ptr + slot * K + keys, mask=keys < K, other=0.0)[None, :]
+                S = S * tl.load(fade_ptr + slot * K + keys, mask=within(keys, K, BK), other=0.0)[None, :]
             else:
                 S = S * fade
         S = tl.dot(Rb, k, S, input_precision="ieee")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import chunk_table
 from .kernels import local_kernel, state_kernel
-from .kernels_backward import adjoint_kernel, gradient_kernel
+from .kernels_backward import adjoint_kernel, gradient_kernel, pairs_kernel
 
 
 def chunk_rows(K: int, V: int, dtype: torch.dtype) -> int:
@@ -26,9 +26,14 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     fp32 = dtype == torch.float32
     if kernel == "local":
         return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": 1 if fp32 else 2}
+    BV = min(32 if fp32 else 64, widest)
+    if kernel == "pairs":
+        return {"BV": BV, "num_warps": 4, "num_stages": 1 if fp32 else 2}
     if kernel == "gradient":
-        return {"BK": min(BK, 32 if fp32 else 128), "BV": min(32 if fp32 else 64, widest), "num_warps": 8, "num_stages": 1 if fp32 else 2}
-    return {"BK": BK, "BV": min(32 if fp32 else 64, widest), "num_warps": 4, "num_stages": 1 if fp32 else 3}
+        BK = min(BK, 32 if fp32 or vector else 128)
+        warps = 8 if BK == 128 else 4
+        return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 1 if fp32 else 2}
+    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 1 if fp32 else 3}
 
 
 class _Layout:
@@ -156,7 +161,6 @@ def _walk(
         KEEP=kept is not None,
         LAST=last is not None,
         PACKED=layout.packed,
-        FULL=settings["BK"] == layout.K,
         **settings,
     )
 
@@ -237,7 +241,6 @@ def backward(
         GATE=modes.gate,
         VECTOR=modes.vector,
         PACKED=layout.packed,
-        FULL=settings["BK"] == K,
         **settings,
     )
     del local["operands"], erase, read, write
@@ -245,14 +248,43 @@ def backward(
     dq, dk = q.new_empty(*q.shape[:2], H, K), k.new_empty(*k.shape[:2], H, K)
     grads = {"v": torch.empty_like(v), "beta": torch.empty_like(beta), "S": dS0}
     grads |= {name: torch.empty_like(x) for name, x in (("g", g), ("w", w)) if x is not None}
+    D1, D2 = torch.empty_like(A), torch.empty_like(A)
+    lv = None if modes.write else S.new_empty(layout.chunks, H, C)
+    settings = launch_settings("pairs", K, V, v.dtype, modes.vector)
+    pairs_kernel[(layout.chunks * H,)](
+        v,
+        g,
+        w,
+        local["rows"],
+        do,
+        R,
+        L,
+        D1,
+        D2,
+        lv,
+        grads["v"],
+        grads.get("w"),
+        layout.cu,
+        layout.table,
+        layout.T,
+        layout.tokens,
+        H,
+        V,
+        C=C,
+        SUB=substeps,
+        GATE=modes.gate,
+        W=modes.write,
+        VECTOR=modes.vector,
+        PACKED=layout.packed,
+        EXACT=q.dtype == torch.float32,
+        **settings,
+    )
     settings = launch_settings("gradient", K, V, v.dtype, modes.vector)
     gradient_kernel[(layout.chunks * H,)](
         q,
         k,
-        v,
         beta,
         g,
-        w,
         local["rows"],
         local["fade"],
         do,
@@ -260,12 +292,13 @@ def backward(
         R,
         leaving,
         L,
+        D1,
+        D2,
+        lv,
         dq,
         dk,
-        grads["v"],
         grads["beta"],
         grads.get("g"),
-        grads.get("w"),
         layout.cu,
         layout.table,
         *layout.sizes(scale),
