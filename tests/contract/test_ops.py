@@ -104,11 +104,16 @@ class Sample:
 
     @property
     def time(self) -> list[str]:
-        """Arguments with layout [B, T, ...] among this case's."""
+        """Arguments with layout [B, T, ...] among this case's; T may be a number of rows a token."""
         return [name for name in self.case.time if _is_time(self.inputs.get(name), self.rows, self.T)]
 
+    def tokens(self, name: str, a: int, b: int) -> slice:
+        """Where argument ``name`` holds the tokens from a to b."""
+        rows = self.inputs[name].shape[1] // self.T
+        return slice(a * rows, b * rows)
+
     def slice(self, inputs: dict[str, Any], a: int, b: int) -> dict[str, Any]:
-        return inputs | {name: inputs[name][:, a:b] for name in self.time}
+        return inputs | {name: inputs[name][:, self.tokens(name, a, b)] for name in self.time}
 
     def call(self, backend: str, **options: Any) -> Program:
         """One call of the op on all inputs."""
@@ -163,7 +168,7 @@ class Sample:
 
 
 def _is_time(x: Any, rows: int, T: int) -> bool:
-    return isinstance(x, Tensor) and x.dim() >= 2 and x.shape[:2] == (rows, T)
+    return isinstance(x, Tensor) and x.dim() >= 2 and x.shape[0] == rows and x.shape[1] > 0 and x.shape[1] % T == 0
 
 
 def _options(op: Op) -> dict[str, Any]:
@@ -354,7 +359,8 @@ def test_causal(op: Op, case: Case, backend: str, device: torch.device) -> None:
         changed = dict(sample.inputs)
         for name in sample.time:
             changed[name] = sample.inputs[name].clone()
-            changed[name][:, t] = other[name][:, t]
+            here = sample.tokens(name, t, t + 1)
+            changed[name][:, here] = other[name][:, here]
         for name, x in named("out", program(changed, sample.state)[0]).items():
             differ = (x[:, :t] != before[name][:, :t]).nonzero()
             if len(differ):

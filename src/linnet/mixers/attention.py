@@ -54,6 +54,7 @@ def _grouped_is_repeated(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             {"d_model": 32, "num_heads": 2},
             {"d_model": 16, "num_heads": 4, "num_kv_heads": 2, "window": 5, "qk_norm": True},
             {"d_model": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 6, "rope": False, "qkv_bias": True},
+            {"d_model": 16, "num_heads": 2, "rope_fraction": 0.5, "qk_norm": "joint", "output_gate": True},
         ),
         identities=(
             Identity("a window of at least the sequence is full attention", _wide_window_is_full),
@@ -77,8 +78,11 @@ class Attention(Mixer):
         window: tokens a query sees, itself included; all when None.
         rope: rotate queries and keys by their position; without, attention knows order only through the causal mask.
         rope_base: base of the rotation's frequencies.
-        qk_norm: RMSNorm with a learned weight on the queries and keys of every head, before the rotation.
+        rope_fraction: rotate this share of a head's channels, the first ones.
+        qk_norm: RMSNorm with a learned weight on queries and keys before the rotation: True for a norm of every head,
+            "joint" for one over the channels of all heads together.
         qkv_bias: biases on the query, key and value projections.
+        output_gate: multiply the reading by sigmoid(W x), channel by channel.
         norm_eps: of that RMSNorm.
 
     Raises:
@@ -95,12 +99,14 @@ class Attention(Mixer):
         window: int | None = None,
         rope: bool = True,
         rope_base: float = 10000.0,
-        qk_norm: bool = False,
+        rope_fraction: float = 1.0,
+        qk_norm: bool | str = False,
         qkv_bias: bool = False,
+        output_gate: bool = False,
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        self.d_model, self.window, self.rope, self.rope_base = d_model, window, rope, rope_base
+        self.d_model, self.window, self.rope_base = d_model, window, rope_base
         self.num_heads = max(d_model // 64, 1) if num_heads is None else num_heads
         if head_dim is None:
             head_dim = parts.check_divisor("num_heads", self.num_heads, d_model, "d_model")
@@ -110,14 +116,20 @@ class Attention(Mixer):
         if window is not None:
             parts.check_count(window=window)
         parts.check_positive(rope_base=rope_base, norm_eps=norm_eps)
-        if rope and head_dim % 2:
-            raise ValueError(f"rope: expected an even head_dim, got {head_dim}")
+        parts.check_choice("qk_norm", str(qk_norm), ("True", "False", "joint"))
+        self.rotated = int(rope_fraction * head_dim) if rope else 0
+        if not 0 < rope_fraction <= 1 or self.rotated % 2 or self.rotated != rope * rope_fraction * head_dim:
+            raise ValueError(
+                f"rope, rope_fraction: expected an even number of channels, got {rope_fraction} of head_dim={head_dim}"
+            )
         queries, keys = self.num_heads * head_dim, self.num_kv_heads * head_dim
         self.q_proj = nn.Linear(d_model, queries, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, keys, bias=qkv_bias)
         self.v_proj = nn.Linear(d_model, keys, bias=qkv_bias)
-        self.q_norm = parts.Norm(head_dim, norm_eps) if qk_norm else None
-        self.k_norm = parts.Norm(head_dim, norm_eps) if qk_norm else None
+        self.joint_norm = qk_norm == "joint"
+        spans = (queries, keys) if self.joint_norm else (head_dim, head_dim)
+        self.q_norm, self.k_norm = (parts.Norm(span, norm_eps) if qk_norm else nn.Identity() for span in spans)
+        self.g_proj = nn.Linear(d_model, queries, bias=False) if output_gate else None
         self.o_proj = nn.Linear(queries, d_model, bias=False)
 
     def forward(
@@ -125,15 +137,22 @@ class Attention(Mixer):
     ) -> tuple[Tensor, AttentionState]:
         parts.check_input(x, self.d_model, segments)
         cache = None if state is None else parts.unpack(state, AttentionState)
-        q = parts.heads(self.q_proj(x), self.num_heads)
-        k, v = (parts.heads(proj(x), self.num_kv_heads) for proj in (self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = self.q_proj(x), self.k_proj(x), parts.heads(self.v_proj(x), self.num_kv_heads)
+        if self.joint_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope:
+        q, k = parts.heads(q, self.num_heads), parts.heads(k, self.num_kv_heads)
+        if not self.joint_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotated:
             positions, _ = parts.count_positions(x, None if cache is None else cache.length, segments)
-            q, k = (rotary(y, positions, base=self.rope_base) for y in (q, k))
+            q, k = (self.rotate(y, positions) for y in (q, k))
         o, cache = attention(q, k, v, window=self.window, state=cache, segments=segments)
-        return self.o_proj(o.flatten(2)), cache
+        gate = 1.0 if self.g_proj is None else torch.sigmoid(self.g_proj(x))
+        return self.o_proj(o.flatten(2) * gate), cache
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        turned = rotary(x[..., : self.rotated], positions, base=self.rope_base)
+        return turned if self.rotated == self.head_dim else torch.cat([turned, x[..., self.rotated :]], -1)
 
     def init_state(self, rows: int) -> AttentionState:
         like = self.o_proj.weight

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,13 +92,10 @@ class Mamba2(Mixer):
         self.out_proj = nn.Linear(self.inner, d_model, bias=False)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """A uniform in [1, 16]; dt log-uniform in [1e-3, 0.1], stored as its inverse softplus; D = 1."""
-        self.A_log.uniform_(1, 16).log_()
-        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
-        dt.add_(torch.log(-torch.expm1(-dt)))
-        self.D.fill_(1)
+        parts.reset_softplus_decay(self.A_log, self.dt_bias)
+        nn.init.ones_(self.D)
 
     def forward(
         self, x: Tensor, state: parts.DecayConvState | None = None, segments: Segments | None = None

@@ -6,6 +6,7 @@ matmul in the compute dtype and adds the bias in fp32, and every gate is compute
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linnet.ops import ConvState, DecayState, Segments, conv
+from linnet.ops import ConvState, DecayState, DeltaState, Segments, conv
 from linnet.ops.core import check_segments
 
 __all__ = [
     "DecayConvState",
+    "DeltaConvState",
     "GateLinear",
     "Norm",
     "ShortConv",
@@ -31,12 +33,16 @@ __all__ = [
     "check_positive",
     "count_positions",
     "decay_state",
+    "delta_state",
     "fp32",
     "head_size",
     "heads",
+    "low_rank",
     "projections",
+    "reset_softplus_decay",
     "rms_norm",
     "soft_cap",
+    "softplus_decay",
     "state_dtype",
     "token_shift",
     "unpack",
@@ -49,6 +55,13 @@ class DecayConvState(NamedTuple):
     """State of a mixer with one decay memory and a short convolution in front (None without one)."""
 
     decay: DecayState
+    conv: ConvState | None = None
+
+
+class DeltaConvState(NamedTuple):
+    """State of a mixer with one delta memory and a short convolution in front (None without one)."""
+
+    delta: DeltaState
     conv: ConvState | None = None
 
 
@@ -68,6 +81,11 @@ def fp32(x: Tensor) -> Tensor:
 def heads(x: Tensor, num_heads: int) -> Tensor:
     """``[B, T, H * D] -> [B, T, H, D]``."""
     return x.unflatten(-1, (num_heads, -1))
+
+
+def delta_state(like: Tensor, rows: int, num_heads: int, K: int, V: int) -> DeltaState:
+    """The zero state of the delta engine, on the device of the parameter ``like``."""
+    return DeltaState(torch.zeros(rows, num_heads, K, V, dtype=state_dtype(like), device=like.device))
 
 
 def decay_state(like: Tensor, rows: int, num_heads: int, K: int, V: int, normalize: bool = False) -> DecayState:
@@ -183,6 +201,30 @@ class GateLinear(nn.Linear):
         super().reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+def low_rank(d_model: int, rank: int, size: int, *, bias: bool = False, gate: bool = False) -> nn.Sequential:
+    """A linear map through ``rank`` channels; the bias is on the second factor. With ``gate`` that one is a
+    :class:`GateLinear`."""
+    up = GateLinear if gate else nn.Linear
+    return nn.Sequential(nn.Linear(d_model, rank, bias=False), up(rank, size, bias=bias))
+
+
+def softplus_decay(x: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """The log-decay ``-exp(A_log) softplus(x + dt_bias)`` of pre-activations ``[B, T, H]`` or ``[B, T, H, K]`` in fp32,
+    with ``A_log`` ``[H]`` and ``dt_bias`` ``[H]`` or ``[H * K]``."""
+    rate, bias = fp32(A_log).exp(), fp32(dt_bias)
+    if x.dim() == 4:
+        rate, bias = rate[:, None], bias.view(x.shape[2:])
+    return -rate * F.softplus(fp32(x) + bias)
+
+
+@torch.no_grad()
+def reset_softplus_decay(A_log: Tensor, dt_bias: Tensor, *, lowest: float = 1.0) -> None:
+    """exp(A_log) uniform in [lowest, 16], softplus(dt_bias) log-uniform in [1e-3, 0.1], as Mamba-2 starts."""
+    A_log.uniform_(lowest, 16).clamp_(min=1e-6).log_()
+    dt = dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
+    dt.add_(torch.log(-torch.expm1(-dt)))
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

@@ -47,7 +47,8 @@ class Case:
         name: what the case shows; hostile cases hold legal but extreme values.
         make: ``make(generator, B, T)`` -> keyword arguments in float64 on the CPU; the suite casts the floating
             tensors to the dtype under test (``keep_fp32`` excepted).
-        time: names of the arguments with layout ``[B, T, ...]``; the suite slices and packs these.
+        time: names of the arguments with layout ``[B, T, ...]``, or ``[B, T * n, ...]`` with n rows a token; the suite
+            slices and packs these.
         state: ``state(generator, rows)`` -> a random initial state (float64), or None for a stateless mode.
         keep_fp32: arguments that stay fp32 when the others are cast down (log-decays, gates).
         hostile: extreme inputs; outputs must stay finite and accurate.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Segments, Shapes, check_floating, check_segments, common_dtype
-from .reference import accumulate_dtype
+from ..core.chunks import accumulate_dtype
 from .state import DecayState, MLSTMState
 
 _FLOOR = -1e4  # for m alone: exp of anything lower is 0 next to the denominator's 1

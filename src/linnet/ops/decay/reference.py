@@ -7,10 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """States and sums are fp32, or float64 when the inputs are."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from ..core.chunks import accumulate_dtype
 
 
 def _run(

@@ -1,0 +1,112 @@
+"""What the mixers of the delta engine share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linnet.ops import Segments, delta
+
+from . import parts
+from .base import Mixer
+
+__all__ = ["DeltaRule", "Strengths"]
+
+
+class Strengths(NamedTuple):
+    """Arguments of :func:`linnet.ops.delta` in fp32: erase strength, log-decay, write strength."""
+
+    beta: Tensor
+    g: Tensor | None = None
+    w: Tensor | None = None
+
+
+class DeltaRule(Mixer):
+    """Projections, short convolution with SiLU, the delta engine on unit queries and keys, per-head RMSNorm, output
+    gate (``g_proj``, where there is one), output projection. Subclasses add :meth:`strengths`.
+
+    Args:
+        d_model: width.
+        num_heads: heads H of queries and keys.
+        head_dim: K.
+        expand_v: V = expand_v * K.
+        num_v_heads: heads of values, of which num_v_heads / H share a query and key head; H when None.
+        substeps: edits a token, each with a key and a value of its own.
+        neg_eigval: strengths in (0, 2) in place of (0, 1), so that a transition can reflect.
+        conv_size: taps of the short convolution over queries, keys and values; 0 for none (SiLU alone).
+        norm_eps: of the RMSNorm.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        expand_v: float,
+        *,
+        num_v_heads: int | None = None,
+        substeps: int = 1,
+        neg_eigval: bool,
+        conv_size: int,
+        norm_eps: float,
+    ):
+        super().__init__()
+        self.d_model, self.num_heads, self.substeps = d_model, num_heads, substeps
+        self.num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        parts.check_count(num_heads=num_heads, head_dim=head_dim, num_v_heads=self.num_v_heads)
+        self.head_k, self.head_v = head_dim, parts.head_size("expand_v", head_dim, expand_v, 1)
+        self.reach = 2.0 if neg_eigval else 1.0
+        parts.check_divisor("num_heads", num_heads, self.num_v_heads, "num_v_heads")
+        parts.check_conv_size(conv_size)
+        self.values = self.num_v_heads * self.head_v
+        streams = num_heads * head_dim, substeps * num_heads * head_dim, substeps * self.values
+        self.q_proj, self.k_proj, self.v_proj = parts.projections(d_model, *streams)
+        self.conv = parts.ShortConv(sum(streams), conv_size) if conv_size else None
+        self.g_proj: nn.Module | None = None
+        self.norm = parts.Norm(self.head_v, norm_eps)
+        self.o_proj = nn.Linear(self.values, d_model, bias=False)
+
+    def strengths(self, x: Tensor) -> Strengths:
+        """How the tokens edit the memory."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform matrices with gain 2^-2.5, as in the released code of this family."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, gain=2**-2.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def open_output(self, gate: Tensor) -> Tensor:
+        """Activation of the output gate."""
+        return F.silu(gate)
+
+    def forward(
+        self, x: Tensor, state: parts.DeltaConvState | None = None, segments: Segments | None = None
+    ) -> tuple[Tensor, parts.DeltaConvState]:
+        parts.check_input(x, self.d_model, segments)
+        memory, tail = parts.unpack(state, parts.DeltaConvState)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv is None:
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        else:
+            (q, k, v), tail = self.conv(q, k, v, state=tail, segments=segments)
+        q = parts.heads(q, self.num_heads)
+        k, v = self.rows(k, self.num_heads), self.rows(v, self.num_v_heads)
+        beta, g, w = self.strengths(x)
+        o, memory = delta(q, k, v, beta, g, w, l2norm=True, substeps=self.substeps, state=memory, segments=segments)
+        o = self.norm(o).flatten(2)
+        if self.g_proj is not None:
+            o = o * self.open_output(self.g_proj(x))
+        return self.o_proj(o), parts.DeltaConvState(memory, tail)
+
+    def rows(self, x: Tensor, num_heads: int) -> Tensor:
+        """``[B, T, n * H * D] -> [B, T * n, H, D]``: every substep of a token in a row of its own."""
+        return x.unflatten(-1, (self.substeps, num_heads, -1)).flatten(1, 2)
+
+    def init_state(self, rows: int) -> parts.DeltaConvState:
+        memory = parts.delta_state(self.o_proj.weight, rows, self.num_v_heads, self.head_k, self.head_v)
+        return parts.DeltaConvState(memory, None if self.conv is None else self.conv.init_state(rows))

@@ -1,0 +1,102 @@
+"""Gated DeltaNet-2 (Hatamizadeh, Choi & Kautz 2026): erasing and writing gated channel by channel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linnet.ops.core import Identity
+
+from . import parts
+from .base import Card, register_mixer
+from .claims import inputs, random_mixer, reading, share
+from .delta_rule import DeltaRule, Strengths
+
+
+def _reads_what_kda_reads(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    gdn2 = random_mixer(generator, "gated_deltanet2", 16, num_heads=2, head_dim=4)
+    kda = random_mixer(generator, "kda", 16, num_heads=2, head_dim=4)
+    share(gdn2, kda, "q_proj", "k_proj", "v_proj", "conv", "f_proj")
+    for gate in (gdn2.b_proj, gdn2.w_proj):
+        parts.assign(gate.weight, kda.b_proj.weight.repeat_interleave(4, 0))
+    parts.assign(kda.A_log, gdn2.A_log)
+    parts.assign(kda.dt_bias, gdn2.dt_bias)
+    x = inputs(generator, 16)
+    return reading(gdn2, x), reading(kda, x)
+
+
+@register_mixer(
+    "gated_deltanet2",
+    Card(
+        paper="Hatamizadeh, Choi & Kautz 2026, Gated DeltaNet-2: Decoupling Erase and Write in Linear Attention"
+        " (arXiv 2605.22791)",
+        recurrence="S_t = (I - k_t (b_t * k_t)^T) diag(a_t) S_{t-1} + k_t (w_t * v_t)^T, b_t, w_t sigmoid gates per key"
+        " and value channel; o_t = K^-1/2 S_t^T q_t",
+        state="H·K·V + (W-1)·(2·H·K + H·V)",
+        engine="delta",
+        expressivity="beyond TC0 with negative eigenvalues (parity, swaps): diagonal plus rank one",
+        examples=(
+            {"d_model": 16, "num_heads": 2, "head_dim": 8},
+            {"d_model": 16, "num_heads": 2, "head_dim": 4, "neg_eigval": True, "gate_activation": "sigmoid"},
+        ),
+        identities=(
+            Identity("reads what kda reads when the two gates are one scalar per head", _reads_what_kda_reads),
+        ),
+        notes=(
+            "The map to the forget gate has the rank of a head, as in the released code; the paper writes a full one.",
+            "The transition is no contraction: its norm reaches 1.155, and 1.414 with neg_eigval.",
+        ),
+    ),
+)
+class GatedDeltaNet2(DeltaRule):
+    """The delta rule with an erase gate and a forget gate per key channel and a write gate per value channel.
+
+    Args:
+        d_model: width.
+        num_heads: heads H.
+        head_dim: K = V channels of a head, and the rank of the maps to the forget and the output gate.
+        neg_eigval: erase strengths in (0, 2) in place of (0, 1), so that a transition can reflect.
+        gate_activation: of the output gate, "silu" as in the paper or "sigmoid".
+        conv_size: taps of the short convolution over queries, keys and values; 0 for none (SiLU alone).
+        norm_eps: of the RMSNorm.
+
+    Raises:
+        ValueError: naming the option, for sizes that are out of range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int = 16,
+        head_dim: int = 128,
+        neg_eigval: bool = False,
+        gate_activation: str = "silu",
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+    ):
+        parts.check_choice("gate_activation", gate_activation, ("silu", "sigmoid"))
+        options = {"neg_eigval": neg_eigval, "conv_size": conv_size, "norm_eps": norm_eps}
+        super().__init__(d_model, num_heads, head_dim, 1.0, **options)
+        self.gate_activation = gate_activation
+        self.b_proj = parts.GateLinear(d_model, num_heads * head_dim, bias=False)
+        self.w_proj = parts.GateLinear(d_model, self.values, bias=False)
+        self.f_proj = parts.low_rank(d_model, head_dim, num_heads * head_dim, gate=True)
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads * head_dim))
+        self.g_proj = parts.low_rank(d_model, head_dim, self.values, bias=True)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """exp(A) uniform in [1, 16]; the rest as in the family."""
+        super().reset_parameters()
+        parts.reset_softplus_decay(self.A_log, self.dt_bias)
+
+    def open_output(self, gate: Tensor) -> Tensor:
+        return F.silu(gate) if self.gate_activation == "silu" else torch.sigmoid(gate)
+
+    def strengths(self, x: Tensor) -> Strengths:
+        erase, write, f = (parts.heads(p(x), self.num_heads) for p in (self.b_proj, self.w_proj, self.f_proj))
+        g = parts.softplus_decay(f, self.A_log, self.dt_bias)
+        return Strengths(self.reach * torch.sigmoid(erase), g, torch.sigmoid(write))
