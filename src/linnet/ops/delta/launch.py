@@ -9,15 +9,10 @@ import triton
 from torch import Tensor
 
 from ..core import chunk_table
+from . import _kept, chunk_rows
 from .kernels import local_kernel, state_kernel
 from .kernels_backward import adjoint_kernel, gradient_kernel, pairs_kernel
-
-
-def chunk_rows(K: int, V: int, dtype: torch.dtype) -> int:
-    """Rows (tokens times substeps) of a chunk, the same in every pass of a call."""
-    if dtype == torch.float32:
-        return 32 if max(K, V) <= 128 else 16
-    return 64
+from .kernels_step import step_kernel
 
 
 def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: bool) -> dict[str, int]:
@@ -42,9 +37,10 @@ class _Layout:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None):
         self.B, self.T = q.shape[:2]
         self.H, self.heads, self.K, self.V = v.shape[2], q.shape[2], q.shape[3], v.shape[3]
-        self.substeps, self.C = substeps, chunk_rows(self.K, self.V, q.dtype)
+        self.substeps, self.C = substeps, chunk_rows(self.K, q.dtype)
         self.tokens = self.C // substeps
         self.packed = cu_host is not None
+        self.kept = _kept(q, v, substeps, cu_host)
         if cu_host is None:
             self.rows, self.chunks = self.B, self.B * -(-self.T // self.tokens)
             self.cu = self.table = self.first = None
@@ -87,7 +83,7 @@ def _local(
     fp32 = {"dtype": torch.float32, "device": q.device}
     local: dict[str, Any] = {"rows": torch.empty(*slots, 7, C, **fp32)}
     local["fade"] = torch.empty(*slots, *((K,) if modes.vector else ()), **fp32) if modes.gate else None
-    local |= {name: q.new_empty(*slots, C, C) if scores else None for name in ("A", "P")}
+    local |= {name: q.new_empty(layout.kept) if scores else None for name in ("A", "P")}
     operands = [q.new_empty(*slots, C, K) if modes.vector else None for _ in range(3)]
     local_kernel[(layout.chunks * H,)](
         q,
@@ -177,15 +173,74 @@ def forward(
     scale: float,
     l2norm: bool,
     substeps: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Reading, final state, and the two matrices a chunk that the backward pass needs."""
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Reading, final state, and when training the two matrices a chunk that the backward pass needs."""
     q, k, v, beta, S = (x.contiguous() for x in (q, k, v, beta, S))
     g, w = (None if x is None else x.contiguous() for x in (g, w))
     layout, modes = _Layout(q, k, v, substeps, cu_host), _Modes(beta, g, w)
     local = _local(layout, modes, q, k, beta, g, scale, l2norm, True)
     o, last = v.new_empty(layout.B, layout.T, layout.H, layout.V), torch.empty_like(S)
     _walk(layout, modes, local, v, w, S, scale, o=o, last=last)
-    return o, last, local["A"], local["P"]
+    return (o, last, local["A"], local["P"]) if training else (o, last, None, None)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    scale: float,
+    l2norm: bool,
+    substeps: int,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Reading and next state of a few tokens, without gradients, in one kernel that moves the state once.
+
+    With ``index`` (an integer tensor ``[B]``) sequence n has its state in row ``index[n]`` of ``S``, and that row is
+    overwritten: a server keeps the states of all its sequences in one tensor. Otherwise ``S`` is left as it is.
+    """
+    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
+    g, w = (None if x is None else x.contiguous() for x in (g, w))
+    S = S if index is not None else S.contiguous()
+    modes = _Modes(beta, g, w)
+    (B, T, heads, K), (H, V) = q.shape, v.shape[2:]
+    out = torch.empty_like(S) if index is None else S
+    o = v.new_empty(B, T, H, V)
+    BV = max(16, triton.next_power_of_2(V))
+    while BV > 32 or (BV > 8 and B * H * triton.cdiv(V, BV) < 256):  # enough programs to fill the memory's pipes
+        BV //= 2
+    step_kernel[(B * H * triton.cdiv(V, BV),)](
+        q,
+        k,
+        v,
+        beta,
+        g,
+        w,
+        S,
+        out,
+        index,
+        o,
+        scale,
+        T,
+        H,
+        heads,
+        K,
+        V,
+        BK=max(16, triton.next_power_of_2(K)),
+        BV=BV,
+        SUB=substeps,
+        GATE=modes.gate,
+        ERASE=modes.erase,
+        W=modes.write,
+        NORM=l2norm,
+        INDEX=index is not None,
+        num_warps=4,
+    )
+    return o, out
 
 
 def backward(
