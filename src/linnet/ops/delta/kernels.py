@@ -133,11 +133,16 @@ def sums(selected, high, low, EXACT: tl.constexpr):
 
 
 @triton.jit
-def near(level, C: tl.constexpr):
-    """Rows ``i`` whose log-decays lie between a row and the middle of its block of ``2 << level`` rows, ``[row, i]``."""
+def near(level, C: tl.constexpr, BEFORE: tl.constexpr = False):
+    """Rows ``i`` whose log-decays lie between a row and the middle of its block of ``2 << level`` rows, ``[row, i]``;
+    BEFORE: without the row's own, which it would otherwise have when it comes after the middle."""
     r, i = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     after = (r >> level) % 2 == 1
-    return (r >> level == i >> level) & ((after & (i <= r)) | ((after == 0) & (i > r)))
+    if BEFORE:
+        inner = i < r
+    else:
+        inner = i <= r
+    return (r >> level == i >> level) & ((after & inner) | ((after == 0) & (i > r)))
 
 
 @triton.jit
@@ -147,11 +152,44 @@ def across(level, C: tl.constexpr):
     return (r == s + 1) & (s % 2 == 0)
 
 
+@triton.jit
+def write_keys(
+    k_ptr, b_ptr, t0, head, heads, K: tl.constexpr, r, valid, cols, wide, SUB: tl.constexpr, UNTIED: tl.constexpr
+):
+    """Tile ``[C, BK]`` of the keys written under: k by row, or, UNTIED, b and k of each token in turn."""
+    if UNTIED:
+        row, second = (r // 2)[:, None], (r % 2 == 1)[:, None]
+        mask = valid[:, None] & wide
+        b = tl.load(tile_at(b_ptr, t0, head, heads, K, row, cols[None, :]), mask=mask & (second == 0), other=0.0)
+        return b + tl.load(tile_at(k_ptr, t0, head, heads, K, row, cols[None, :]), mask=mask & second, other=0.0)
+    else:
+        at = tile_at(k_ptr, t0.to(tl.int64) * SUB, head, heads, K, r[:, None], cols[None, :])
+        return tl.load(at, mask=valid[:, None] & wide, other=0.0)
+
+
+@triton.jit
+def erase_keys(a_ptr, t0, h, H, K: tl.constexpr, r, valid, cols, wide):
+    """UNTIED: the first substep erases with -a, the second nothing."""
+    mask = (valid & (r % 2 == 0))[:, None] & wide
+    return -tl.load(tile_at(a_ptr, t0, h, H, K, (r // 2)[:, None], cols[None, :]), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def payload_at(ptr, t0, h, H, V: tl.constexpr, r, values, valid, SUB: tl.constexpr, UNTIED: tl.constexpr):
+    """Addresses ``[BV, C]`` of what is written, and which rows have it: UNTIED, the last of each token."""
+    if UNTIED:
+        return tile_at(ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None]), valid & (r % SUB == SUB - 1)
+    else:
+        return tile_at(ptr, t0.to(tl.int64) * SUB, h, H, V, r[None, :], values[:, None]), valid
+
+
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
 def local_kernel(
     q_ptr,
     k_ptr,
     beta_ptr,
+    a_ptr,  # UNTIED, with b in place of k on the first substep
+    b_ptr,
     g_ptr,
     rows_ptr,  # [chunks, H, 7, C]: factors of the erasing, writing and reading; beta, 1/|k|, 1/|q|, summed log2-decay
     fade_ptr,  # decay of the whole chunk, [chunks, H] or, by channel, [chunks, H, K]
@@ -175,6 +213,7 @@ def local_kernel(
     GATE: tl.constexpr,  # 0 none, 1 a scalar per token, 2 one per channel
     ERASE: tl.constexpr,  # whether beta has channels
     VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
     NORM: tl.constexpr,
     SCORES: tl.constexpr,  # whether A and P are wanted
     PACKED: tl.constexpr,
@@ -244,11 +283,13 @@ def local_kernel(
             cols = k0 + tl.arange(0, BK)
             wide = within(cols, K, BK)[None, :]
             inside = valid[:, None] & wide
-            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, line, cols[None, :]), mask=inside, other=0.0)
+            k = write_keys(k_ptr, b_ptr, t0, hq, HQ, K, r, valid, cols, wide, SUB, UNTIED).to(tl.float32)
             q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & wide, other=0.0)
-            dtype = k.dtype
-            k, q = k.to(tl.float32) * r_k[:, None], q.to(tl.float32) * (r_q * scale)[:, None]
-            if ERASE:
+            dtype = q.dtype
+            k, q = k * r_k[:, None], q.to(tl.float32) * (r_q * scale)[:, None]
+            if UNTIED:
+                e = erase_keys(a_ptr, t0, h, H, K, r, valid, cols, wide)
+            elif ERASE:
                 e = k * tl.load(tile_at(beta_ptr, s0, h, H, K, line, cols[None, :]), mask=inside, other=0.0)
             else:
                 e = k * tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)[:, None]
@@ -270,18 +311,24 @@ def local_kernel(
                         x = tl.exp2(sums(near(level, C), high, low, EXACT))
                         kx = tl.trans((k * x).to(dtype))
                         pairs = across(level, C)
-                        T_ += tl.where(pairs, tl.dot((e * x).to(dtype), kx, input_precision="ieee"), 0.0)
                         P += tl.where(pairs, tl.dot((q * x).to(dtype), kx, input_precision="ieee"), 0.0)
+                        if UNTIED:
+                            x = tl.exp2(sums(near(level, C, True), high, low, EXACT))
+                        T_ += tl.where(pairs, tl.dot((e * x).to(dtype), kx, input_precision="ieee"), 0.0)
                 seen = tl.exp2(sums(r[:, None] >= r[None, :], high, low, EXACT))
-                tl.store(erase_ptr + out, (e * seen).to(dtype), mask=fits)
                 tl.store(read_ptr + out, (q * seen).to(dtype), mask=fits)
+                if UNTIED:
+                    seen = tl.exp2(sums(r[:, None] > r[None, :], high, low, EXACT))
+                tl.store(erase_ptr + out, (e * seen).to(dtype), mask=fits)
                 left = tl.exp2(sums(r[:, None] < r[None, :], high, low, EXACT))
                 tl.store(write_ptr + out, (k * left).to(dtype), mask=fits)
                 tl.store(fade_ptr + slot * K + cols, tl.exp2(tl.sum(g, 0)), mask=within(cols, K, BK))
         if GATE != 0:
             P += tl.where(r[:, None] == r[None, :], own[:, None], 0.0)
 
-    if not ERASE:
+    if UNTIED:
+        tl.store(rows_ptr + 3 * C, r_k)
+    elif not ERASE:
         beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)
         tl.store(rows_ptr + 3 * C, beta)
     tl.store(rows_ptr + 4 * C, r_k)
@@ -362,6 +409,7 @@ def state_kernel(
     GATE: tl.constexpr,
     W: tl.constexpr,
     VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
     OUTPUT: tl.constexpr,
     KEEP: tl.constexpr,
     LAST: tl.constexpr,
@@ -404,8 +452,8 @@ def state_kernel(
             e = k
         Sb = S.to(k.dtype)
         X = tl.dot(Sb, tl.trans(e), input_precision="ieee")
-        at = tile_at(v_ptr, s0, h, H, V, r[None, :], values[:, None])
-        z = tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
+        at, writes = payload_at(v_ptr, t0, h, H, V, r, values, valid, SUB, UNTIED)
+        z = tl.load(at, mask=has & writes[None, :], other=0.0).to(tl.float32)
         if W:
             at = tile_at(w_ptr, s0, h, H, V, r[None, :], values[:, None])
             z = z * tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)

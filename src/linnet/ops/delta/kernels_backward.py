@@ -19,16 +19,22 @@ from .kernels import (
     across,
     between,
     channel_gates,
+    erase_keys,
     factors,
     key_tile,
     near,
+    payload_at,
     row_gates,
     sequence,
     split,
     sums,
     tile_at,
     within,
+    write_keys,
 )
+
+
+RESET = tl.constexpr(-115.0)  # log2-decays below it were cut: a reset passes no gradient
 
 
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
@@ -151,6 +157,7 @@ def pairs_kernel(
     GATE: tl.constexpr,
     W: tl.constexpr,
     VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -178,10 +185,11 @@ def pairs_kernel(
         L = tl.load(L_ptr + tile, mask=full, other=0.0)
         dP = tl.dot(do, R, dP, input_precision="ieee")
         dT = tl.dot(tl.trans(L), R, dT, input_precision="ieee")
-        inside = has[:, None] & valid[None, :]
-        v = tl.load(tile_at(v_ptr, s0, h, H, V, col, values[:, None]), mask=inside, other=0.0).to(tl.float32)
+        at, writes = payload_at(v_ptr, t0, h, H, V, r, values, valid, SUB, UNTIED)
+        inside = has[:, None] & writes[None, :]
+        v = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         dz = L.to(tl.float32)
-        at = tile_at(dv_ptr, s0, h, H, V, col, values[:, None])
+        at, writes = payload_at(dv_ptr, t0, h, H, V, r, values, valid, SUB, UNTIED)
         if W:
             w = tl.load(tile_at(w_ptr, s0, h, H, V, col, values[:, None]), mask=inside, other=0.0).to(tl.float32)
             tl.store(at, (dz * w).to(dv_ptr.dtype.element_ty), mask=inside)
@@ -210,6 +218,8 @@ def gradient_kernel(
     q_ptr,
     k_ptr,
     beta_ptr,
+    a_ptr,
+    b_ptr,
     g_ptr,
     rows_ptr,
     fade_ptr,
@@ -224,6 +234,8 @@ def gradient_kernel(
     dq_ptr,  # by value head, [tokens, H, K]
     dk_ptr,
     dbeta_ptr,
+    da_ptr,
+    db_ptr,
     dg_ptr,
     cu_ptr,
     table_ptr,
@@ -243,6 +255,7 @@ def gradient_kernel(
     ERASE: tl.constexpr,
     W: tl.constexpr,
     VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
     NORM: tl.constexpr,
     WHOLE: tl.constexpr,  # whether BK covers all keys
     PACKED: tl.constexpr,
@@ -271,7 +284,9 @@ def gradient_kernel(
     r_k = tl.load(rows_ptr + 4 * C)
     r_q = tl.load(rows_ptr + 5 * C)
     dbeta = tl.zeros([C], dtype=tl.float32)
-    dG = tl.zeros([C], dtype=tl.float32)
+    read_back = tl.zeros([C], dtype=tl.float32)  # what each row has from the entering state,
+    kept = tl.zeros([C], dtype=tl.float32)  # what the leaving state has from each row,
+    pair = tl.zeros([C, C], dtype=tl.float32)  # and what rows have from each other: the three that gates pass
     n_q = tl.zeros([C], dtype=tl.float32)
     n_k = tl.zeros([C], dtype=tl.float32)
     ends = 0.0
@@ -298,7 +313,8 @@ def gradient_kernel(
                 end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
 
         k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
-        k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0)
+        cols = k0 + tl.arange(0, BK)
+        k = write_keys(k_ptr, b_ptr, t0, hq, HQ, K, r, valid, cols, wide, SUB, UNTIED)
         q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0)
         kn, qn = k.to(tl.float32) * r_k[:, None], q.to(tl.float32) * (r_q * scale)[:, None]
         if ERASE:
@@ -315,11 +331,15 @@ def gradient_kernel(
         if not VECTOR:
             if GATE != 0:
                 dk = dk * left[:, None]
-                ends += tl.sum(end, 0) * tl.load(fade_ptr + pid) + tl.sum(tl.sum(dk * kn, 1), 0)
-            dk += tl.dot(tl.trans(tl.load(D1_ptr)), qn.to(dtype), input_precision="ieee")
-            dk -= tl.dot(tl.trans(tl.load(D2_ptr)), (kn * b).to(dtype), input_precision="ieee")
+                ends += tl.sum(end, 0) * tl.load(fade_ptr + pid)
+                kept += tl.sum(dk * kn, 1)
+            D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
+            dk += tl.dot(tl.trans(D1), qn.to(dtype), input_precision="ieee")
+            dk -= tl.dot(tl.trans(D2), (kn * b).to(dtype), input_precision="ieee")
             if GATE != 0:
-                dG -= tl.sum(dk * kn, 1)
+                kt = tl.trans(kn.to(dtype))
+                pair += D1.to(tl.float32) * tl.dot(qn.to(dtype), kt, input_precision="ieee")
+                pair -= D2.to(tl.float32) * tl.dot((kn * b).to(dtype), kt, input_precision="ieee")
 
         de = tl.zeros([C, BK], dtype=tl.float32)
         for v0 in range(0, V, BV):
@@ -330,11 +350,9 @@ def gradient_kernel(
         if not VECTOR:
             if GATE != 0:
                 de = de * seen[:, None]
+                read_back -= beta * tl.sum(de * kn, 1)
             de = -tl.dot(tl.load(D2_ptr), kn.to(dtype), de, input_precision="ieee")
-            erased = tl.sum(de * kn, 1)
-            dbeta += erased
-            if GATE != 0:
-                dG += beta * erased
+            dbeta += tl.sum(de * kn, 1)
             dk += de * b
 
         dq = tl.zeros([C, BK], dtype=tl.float32)
@@ -348,11 +366,13 @@ def gradient_kernel(
         if not VECTOR:
             if GATE != 0:
                 dq = dq * seen[:, None]
+                read_back += tl.sum(dq * qn, 1)
             dq += tl.dot(tl.load(D1_ptr), kn.to(dtype), input_precision="ieee")
-            if GATE != 0:
-                dG += tl.sum(dq * qn, 1)
         else:
-            e = kn * b
+            if UNTIED:
+                e = erase_keys(a_ptr, t0, h, H, K, r, valid, cols, wide)
+            else:
+                e = kn * b
             if GATE == 0:
                 D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
                 dq = tl.dot(D1, kn.to(dtype), dq, input_precision="ieee")
@@ -360,39 +380,59 @@ def gradient_kernel(
                 dk += tl.dot(tl.trans(D1), qn.to(dtype), input_precision="ieee")
                 dk -= tl.dot(tl.trans(D2), e.to(dtype), input_precision="ieee")
             else:
-                g = channel_gates(g_ptr, t0, h, H, K, r, valid, k0 + tl.arange(0, BK), wide, SUB, GATE)
+                g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
                 high, low = split(g, EXACT)
-                own = tl.load(D1_own).to(tl.float32)[:, None]
                 x = tl.exp2(sums(row >= col, high, low, EXACT))
-                dq = dq * x + own * kn
+                dq = dq * x
+                if UNTIED:
+                    x = tl.exp2(sums(row > col, high, low, EXACT))
                 de = -de * x
-                dk = dk * tl.exp2(sums(row < col, high, low, EXACT))
-                end = end * tl.exp2(tl.sum(g, 0)) + tl.sum(dk * kn, 0)
-                dk += own * qn
+                x = tl.exp2(sums(row < col, high, low, EXACT))
+                tail = dk * x
+                dk = tl.zeros([C, BK], dtype=tl.float32)
                 for level in range(0, LEVELS):
                     pairs = across(level, C)
                     D1 = tl.load(D1_ptr, mask=pairs, other=0.0)
                     D2 = tl.load(D2_ptr, mask=pairs, other=0.0)
                     x = tl.exp2(sums(near(level, C), high, low, EXACT))
+                    xe = x
+                    if UNTIED:
+                        xe = tl.exp2(sums(near(level, C, True), high, low, EXACT))
                     kx = (kn * x).to(dtype)
                     dq += x * tl.dot(D1, kx, input_precision="ieee")
-                    de -= x * tl.dot(D2, kx, input_precision="ieee")
+                    de -= xe * tl.dot(D2, kx, input_precision="ieee")
                     both = tl.dot(tl.trans(D1), (qn * x).to(dtype), input_precision="ieee")
-                    both -= tl.dot(tl.trans(D2), (e * x).to(dtype), input_precision="ieee")
+                    both -= tl.dot(tl.trans(D2), (e * xe).to(dtype), input_precision="ieee")
                     dk += x * both
-                high, low = split(qn * dq + e * de - kn * dk, EXACT)
-                dg = sums(row <= col, high, low, EXACT) + end[None, :]
+                if UNTIED:
+                    passed, rest = split(e * de, EXACT)
+                    dg = sums(row < col, passed, rest, EXACT)
+                    passed, rest = split(qn * dq - kn * dk, EXACT)
+                    dg += sums(row <= col, passed, rest, EXACT)
+                else:
+                    passed, rest = split(qn * dq + e * de - kn * dk, EXACT)
+                    dg = sums(row <= col, passed, rest, EXACT)
+                passed, rest = split(tail * kn, EXACT)
+                dg += sums(row > col, passed, rest, EXACT) + (end * tl.exp2(tl.sum(g, 0)))[None, :]
+                dg = tl.where(g < RESET, 0.0, dg)
                 if GATE == 2:
                     at = tile_at(dg_ptr, t0, h, H, K, token, keys)
                     tl.store(at, dg.to(dg_ptr.dtype.element_ty), mask=k_in & (row % SUB == 0))
                 else:
-                    dG += tl.sum(tl.where(wide, dg, 0.0), 1)
-            if ERASE:
+                    read_back += tl.sum(tl.where(wide, dg, 0.0), 1)
+                own = tl.load(D1_own).to(tl.float32)[:, None]
+                dq += own * kn
+                dk += own * qn + tail
+            if UNTIED:
+                at = tile_at(da_ptr, t0, h, H, K, token, keys)
+                tl.store(at, (-de).to(dtype), mask=k_in & (row % SUB == 0))
+            elif ERASE:
                 at = tile_at(dbeta_ptr, s0, h, H, K, row, keys)
                 tl.store(at, (de * kn).to(dbeta_ptr.dtype.element_ty), mask=k_in)
             else:
                 dbeta += tl.sum(de * kn, 1)
-            dk += de * b
+            if not UNTIED:
+                dk += de * b
 
         dq = dq * scale
         if NORM:
@@ -403,7 +443,11 @@ def gradient_kernel(
                 dq = (dq - qn * n_q[:, None]) * r_q[:, None]
                 dk = (dk - kn * n_k[:, None]) * r_k[:, None]
         tl.store(tile_at(dq_ptr, t0, h, H, K, token, keys), dq.to(dtype), mask=q_in)
-        tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dk.to(dtype), mask=k_in)
+        if UNTIED:
+            tl.store(tile_at(dk_ptr, t0, h, H, K, token, keys), dk.to(dtype), mask=q_in)
+            tl.store(tile_at(db_ptr, t0, h, H, K, token, keys), dk.to(dtype), mask=k_in & (row % SUB == 0))
+        else:
+            tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dk.to(dtype), mask=k_in)
 
     if NORM and not WHOLE:  # the norm's adjoint needs the sums over all keys
         tl.debug_barrier()
@@ -421,12 +465,16 @@ def gradient_kernel(
             dk = (dk - k.to(tl.float32) * (r_k * n_k)[:, None]) * r_k[:, None]
             tl.store(at, dk.to(dtype), mask=k_in)
 
-    if not ERASE:
+    if not (ERASE or UNTIED):
         tl.store(tile_at(dbeta_ptr, s0, h, H, 1, r, 0), dbeta.to(dbeta_ptr.dtype.element_ty), mask=valid)
     if GATE == 1:
-        if VECTOR:
-            dg = dG
-        else:
-            dg = tl.sum(tl.where(row <= col, dG[None, :], 0.0), 1) + ends
         at = tile_at(dg_ptr, t0, h, H, 1, r // SUB, 0)
-        tl.store(at, dg.to(dg_ptr.dtype.element_ty), mask=valid & (r % SUB == 0))
+        first = valid & (r % SUB == 0)
+        if VECTOR:
+            dg = read_back
+        else:  # a gate passes what rows from it on have from rows before it, and from the state
+            before = tl.cumsum(pair, 1) - pair
+            dg = tl.sum(tl.where(row >= col, before + read_back[:, None], 0.0), 0)
+            dg += tl.sum(tl.where(row > col, kept[None, :], 0.0), 1) + ends
+            dg = tl.where(row_gates(g_ptr, t0, h, H, r, valid, SUB) < RESET, 0.0, dg)
+        tl.store(at, dg.to(dg_ptr.dtype.element_ty), mask=first)

@@ -57,13 +57,15 @@ class _Layout:
 
 
 class _Modes:
-    """Which of the family's modes a call is in."""
+    """Which of the family's modes a call is in. The untied form has two substeps: one erases with a and writes under b,
+    the other only writes; both are read from the tokens' rows."""
 
-    def __init__(self, beta: Tensor, g: Tensor | None, w: Tensor | None):
+    def __init__(self, beta: Tensor | None, g: Tensor | None, w: Tensor | None):
         self.gate = 0 if g is None else 1 if g.dim() == 3 else 2
-        self.erase = beta.dim() == 4
+        self.untied = beta is None
+        self.erase = beta is not None and beta.dim() == 4
         self.write = w is not None
-        self.vector = self.gate == 2 or self.erase
+        self.vector = self.gate == 2 or self.erase or self.untied
 
 
 def _local(
@@ -71,11 +73,12 @@ def _local(
     modes: _Modes,
     q: Tensor,
     k: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     g: Tensor | None,
     scale: float,
     l2norm: bool,
     scores: bool,
+    ab: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Any]:
     """What each chunk holds by itself: A and P (``scores``), row and chunk decays, operands of the serial passes."""
     C, K, H = layout.C, layout.K, layout.H
@@ -89,6 +92,7 @@ def _local(
         q,
         k,
         beta,
+        *(ab or (None, None)),
         g,
         local["rows"],
         local["fade"],
@@ -104,6 +108,7 @@ def _local(
         GATE=modes.gate,
         ERASE=modes.erase,
         VECTOR=modes.vector,
+        UNTIED=modes.untied,
         NORM=l2norm,
         SCORES=scores,
         PACKED=layout.packed,
@@ -153,6 +158,7 @@ def _walk(
         GATE=modes.gate,
         W=modes.write,
         VECTOR=modes.vector,
+        UNTIED=modes.untied,
         OUTPUT=o is not None,
         KEEP=kept is not None,
         LAST=last is not None,
@@ -165,7 +171,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     g: Tensor | None,
     w: Tensor | None,
     S: Tensor,
@@ -174,12 +180,15 @@ def forward(
     l2norm: bool,
     substeps: int,
     training: bool,
+    ab: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Reading, final state, and when training the two matrices a chunk that the backward pass needs."""
-    q, k, v, beta, S = (x.contiguous() for x in (q, k, v, beta, S))
-    g, w = (None if x is None else x.contiguous() for x in (g, w))
+    """Reading, final state, and when training the two matrices a chunk that the backward pass needs. The untied form has
+    ``ab`` in place of ``beta``, and two substeps."""
+    q, k, v, S = (x.contiguous() for x in (q, k, v, S))
+    beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
+    ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
     layout, modes = _Layout(q, k, v, substeps, cu_host), _Modes(beta, g, w)
-    local = _local(layout, modes, q, k, beta, g, scale, l2norm, True)
+    local = _local(layout, modes, q, k, beta, g, scale, l2norm, True, ab)
     o, last = v.new_empty(layout.B, layout.T, layout.H, layout.V), torch.empty_like(S)
     _walk(layout, modes, local, v, w, S, scale, o=o, last=last)
     return (o, last, local["A"], local["P"]) if training else (o, last, None, None)
@@ -247,7 +256,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     g: Tensor | None,
     w: Tensor | None,
     S: Tensor,
@@ -259,13 +268,15 @@ def backward(
     substeps: int,
     do: Tensor,
     dS: Tensor,
+    ab: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Gradients by input name, from those of the reading and of the final state."""
-    q, k, v, beta, S, do, dS = (x.contiguous() for x in (q, k, v, beta, S, do, dS))
-    g, w = (None if x is None else x.contiguous() for x in (g, w))
+    q, k, v, S, do, dS = (x.contiguous() for x in (q, k, v, S, do, dS))
+    beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
+    ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
     layout, modes = _Layout(q, k, v, substeps, cu_host), _Modes(beta, g, w)
     H, K, V, C = layout.H, layout.K, layout.V, layout.C
-    local = _local(layout, modes, q, k, beta, g, scale, l2norm, False) | {"A": A, "P": P}
+    local = _local(layout, modes, q, k, beta, g, scale, l2norm, False, ab) | {"A": A, "P": P}
 
     entering, leaving = (q.new_empty(layout.chunks, H, V, K) for _ in range(2))
     R, L = (q.new_empty(layout.chunks, H, V, C) for _ in range(2))
@@ -301,8 +312,9 @@ def backward(
     del local["operands"], erase, read, write
 
     dq, dk = q.new_empty(*q.shape[:2], H, K), k.new_empty(*k.shape[:2], H, K)
-    grads = {"v": torch.empty_like(v), "beta": torch.empty_like(beta), "S": dS0}
-    grads |= {name: torch.empty_like(x) for name, x in (("g", g), ("w", w)) if x is not None}
+    a, b = ab or (None, None)
+    wanted = {"v": v, "beta": beta, "g": g, "w": w, "a": a, "b": b}
+    grads = {"S": dS0} | {name: torch.empty_like(x) for name, x in wanted.items() if x is not None}
     D1, D2 = torch.empty_like(A), torch.empty_like(A)
     lv = None if modes.write else S.new_empty(layout.chunks, H, C)
     settings = launch_settings("pairs", K, V, v.dtype, modes.vector)
@@ -330,6 +342,7 @@ def backward(
         GATE=modes.gate,
         W=modes.write,
         VECTOR=modes.vector,
+        UNTIED=modes.untied,
         PACKED=layout.packed,
         EXACT=q.dtype == torch.float32,
         **settings,
@@ -339,6 +352,7 @@ def backward(
         q,
         k,
         beta,
+        *(ab or (None, None)),
         g,
         local["rows"],
         local["fade"],
@@ -352,7 +366,9 @@ def backward(
         lv,
         dq,
         dk,
-        grads["beta"],
+        grads.get("beta"),
+        grads.get("a"),
+        grads.get("b"),
         grads.get("g"),
         layout.cu,
         layout.table,
@@ -365,6 +381,7 @@ def backward(
         ERASE=modes.erase,
         W=modes.write,
         VECTOR=modes.vector,
+        UNTIED=modes.untied,
         NORM=l2norm,
         WHOLE=settings["BK"] >= K,
         PACKED=layout.packed,
