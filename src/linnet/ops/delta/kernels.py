@@ -58,28 +58,20 @@ def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _inverse(T, N: tl.constexpr, B: tl.constexpr):
-    """``(I + T)^-1`` of ``N`` strictly lower triangular blocks ``[N, B, B]`` in fp32, from the inverses of halves."""
-    if B == 1:
-        return T * 0.0 + 1.0
-    else:
-        half: tl.constexpr = B // 2
-        side = tl.arange(0, 2)
-        blocks = tl.reshape(T, [N, 2, half, 2, half])
-        row, col = side[None, :, None, None, None], side[None, None, None, :, None]
-        corner = tl.sum(tl.sum(tl.where((row == 1) & (col == 0), blocks, 0.0), 3), 1)
-        diagonal = tl.reshape(tl.sum(tl.where(row == col, blocks, 0.0), 3), [2 * N, half, half])
-        X = tl.reshape(_inverse(diagonal, 2 * N, half), [N, 2, half, half])
-        upper = tl.sum(tl.where(side[None, :, None, None] == 0, X, 0.0), 1)
-        lower = tl.sum(tl.where(side[None, :, None, None] == 1, X, 0.0), 1)
-        if half < 16:
-            corner = tl.sum(corner[:, :, :, None] * upper[:, None, :, :], 2)
-            corner = tl.sum(lower[:, :, :, None] * corner[:, None, :, :], 2)
-        else:
-            corner = tl.dot(corner, upper, input_precision="ieee")
-            corner = tl.dot(lower, corner, input_precision="ieee")
-        below = tl.where(row > col, -corner[:, None, :, None, :], 0.0)
-        return tl.reshape(tl.where(row == col, X[:, :, :, None, :], below), [N, B, B])
+def _inverse(T, C: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr):
+    """``(I + T)^-1`` in fp32 of a strictly lower triangular ``T``, from the inverses of ever larger diagonal blocks. In
+    16-bit dtypes the products have 10 bits, and one Newton step from an accurate residual restores the others."""
+    r, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    product: tl.constexpr = "ieee" if EXACT else "tf32"
+    eye = tl.where(r == c, 1.0, 0.0)
+    X = eye - tl.where(across(0, C), T, 0.0)
+    for level in range(1, LEVELS):
+        corner = tl.dot(tl.where(across(level, C), T, 0.0), X, input_precision=product)
+        X -= tl.dot(X, corner, input_precision=product)
+    if not EXACT:
+        residual = eye - X - tl.dot(T, X, input_precision="tf32x3")
+        X += tl.dot(X, residual, input_precision=product)
+    return X
 
 
 @triton.jit
@@ -132,17 +124,44 @@ def sums(selected, high, low, EXACT: tl.constexpr):
         return tl.dot(selected, high, tl.dot(selected, low))
 
 
+# Pairs (r, s) of rows, s before r, have the decay between them taken apart at a row in the middle, one factor for r and
+# one for s. Step ``level`` has the pairs of the two halves of each block of 2 << level rows, parted where the halves meet:
+# no exponent is positive. Where decays are mild all pairs inside larger blocks go first and at once (step ``start - 1``),
+# parted at the first row of the block, with the inverse decay as the factor of s.
+
+
 @triton.jit
-def near(level, C: tl.constexpr, BEFORE: tl.constexpr = False):
-    """Rows ``i`` whose log-decays lie between a row and the middle of its block of ``2 << level`` rows, ``[row, i]``;
-    BEFORE: without the row's own, which it would otherwise have when it comes after the middle."""
+def block_level(g, C: tl.constexpr, LEVELS: tl.constexpr, WIDE: tl.constexpr):
+    """log2 of the rows over which no channel decays by more than ``2 ** -64``, so that the inverse of a decay is a number
+    of good size, in a dtype with the exponents of fp32 (WIDE)."""
+    if WIDE:
+        whole = tl.min(tl.sum(g, 0), 0)
+        quarter = tl.min(tl.min(tl.sum(tl.reshape(g, [C // 16, 16, g.shape[1]]), 1), 1), 0)
+        return tl.where(whole >= -64.0, LEVELS, tl.where(quarter >= -64.0, 4, 0))
+    else:
+        return 0
+
+
+@triton.jit
+def reach(level, start, C: tl.constexpr, BEFORE: tl.constexpr = False):
+    """Rows ``i`` whose log-decays lie between a row and the one where its pairs are parted, ``[row, i]``; BEFORE: without
+    the row's own when it is the later of the pair."""
     r, i = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    after = (r >> level) % 2 == 1
     if BEFORE:
         inner = i < r
     else:
         inner = i <= r
-    return (r >> level == i >> level) & ((after & inner) | ((after == 0) & (i > r)))
+    after = (r >> level) % 2 == 1
+    near = (r >> level == i >> level) & ((after & inner) | ((after == 0) & (i > r)))
+    anchored = (r >> start == i >> start) & inner & ((i & ((1 << start) - 1)) != 0)
+    return tl.where(level < start, anchored, near)
+
+
+@triton.jit
+def parted(level, start, C: tl.constexpr):
+    """The pairs of a step; of whole blocks, with those of a row and itself."""
+    r, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return tl.where(level < start, (r >> start == s >> start) & (r >= s), across(level, C))
 
 
 @triton.jit
@@ -268,7 +287,6 @@ def local_kernel(
         write_ptr += slot * C * K
         T_ = tl.zeros([C, C], dtype=tl.float32)
         P = tl.zeros([C, C], dtype=tl.float32)
-        own = tl.zeros([C], dtype=tl.float32)
         if NORM:
             k2, q2 = tl.zeros([C], dtype=tl.float32), tl.zeros([C], dtype=tl.float32)
             for k0 in range(0, K, BK):
@@ -306,14 +324,15 @@ def local_kernel(
                 g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
                 high, low = split(g, EXACT)
                 if SCORES:
-                    own += tl.sum(q * k, 1)
-                    for level in range(0, LEVELS):
-                        x = tl.exp2(sums(near(level, C), high, low, EXACT))
-                        kx = tl.trans((k * x).to(dtype))
-                        pairs = across(level, C)
+                    start = block_level(g, C, LEVELS, dtype == tl.bfloat16)
+                    for level in range(start - 1, LEVELS):
+                        x = sums(reach(level, start, C), high, low, EXACT)
+                        kx = tl.trans((k * tl.exp2(tl.where(level < start, -x, x))).to(dtype))
+                        x = tl.exp2(x)
+                        pairs = parted(level, start, C)
                         P += tl.where(pairs, tl.dot((q * x).to(dtype), kx, input_precision="ieee"), 0.0)
                         if UNTIED:
-                            x = tl.exp2(sums(near(level, C, True), high, low, EXACT))
+                            x = tl.exp2(sums(reach(level, start, C, True), high, low, EXACT))
                         T_ += tl.where(pairs, tl.dot((e * x).to(dtype), kx, input_precision="ieee"), 0.0)
                 seen = tl.exp2(sums(r[:, None] >= r[None, :], high, low, EXACT))
                 tl.store(read_ptr + out, (q * seen).to(dtype), mask=fits)
@@ -323,9 +342,6 @@ def local_kernel(
                 left = tl.exp2(sums(r[:, None] < r[None, :], high, low, EXACT))
                 tl.store(write_ptr + out, (k * left).to(dtype), mask=fits)
                 tl.store(fade_ptr + slot * K + cols, tl.exp2(tl.sum(g, 0)), mask=within(cols, K, BK))
-        if GATE != 0:
-            P += tl.where(r[:, None] == r[None, :], own[:, None], 0.0)
-
     if UNTIED:
         tl.store(rows_ptr + 3 * C, r_k)
     elif not ERASE:
@@ -334,7 +350,7 @@ def local_kernel(
     tl.store(rows_ptr + 4 * C, r_k)
     tl.store(rows_ptr + 5 * C, r_q)
     if SCORES:
-        A = tl.reshape(_inverse(tl.reshape(tl.where(lower, T_, 0.0), [1, C, C]), 1, C), [C, C])
+        A = _inverse(tl.where(lower, T_, 0.0), C, LEVELS, EXACT)
         tile = r[:, None] * C + r[None, :]
         A_ptr += slot * (C * C)
         P_ptr += slot * (C * C)

@@ -16,14 +16,15 @@ import triton.language as tl
 
 from .kernels import (
     _span,
-    across,
     between,
+    block_level,
     channel_gates,
     erase_keys,
     factors,
     key_tile,
-    near,
+    parted,
     payload_at,
+    reach,
     row_gates,
     sequence,
     split,
@@ -390,20 +391,23 @@ def gradient_kernel(
                 x = tl.exp2(sums(row < col, high, low, EXACT))
                 tail = dk * x
                 dk = tl.zeros([C, BK], dtype=tl.float32)
-                for level in range(0, LEVELS):
-                    pairs = across(level, C)
+                start = block_level(g, C, LEVELS, dtype == tl.bfloat16)
+                for level in range(start - 1, LEVELS):
+                    pairs = parted(level, start, C) & (row != col)
                     D1 = tl.load(D1_ptr, mask=pairs, other=0.0)
                     D2 = tl.load(D2_ptr, mask=pairs, other=0.0)
-                    x = tl.exp2(sums(near(level, C), high, low, EXACT))
+                    x = sums(reach(level, start, C), high, low, EXACT)
+                    xk = tl.exp2(tl.where(level < start, -x, x))
+                    x = tl.exp2(x)
                     xe = x
                     if UNTIED:
-                        xe = tl.exp2(sums(near(level, C, True), high, low, EXACT))
-                    kx = (kn * x).to(dtype)
+                        xe = tl.exp2(sums(reach(level, start, C, True), high, low, EXACT))
+                    kx = (kn * xk).to(dtype)
                     dq += x * tl.dot(D1, kx, input_precision="ieee")
                     de -= xe * tl.dot(D2, kx, input_precision="ieee")
                     both = tl.dot(tl.trans(D1), (qn * x).to(dtype), input_precision="ieee")
                     both -= tl.dot(tl.trans(D2), (e * xe).to(dtype), input_precision="ieee")
-                    dk += x * both
+                    dk += xk * both
                 if UNTIED:
                     passed, rest = split(e * de, EXACT)
                     dg = sums(row < col, passed, rest, EXACT)
