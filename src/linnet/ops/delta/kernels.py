@@ -58,19 +58,13 @@ def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _inverse(T, C: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr):
-    """``(I + T)^-1`` in fp32 of a strictly lower triangular ``T``, from the inverses of ever larger diagonal blocks. In
-    16-bit dtypes the products have 10 bits, and one Newton step from an accurate residual restores the others."""
+def inverse(T, table_ptr, C: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr):
+    """``(I + T)^-1`` of a strictly lower triangular ``T``, from the inverses of ever larger diagonal blocks."""
     r, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    product: tl.constexpr = "ieee" if EXACT else "tf32"
-    eye = tl.where(r == c, 1.0, 0.0)
-    X = eye - tl.where(across(0, C), T, 0.0)
+    X = tl.where(r == c, 1.0, 0.0) - T * chosen(table_ptr, 0, 2, C).to(tl.float32)
     for level in range(1, LEVELS):
-        corner = tl.dot(tl.where(across(level, C), T, 0.0), X, input_precision=product)
-        X -= tl.dot(X, corner, input_precision=product)
-    if not EXACT:
-        residual = eye - X - tl.dot(T, X, input_precision="tf32x3")
-        X += tl.dot(X, residual, input_precision=product)
+        corner = product(T * chosen(table_ptr, level, 2, C).to(tl.float32), X, EXACT)
+        X -= product(X, corner, EXACT)
     return X
 
 
@@ -80,6 +74,15 @@ def row_gates(g_ptr, t0, h, H, r, valid, SUB: tl.constexpr):
     at = tile_at(g_ptr, t0, h, H, 1, r // SUB, 0)
     g = tl.load(at, mask=valid & (r % SUB == 0), other=0.0).to(tl.float32)
     return tl.maximum(g, -80.0) * 1.4426950408889634
+
+
+@triton.jit
+def after(g, r, C: tl.constexpr, EXACT: tl.constexpr):
+    """Decay of the rows after each row."""
+    if EXACT:
+        return tl.sum(tl.where(r[:, None] < r[None, :], g[None, :], 0.0), 1)
+    else:
+        return tl.cumsum(g, 0, reverse=True) - g
 
 
 @triton.jit
@@ -110,18 +113,28 @@ def split(x, EXACT: tl.constexpr):
     if EXACT:
         return x, x
     else:
-        high = x.to(tl.bfloat16)
-        return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+        high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
 
 
 @triton.jit
 def sums(selected, high, low, EXACT: tl.constexpr):
     """Sums over the rows selected, ``selected @ x``, of an ``x`` taken apart by :func:`split`."""
     if EXACT:
-        return tl.dot(selected.to(tl.float32), high, input_precision="ieee")
+        return tl.dot(selected, high, input_precision="ieee")
     else:
-        selected = selected.to(tl.bfloat16)
         return tl.dot(selected, high, tl.dot(selected, low))
+
+
+@triton.jit
+def product(a, b, EXACT: tl.constexpr):
+    """``a @ b`` of fp32 matrices, to 16 bits unless EXACT."""
+    if EXACT:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        a_high, a_low = split(a, EXACT)
+        b_high, b_low = split(b, EXACT)
+        return tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high)))
 
 
 # Pairs (r, s) of rows, s before r, have the decay between them taken apart at a row in the middle, one factor for r and
@@ -143,32 +156,16 @@ def block_level(g, C: tl.constexpr, LEVELS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def reach(level, start, C: tl.constexpr, BEFORE: tl.constexpr = False):
-    """Rows ``i`` whose log-decays lie between a row and the one where its pairs are parted, ``[row, i]``; BEFORE: without
-    the row's own when it is the later of the pair."""
-    r, i = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    if BEFORE:
-        inner = i < r
-    else:
-        inner = i <= r
-    after = (r >> level) % 2 == 1
-    near = (r >> level == i >> level) & ((after & inner) | ((after == 0) & (i > r)))
-    anchored = (r >> start == i >> start) & inner & ((i & ((1 << start) - 1)) != 0)
-    return tl.where(level < start, anchored, near)
+def chosen(table_ptr, step, which, C: tl.constexpr):
+    """Matrix ``which`` of a step from the table that ``launch.selections`` makes."""
+    r = tl.arange(0, C)
+    return tl.load(table_ptr + (step * 3 + which) * (C * C) + (r[:, None] * C + r[None, :]))
 
 
 @triton.jit
-def parted(level, start, C: tl.constexpr):
-    """The pairs of a step; of whole blocks, with those of a row and itself."""
-    r, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return tl.where(level < start, (r >> start == s >> start) & (r >= s), across(level, C))
-
-
-@triton.jit
-def across(level, C: tl.constexpr):
-    """Pairs of a row in the second half of a block of ``2 << level`` rows and one in its first half."""
-    r, s = tl.arange(0, C)[:, None] >> level, tl.arange(0, C)[None, :] >> level
-    return (r == s + 1) & (s % 2 == 0)
+def step_number(level, start):
+    """Where a step is in the table: steps by level, then those of whole blocks, of a chunk, of 16 rows and of one."""
+    return tl.where(level >= start, level, tl.where(start == 0, 8, tl.where(start == 4, 7, 6)))
 
 
 @triton.jit
@@ -217,6 +214,7 @@ def local_kernel(
     erase_ptr,  # VECTOR: exp(G) E, scale exp(G) Q and exp(G_C - G) K, [chunks, H, C, K]
     read_ptr,
     write_ptr,
+    select_ptr,  # see launch.selections
     cu_ptr,
     table_ptr,
     scale,
@@ -268,8 +266,8 @@ def local_kernel(
         left = seen
         if GATE != 0:
             g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
-            seen = tl.sum(tl.where(r[:, None] >= r[None, :], g[None, :], 0.0), 1)
-            left = tl.sum(tl.where(r[:, None] < r[None, :], g[None, :], 0.0), 1)
+            seen = tl.cumsum(g, 0)
+            left = after(g, r, C, EXACT)
             decay = between(g, seen, C, EXACT)
             T_ = T_ * decay
             P = P * decay
@@ -326,20 +324,21 @@ def local_kernel(
                 if SCORES:
                     start = block_level(g, C, LEVELS, dtype == tl.bfloat16)
                     for level in range(start - 1, LEVELS):
-                        x = sums(reach(level, start, C), high, low, EXACT)
+                        step = step_number(level, start)
+                        x = sums(chosen(select_ptr, step, 0, C), high, low, EXACT)
                         kx = tl.trans((k * tl.exp2(tl.where(level < start, -x, x))).to(dtype))
                         x = tl.exp2(x)
-                        pairs = parted(level, start, C)
-                        P += tl.where(pairs, tl.dot((q * x).to(dtype), kx, input_precision="ieee"), 0.0)
+                        pairs = chosen(select_ptr, step, 2, C).to(tl.float32)
+                        P += pairs * tl.dot((q * x).to(dtype), kx, input_precision="ieee")
                         if UNTIED:
-                            x = tl.exp2(sums(reach(level, start, C, True), high, low, EXACT))
-                        T_ += tl.where(pairs, tl.dot((e * x).to(dtype), kx, input_precision="ieee"), 0.0)
-                seen = tl.exp2(sums(r[:, None] >= r[None, :], high, low, EXACT))
+                            x = tl.exp2(sums(chosen(select_ptr, step, 1, C), high, low, EXACT))
+                        T_ += pairs * tl.dot((e * x).to(dtype), kx, input_precision="ieee")
+                seen = tl.exp2(sums(chosen(select_ptr, 9, 0, C), high, low, EXACT))
                 tl.store(read_ptr + out, (q * seen).to(dtype), mask=fits)
                 if UNTIED:
-                    seen = tl.exp2(sums(r[:, None] > r[None, :], high, low, EXACT))
+                    seen = tl.exp2(sums(chosen(select_ptr, 9, 1, C), high, low, EXACT))
                 tl.store(erase_ptr + out, (e * seen).to(dtype), mask=fits)
-                left = tl.exp2(sums(r[:, None] < r[None, :], high, low, EXACT))
+                left = tl.exp2(sums(chosen(select_ptr, 9, 2, C), high, low, EXACT))
                 tl.store(write_ptr + out, (k * left).to(dtype), mask=fits)
                 tl.store(fade_ptr + slot * K + cols, tl.exp2(tl.sum(g, 0)), mask=within(cols, K, BK))
     if UNTIED:
@@ -350,7 +349,7 @@ def local_kernel(
     tl.store(rows_ptr + 4 * C, r_k)
     tl.store(rows_ptr + 5 * C, r_q)
     if SCORES:
-        A = _inverse(tl.where(lower, T_, 0.0), C, LEVELS, EXACT)
+        A = inverse(tl.where(lower, T_, 0.0), select_ptr, C, LEVELS, EXACT)
         tile = r[:, None] * C + r[None, :]
         A_ptr += slot * (C * C)
         P_ptr += slot * (C * C)

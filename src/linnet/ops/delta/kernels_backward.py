@@ -16,18 +16,19 @@ import triton.language as tl
 
 from .kernels import (
     _span,
+    after,
     between,
     block_level,
     channel_gates,
+    chosen,
     erase_keys,
     factors,
     key_tile,
-    parted,
     payload_at,
-    reach,
     row_gates,
     sequence,
     split,
+    step_number,
     sums,
     tile_at,
     within,
@@ -238,6 +239,7 @@ def gradient_kernel(
     da_ptr,
     db_ptr,
     dg_ptr,
+    select_ptr,
     cu_ptr,
     table_ptr,
     scale,
@@ -299,18 +301,29 @@ def gradient_kernel(
         if not VECTOR:
             seen = tl.exp2(tl.load(rows_ptr + 6 * C))
             g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
-            left = tl.exp2(tl.sum(tl.where(row > col, g[:, None], 0.0), 0))
+            left = tl.exp2(after(g, r, C, EXACT))
 
     for k0 in range(0, K, BK):
         keys = (k0 + tl.arange(0, BK))[None, :]
         wide = within(keys, K, BK)
-        if GATE != 0:  # through the decay of the state across the chunk
-            end = tl.zeros([BK], dtype=tl.float32)
-            for v0 in range(0, V, 16):
-                values = (v0 + tl.arange(0, 16))[:, None]
-                both = within(values, V, 16) & wide
-                S = tl.load(S_ptr + (values * K + keys), mask=both, other=0.0)
-                dS = tl.load(dS_ptr + (values * K + keys), mask=both, other=0.0)
+        dq = tl.zeros([C, BK], dtype=tl.float32)
+        de = tl.zeros([C, BK], dtype=tl.float32)
+        dk = tl.zeros([C, BK], dtype=tl.float32)
+        end = tl.zeros([BK], dtype=tl.float32)  # through the decay of the state across the chunk
+        for v0 in range(0, V, BV):
+            values = v0 + tl.arange(0, BV)
+            has = within(values, V, BV)
+            at = tile_at(do_ptr, t0, h, H, V, token, values[None, :])
+            do = tl.load(at, mask=reads[:, None] & has[None, :], other=0.0)
+            full = has[:, None] & tl.full([1, C], True, tl.int1)
+            R = tl.load(R_ptr + (values[:, None] * C + col), mask=full, other=0.0)
+            L = tl.load(L_ptr + (values[:, None] * C + col), mask=full, other=0.0)
+            S = tl.load(S_ptr + (values[:, None] * K + keys), mask=has[:, None] & wide, other=0.0)
+            dS = tl.load(dS_ptr + (values[:, None] * K + keys), mask=has[:, None] & wide, other=0.0)
+            dq = tl.dot(do, S, dq, input_precision="ieee")
+            de = tl.dot(tl.trans(L), S, de, input_precision="ieee")
+            dk = tl.dot(tl.trans(R), dS, dk, input_precision="ieee")
+            if GATE != 0:
                 end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
 
         k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
@@ -323,12 +336,6 @@ def gradient_kernel(
         else:
             b = beta[:, None]
 
-        dk = tl.zeros([C, BK], dtype=tl.float32)
-        for v0 in range(0, V, BV):
-            values = (v0 + tl.arange(0, BV))[:, None]
-            R = tl.load(R_ptr + (values * C + col), mask=within(values, V, BV) & tl.full([1, C], True, tl.int1), other=0.0)
-            dS = tl.load(dS_ptr + (values * K + keys), mask=within(values, V, BV) & wide, other=0.0)
-            dk = tl.dot(tl.trans(R), dS, dk, input_precision="ieee")
         if not VECTOR:
             if GATE != 0:
                 dk = dk * left[:, None]
@@ -342,12 +349,6 @@ def gradient_kernel(
                 pair += D1.to(tl.float32) * tl.dot(qn.to(dtype), kt, input_precision="ieee")
                 pair -= D2.to(tl.float32) * tl.dot((kn * b).to(dtype), kt, input_precision="ieee")
 
-        de = tl.zeros([C, BK], dtype=tl.float32)
-        for v0 in range(0, V, BV):
-            values = (v0 + tl.arange(0, BV))[:, None]
-            L = tl.load(L_ptr + (values * C + col), mask=within(values, V, BV) & tl.full([1, C], True, tl.int1), other=0.0)
-            S = tl.load(S_ptr + (values * K + keys), mask=within(values, V, BV) & wide, other=0.0)
-            de = tl.dot(tl.trans(L), S, de, input_precision="ieee")
         if not VECTOR:
             if GATE != 0:
                 de = de * seen[:, None]
@@ -356,14 +357,6 @@ def gradient_kernel(
             dbeta += tl.sum(de * kn, 1)
             dk += de * b
 
-        dq = tl.zeros([C, BK], dtype=tl.float32)
-        for v0 in range(0, V, BV):
-            values = (v0 + tl.arange(0, BV))[:, None]
-            across_v = v0 + tl.arange(0, BV)[None, :]
-            at = tile_at(do_ptr, t0, h, H, V, token, across_v)
-            do = tl.load(at, mask=reads[:, None] & within(across_v, V, BV), other=0.0)
-            S = tl.load(S_ptr + (values * K + keys), mask=within(values, V, BV) & wide, other=0.0)
-            dq = tl.dot(do, S, dq, input_precision="ieee")
         if not VECTOR:
             if GATE != 0:
                 dq = dq * seen[:, None]
@@ -383,25 +376,25 @@ def gradient_kernel(
             else:
                 g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
                 high, low = split(g, EXACT)
-                x = tl.exp2(sums(row >= col, high, low, EXACT))
+                x = tl.exp2(sums(chosen(select_ptr, 9, 0, C), high, low, EXACT))
                 dq = dq * x
                 if UNTIED:
-                    x = tl.exp2(sums(row > col, high, low, EXACT))
+                    x = tl.exp2(sums(chosen(select_ptr, 9, 1, C), high, low, EXACT))
                 de = -de * x
-                x = tl.exp2(sums(row < col, high, low, EXACT))
+                x = tl.exp2(sums(chosen(select_ptr, 9, 2, C), high, low, EXACT))
                 tail = dk * x
                 dk = tl.zeros([C, BK], dtype=tl.float32)
                 start = block_level(g, C, LEVELS, dtype == tl.bfloat16)
                 for level in range(start - 1, LEVELS):
-                    pairs = parted(level, start, C) & (row != col)
-                    D1 = tl.load(D1_ptr, mask=pairs, other=0.0)
-                    D2 = tl.load(D2_ptr, mask=pairs, other=0.0)
-                    x = sums(reach(level, start, C), high, low, EXACT)
+                    step = step_number(level, start)
+                    pairs = tl.where(row == col, 0.0, chosen(select_ptr, step, 2, C).to(dtype))
+                    D1, D2 = tl.load(D1_ptr) * pairs, tl.load(D2_ptr) * pairs
+                    x = sums(chosen(select_ptr, step, 0, C), high, low, EXACT)
                     xk = tl.exp2(tl.where(level < start, -x, x))
                     x = tl.exp2(x)
                     xe = x
                     if UNTIED:
-                        xe = tl.exp2(sums(reach(level, start, C, True), high, low, EXACT))
+                        xe = tl.exp2(sums(chosen(select_ptr, step, 1, C), high, low, EXACT))
                     kx = (kn * xk).to(dtype)
                     dq += x * tl.dot(D1, kx, input_precision="ieee")
                     de -= xe * tl.dot(D2, kx, input_precision="ieee")
@@ -410,14 +403,14 @@ def gradient_kernel(
                     dk += xk * both
                 if UNTIED:
                     passed, rest = split(e * de, EXACT)
-                    dg = sums(row < col, passed, rest, EXACT)
+                    dg = sums(chosen(select_ptr, 9, 2, C), passed, rest, EXACT)
                     passed, rest = split(qn * dq - kn * dk, EXACT)
-                    dg += sums(row <= col, passed, rest, EXACT)
+                    dg += sums(tl.trans(chosen(select_ptr, 9, 0, C)), passed, rest, EXACT)
                 else:
                     passed, rest = split(qn * dq + e * de - kn * dk, EXACT)
-                    dg = sums(row <= col, passed, rest, EXACT)
+                    dg = sums(tl.trans(chosen(select_ptr, 9, 0, C)), passed, rest, EXACT)
                 passed, rest = split(tail * kn, EXACT)
-                dg += sums(row > col, passed, rest, EXACT) + (end * tl.exp2(tl.sum(g, 0)))[None, :]
+                dg += sums(chosen(select_ptr, 9, 1, C), passed, rest, EXACT) + (end * tl.exp2(tl.sum(g, 0)))[None, :]
                 dg = tl.where(g < RESET, 0.0, dg)
                 if GATE == 2:
                     at = tile_at(dg_ptr, t0, h, H, K, token, keys)

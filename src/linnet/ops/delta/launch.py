@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,26 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
         warps = 8 if BK == 128 else 4
         return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 1 if fp32 else 2}
     return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 1 if fp32 else 3}
+
+
+@cache
+def selections(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros and ones ``[step, 3, C, C]``: for each step in which the kernels take pairs of rows (r, s), s before r, the
+    rows whose log-decays lie between a row and the one where its pairs are parted; the same without the row's own when
+    it is the later of the pair; and the pairs. Steps 0..5 take, within blocks of 2 << step rows, a row of the second
+    half with one of the first; 6, 7 and 8 whole blocks (of the chunk, of 16 rows, of one), parted at their first row.
+    Entry 9: rows up to a row, before it, after it."""
+    r, i = torch.arange(C)[:, None], torch.arange(C)[None, :]
+    table = []
+    for b in (1, 2, 4, 8, 16, 32):
+        same, late = r // b == i // b, r // b % 2 == 1
+        near = [same & torch.where(late, inner, i > r) for inner in (i <= r, i < r)]
+        table += [*near, (r // b == i // b + 1) & late]
+    for b in (C, 16, 1):
+        same = (r // b == i // b) & (i % b != 0)
+        table += [same & (i <= r), same & (i < r), (r // b == i // b) & (i <= r)]
+    table += [i <= r, i < r, i > r]
+    return torch.stack(table).unflatten(0, (-1, 3)).to(device, torch.float32 if dtype == torch.float32 else torch.bfloat16)
 
 
 class _Layout:
@@ -99,6 +120,7 @@ def _local(
         local["A"],
         local["P"],
         *operands,
+        selections(C, q.dtype, q.device),
         layout.cu,
         layout.table,
         *layout.sizes(scale),
@@ -370,6 +392,7 @@ def backward(
         grads.get("a"),
         grads.get("b"),
         grads.get("g"),
+        selections(C, q.dtype, q.device),
         layout.cu,
         layout.table,
         *layout.sizes(scale),
