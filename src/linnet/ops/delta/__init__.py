@@ -163,14 +163,16 @@ def kernels_cover(q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, w: Tenso
     return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 256 and substeps <= 16
 
 
-def _kept(q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None) -> tuple[int, int, int, int]:
-    """Shape of what the kernels keep for the backward pass: two matrices a chunk and head, for as many chunks as a
-    call has at most."""
+def kept(
+    q: Tensor, v: Tensor, write: bool, substeps: int, cu_host: Tensor | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what the kernels keep for the backward pass, for as many chunks as a call has at most: matrices in q's
+    dtype and numbers of each row in fp32, by chunk and head."""
     B, T, H = q.shape[0], q.shape[1], v.shape[2]
     rows = chunk_rows(q.shape[3], q.dtype)
     tokens = rows // substeps
     chunks = B * -(-T // tokens) if cu_host is None else T // tokens + cu_host.shape[0] - 1
-    return chunks, H, rows, rows
+    return (chunks, H, 2 if write else 3, rows, rows), (chunks, H, 8, rows)
 
 
 def chunk_rows(K: int, dtype: torch.dtype) -> int:
@@ -211,7 +213,7 @@ def _check(q, k, v, beta, g, w, scale, substeps, state, segments):
     return q, k, v, beta, g, w, S, float(q.shape[3] ** -0.5 if scale is None else scale)
 
 
-# The registered op. `solved` and `scores` are what the kernels keep of every chunk for the backward pass; the chunked
+# The registered op. `matrices` and `rows` are what the kernels keep of every chunk for the backward pass; the chunked
 # form recomputes everything and returns them empty.
 
 
@@ -232,15 +234,15 @@ def _delta(
     backend: str,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    solved = scores = None
+    matrices = rows = None
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton":
             from . import launch
 
-            o, S_out, solved, scores = launch.forward(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, training)
+            o, S_out, matrices, rows = launch.forward(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, training)
         else:
             o, S_out = chunked.forward(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk)
-    return o, S_out, *(S.new_empty(0) if y is None else y for y in (solved, scores))  # type: ignore[return-value]
+    return o, S_out, *(S.new_empty(0) if y is None else y for y in (matrices, rows))  # type: ignore[return-value]
 
 
 @_delta.register_fake
@@ -248,8 +250,8 @@ def _(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, 
     o = v.new_empty(*q.shape[:2], *v.shape[2:])
     if backend != "triton" or not training:
         return o, S.new_empty(S.shape), S.new_empty(0), S.new_empty(0)
-    kept = _kept(q, v, substeps, cu_host)
-    return o, S.new_empty(S.shape), q.new_empty(kept), q.new_empty(kept)
+    matrices, rows = kept(q, v, w is not None, substeps, cu_host)
+    return o, S.new_empty(S.shape), q.new_empty(matrices), S.new_empty(rows)
 
 
 _GRADS = ("q", "k", "v", "beta", "g", "w", "S")
@@ -270,8 +272,8 @@ def _delta_backward(
     substeps: int,
     chunk: int,
     backend: str,
-    solved: Tensor,
-    scores: Tensor,
+    matrices: Tensor,
+    rows: Tensor,
     do: Tensor,
     dS: Tensor,
 ) -> list[Tensor]:
@@ -279,7 +281,7 @@ def _delta_backward(
         if backend == "triton":
             from . import launch
 
-            grads = launch.backward(q, k, v, beta, g, w, S, solved, scores, cu_host, scale, l2norm, substeps, do, dS)
+            grads = launch.backward(q, k, v, beta, g, w, S, matrices, rows, cu_host, scale, l2norm, substeps, do, dS)
         else:
             grads = chunked.backward(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, do, dS)
     none = S.new_empty(0)
@@ -287,7 +289,7 @@ def _delta_backward(
 
 
 @_delta_backward.register_fake
-def _(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, solved, scores, do, dS):
+def _(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, matrices, rows, do, dS):
     given = (q, k, v, beta, g, w, S)
     return [S.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
@@ -300,11 +302,11 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, do, dS, *_):
-    *given, cu_host, solved, scores = ctx.saved_tensors
+    *given, cu_host, matrices, rows = ctx.saved_tensors
     q, v, S = given[0], given[2], given[6]
     do = v.new_zeros(*q.shape[:2], *v.shape[2:]) if do is None else do.contiguous()
     dS = torch.zeros_like(S) if dS is None else dS.contiguous()
-    grads = _delta_backward(*given, cu_host, *ctx.options, solved, scores, do, dS)
+    grads = _delta_backward(*given, cu_host, *ctx.options, matrices, rows, do, dS)
     wanted = zip(grads, given, ctx.needs_input_grad[: len(given)], strict=True)
     return *(d if needed and x is not None else None for d, x, needed in wanted), *[None] * 7
 

@@ -11,7 +11,7 @@ recurrence ``S_t = (I - k_t e_t^T) D_t S_{t-1} + k_t z_t^T`` reads
 the state on chip, transposed: ``S^T`` and everything it is multiplied into stay in registers as the left operands of
 the tensor cores, and the right operands are tiles as they lie in memory.
 
-A decay that is the same for all channels of a key scales rows, so the pass reads q and k themselves, with seven numbers
+A decay that is the same for all channels of a key scales rows, so the pass reads q and k themselves, with eight numbers
 a row (``rows``). A decay by channel (``VECTOR``) has its operands ``exp(G) E``, ``scale exp(G) Q``, ``exp(G_C - G) K``
 written out by ``local_kernel``.
 
@@ -191,12 +191,28 @@ def erase_keys(a_ptr, t0, h, H, K: tl.constexpr, r, valid, cols, wide):
 
 
 @triton.jit
+def payload(ptr, t0, h, H, V: tl.constexpr, r, values, valid, has, SUB: tl.constexpr, UNTIED: tl.constexpr):
+    """Tile ``[C, BV]`` of what is written: v by row, or, UNTIED, on the last row of each token."""
+    mask = valid[:, None] & tl.trans(has)
+    if UNTIED:
+        at = tile_at(ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
+        return tl.load(at, mask=mask & (r % SUB == SUB - 1)[:, None], other=0.0)
+    else:
+        return tl.load(tile_at(ptr, t0.to(tl.int64) * SUB, h, H, V, r[:, None], values[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
 def payload_at(ptr, t0, h, H, V: tl.constexpr, r, values, valid, SUB: tl.constexpr, UNTIED: tl.constexpr):
     """Addresses ``[BV, C]`` of what is written, and which rows have it: UNTIED, the last of each token."""
     if UNTIED:
         return tile_at(ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None]), valid & (r % SUB == SUB - 1)
     else:
         return tile_at(ptr, t0.to(tl.int64) * SUB, h, H, V, r[None, :], values[:, None]), valid
+
+
+# ROWS: of each row of a chunk, in fp32: decay from the chunk's start (scalar decays) over the key's length, decay to the
+# chunk's end over the key's length, scale times decay over the query's length, beta (1 when it has channels), 1/|k|, 1/|q|
+# (1 without norm), log2 of the decay from the start, decay of the whole chunk. The first three are of scalar decays.
 
 
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
@@ -207,10 +223,9 @@ def local_kernel(
     a_ptr,  # UNTIED, with b in place of k on the first substep
     b_ptr,
     g_ptr,
-    rows_ptr,  # [chunks, H, 7, C]: factors of the erasing, writing and reading; beta, 1/|k|, 1/|q|, summed log2-decay
-    fade_ptr,  # decay of the whole chunk, [chunks, H] or, by channel, [chunks, H, K]
-    A_ptr,  # [chunks, H, C, C]
-    P_ptr,
+    rows_ptr,  # [chunks, H, 8, C], see ROWS
+    fade_ptr,  # VECTOR: decay of the whole chunk by channel, [chunks, H, K]
+    matrices_ptr,  # A, P and, without channel-wise w, A diag(beta), [chunks, H, 3 or 2, C, C]
     erase_ptr,  # VECTOR: exp(G) E, scale exp(G) Q and exp(G_C - G) K, [chunks, H, C, K]
     read_ptr,
     write_ptr,
@@ -229,6 +244,7 @@ def local_kernel(
     SUB: tl.constexpr,
     GATE: tl.constexpr,  # 0 none, 1 a scalar per token, 2 one per channel
     ERASE: tl.constexpr,  # whether beta has channels
+    W: tl.constexpr,  # whether what is written has strengths of its own, by channel
     VECTOR: tl.constexpr,
     UNTIED: tl.constexpr,
     NORM: tl.constexpr,
@@ -247,7 +263,7 @@ def local_kernel(
     reads = valid & (r % SUB == SUB - 1)
     token, line = (r // SUB)[:, None], r[:, None]
     s0 = t0.to(tl.int64) * SUB
-    rows_ptr += slot * (7 * C) + r
+    rows_ptr += slot * (8 * C) + r
     r_k = tl.zeros([C], dtype=tl.float32) + 1.0
     r_q = tl.zeros([C], dtype=tl.float32) + 1.0
     lower = r[:, None] > r[None, :]
@@ -271,13 +287,12 @@ def local_kernel(
             decay = between(g, seen, C, EXACT)
             T_ = T_ * decay
             P = P * decay
-            tl.store(fade_ptr + pid, tl.exp2(tl.sum(g, 0)))
             tl.store(rows_ptr + 6 * C, seen)
-        beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)
-        tl.store(rows_ptr, beta * r_k * tl.exp2(seen))
+            tl.store(rows_ptr + 7 * C, tl.exp2(seen + left))
+        tl.store(rows_ptr, r_k * tl.exp2(seen))
         tl.store(rows_ptr + C, r_k * tl.exp2(left))
         tl.store(rows_ptr + 2 * C, r_q * scale * tl.exp2(seen))
-        T_ = T_ * (beta * r_k)[:, None] * r_k[None, :]
+        T_ = T_ * r_k[:, None] * r_k[None, :]
         P = P * (r_q * scale)[:, None] * r_k[None, :]
     else:
         erase_ptr += slot * C * K
@@ -308,7 +323,7 @@ def local_kernel(
             elif ERASE:
                 e = k * tl.load(tile_at(beta_ptr, s0, h, H, K, line, cols[None, :]), mask=inside, other=0.0)
             else:
-                e = k * tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)[:, None]
+                e = k
             out = r[:, None] * K + cols[None, :]
             fits = tl.full([C, 1], True, tl.int1) & wide
             if GATE == 0:
@@ -341,20 +356,20 @@ def local_kernel(
                 left = tl.exp2(sums(chosen(select_ptr, 9, 2, C), high, low, EXACT))
                 tl.store(write_ptr + out, (k * left).to(dtype), mask=fits)
                 tl.store(fade_ptr + slot * K + cols, tl.exp2(tl.sum(g, 0)), mask=within(cols, K, BK))
-    if UNTIED:
-        tl.store(rows_ptr + 3 * C, r_k)
-    elif not ERASE:
-        beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)
-        tl.store(rows_ptr + 3 * C, beta)
     tl.store(rows_ptr + 4 * C, r_k)
     tl.store(rows_ptr + 5 * C, r_q)
+    beta = tl.zeros([C], dtype=tl.float32) + 1.0
+    if not (UNTIED or ERASE):
+        beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)
+    tl.store(rows_ptr + 3 * C, beta)
     if SCORES:
-        A = inverse(tl.where(lower, T_, 0.0), select_ptr, C, LEVELS, EXACT)
-        tile = r[:, None] * C + r[None, :]
-        A_ptr += slot * (C * C)
-        P_ptr += slot * (C * C)
-        tl.store(A_ptr + tile, A.to(A_ptr.dtype.element_ty))
-        tl.store(P_ptr + tile, tl.where(r[:, None] >= r[None, :], P, 0.0).to(P_ptr.dtype.element_ty))
+        A = inverse(tl.where(lower, T_ * beta[:, None], 0.0), select_ptr, C, LEVELS, EXACT)
+        dtype = matrices_ptr.dtype.element_ty
+        matrices_ptr += slot * ((2 if W else 3) * C * C) + (r[:, None] * C + r[None, :])
+        tl.store(matrices_ptr, A.to(dtype))
+        tl.store(matrices_ptr + C * C, tl.where(r[:, None] >= r[None, :], P, 0.0).to(dtype))
+        if not W:
+            tl.store(matrices_ptr + 2 * C * C, (A * beta[None, :]).to(dtype))
 
 
 @triton.jit
@@ -381,14 +396,14 @@ def key_tile(
 
 
 @triton.jit
-def factors(rows_ptr, fade_ptr, chunk, n_chunks, h, H, C: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr):
+def factors(rows_ptr, chunk, n_chunks, h, H, C: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr):
     """What a serial pass fetches a chunk ahead by hand: the compiler does so only for what enters a product."""
     slot = chunk.to(tl.int64) * H + h
     fade, read = 1.0, tl.zeros([C], dtype=tl.float32)
     if not VECTOR:
         if GATE != 0:
-            fade = tl.load(fade_ptr + slot, mask=n_chunks > 0, other=1.0)
-        read = tl.load(rows_ptr + slot * (7 * C) + 2 * C + tl.arange(0, C), mask=n_chunks > 0, other=0.0)
+            fade = tl.load(rows_ptr + slot * (8 * C) + 7 * C, mask=n_chunks > 0, other=1.0)
+        read = tl.load(rows_ptr + slot * (8 * C) + 2 * C + tl.arange(0, C), mask=n_chunks > 0, other=0.0)
     return fade, read
 
 
@@ -401,8 +416,7 @@ def state_kernel(
     w_ptr,
     rows_ptr,
     fade_ptr,
-    A_ptr,
-    P_ptr,
+    matrices_ptr,
     start_ptr,  # [N, H, K, V]
     last_ptr,
     o_ptr,
@@ -445,17 +459,17 @@ def state_kernel(
     S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
 
     n_chunks = tl.cdiv(end - first, CT)
-    fade, read = factors(rows_ptr, fade_ptr, chunk0, n_chunks, h, H, C, VECTOR, GATE)
+    fade, read = factors(rows_ptr, chunk0, n_chunks, h, H, C, VECTOR, GATE)
     for it in range(0, n_chunks):
         t0 = first + it * CT
         slot = (chunk0 + it).to(tl.int64) * H + h
         ahead = tl.minimum(it + 1, n_chunks - 1)
-        next_fade, next_read = factors(rows_ptr, fade_ptr, chunk0 + ahead, n_chunks, h, H, C, VECTOR, GATE)
+        next_fade, next_read = factors(rows_ptr, chunk0 + ahead, n_chunks, h, H, C, VECTOR, GATE)
         valid = r < tl.minimum(end - t0, CT) * SUB
         reads = valid & (r % SUB == SUB - 1)
         s0 = t0.to(tl.int64) * SUB
         tile = r[:, None] * C + r[None, :]
-        rows = rows_ptr + slot * (7 * C) + r
+        rows = rows_ptr + slot * (8 * C) + r
 
         if KEEP:
             at = S_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
@@ -467,19 +481,21 @@ def state_kernel(
             e = k
         Sb = S.to(k.dtype)
         X = tl.dot(Sb, tl.trans(e), input_precision="ieee")
-        at, writes = payload_at(v_ptr, t0, h, H, V, r, values, valid, SUB, UNTIED)
-        z = tl.load(at, mask=has & writes[None, :], other=0.0).to(tl.float32)
+        if not VECTOR:
+            X = X * tl.load(rows)[None, :]
         if W:
+            at = tile_at(v_ptr, s0, h, H, V, r[None, :], values[:, None])
+            z = tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
             at = tile_at(w_ptr, s0, h, H, V, r[None, :], values[:, None])
             z = z * tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
-        else:
-            z = z * tl.load(rows + 3 * C)[None, :]
-        if VECTOR:
-            z = z - X
-        else:
-            z = z - X * tl.load(rows)[None, :]
-        A = tl.load(A_ptr + slot * (C * C) + tile)
-        R = tl.dot(z.to(k.dtype), tl.trans(A), input_precision="ieee")
+            z = z - X * tl.load(rows + 3 * C)[None, :]
+            A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
+            R = tl.dot(z.to(k.dtype), tl.trans(A), input_precision="ieee")
+        else:  # beta is in the matrix, so that v goes to the tensor cores as it lies in memory
+            v = payload(v_ptr, t0, h, H, V, r, values, valid, has, SUB, UNTIED)
+            A = tl.load(matrices_ptr + slot * (3 * C * C) + 2 * C * C + tile)
+            R = tl.dot(tl.trans(v), tl.trans(A), input_precision="ieee")
+            R = tl.dot((-X).to(k.dtype), tl.trans(A), R, input_precision="ieee")
         Rb = R.to(k.dtype)
         if KEEP:
             at = R_ptr + slot * C * V + (values[:, None] * C + r[None, :])
@@ -489,7 +505,7 @@ def state_kernel(
             o = tl.dot(Sb, tl.trans(q), input_precision="ieee")
             if not VECTOR:
                 o = o * read[None, :]
-            P = tl.load(P_ptr + slot * (C * C) + tile)
+            P = tl.load(matrices_ptr + slot * ((2 if W else 3) * C * C) + C * C + tile)
             o = tl.dot(Rb, tl.trans(P), o, input_precision="ieee")
             at = tile_at(o_ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None])
             tl.store(at, o.to(o_ptr.dtype.element_ty), mask=has & reads[None, :])

@@ -46,8 +46,7 @@ def adjoint_kernel(
     read_ptr,
     rows_ptr,
     fade_ptr,
-    A_ptr,
-    P_ptr,
+    matrices_ptr,
     do_ptr,
     last_ptr,  # gradient of the final state, [N, H, K, V]
     start_ptr,  # gradient of the initial state
@@ -67,6 +66,7 @@ def adjoint_kernel(
     BV: tl.constexpr,
     SUB: tl.constexpr,
     GATE: tl.constexpr,
+    MATRICES: tl.constexpr,
     VECTOR: tl.constexpr,
     PACKED: tl.constexpr,
 ):
@@ -85,18 +85,18 @@ def adjoint_kernel(
     dS = tl.load(last_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
 
     n_chunks = tl.cdiv(end - first, CT)
-    fade, read = factors(rows_ptr, fade_ptr, chunk0 + n_chunks - 1, n_chunks, h, H, C, VECTOR, GATE)
+    fade, read = factors(rows_ptr, chunk0 + n_chunks - 1, n_chunks, h, H, C, VECTOR, GATE)
     for it in range(0, n_chunks):
         c = n_chunks - 1 - it
         ahead = chunk0 + tl.maximum(c - 1, 0)
-        next_fade, next_read = factors(rows_ptr, fade_ptr, ahead, n_chunks, h, H, C, VECTOR, GATE)
+        next_fade, next_read = factors(rows_ptr, ahead, n_chunks, h, H, C, VECTOR, GATE)
         t0 = first + c * CT
         slot = (chunk0 + c).to(tl.int64) * H + h
         valid = r < tl.minimum(end - t0, CT) * SUB
         reads = valid & (r % SUB == SUB - 1)
         s0 = t0.to(tl.int64) * SUB
         tile = r[:, None] * C + r[None, :]
-        rows = rows_ptr + slot * (7 * C) + r
+        rows = rows_ptr + slot * (8 * C) + r
 
         at = dS_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
         tl.store(at, dS.to(dS_ptr.dtype.element_ty), mask=inside)
@@ -104,11 +104,11 @@ def adjoint_kernel(
         dR = tl.dot(dS.to(k.dtype), tl.trans(k), input_precision="ieee")
         if not VECTOR:
             dR = dR * tl.load(rows + C)[None, :]
-        at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None])
-        do = tl.load(at, mask=has & reads[None, :], other=0.0)
-        P = tl.load(P_ptr + slot * (C * C) + tile)
+        at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
+        do = tl.trans(tl.load(at, mask=tl.trans(has) & reads[:, None], other=0.0))
+        P = tl.load(matrices_ptr + slot * (MATRICES * C * C) + C * C + tile)
         dR = tl.dot(do, P, dR, input_precision="ieee")
-        A = tl.load(A_ptr + slot * (C * C) + tile)
+        A = tl.load(matrices_ptr + slot * (MATRICES * C * C) + tile)
         L = tl.dot(dR.to(k.dtype), A, input_precision="ieee")
         Lb = L.to(k.dtype)
         at = L_ptr + slot * C * V + (values[:, None] * C + r[None, :])
@@ -116,11 +116,11 @@ def adjoint_kernel(
         q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reads, K, C, BK, VECTOR)
         if VECTOR:
             e = key_tile(erase_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
-            Lb = (-L).to(k.dtype)
+            Lb = (L * -tl.load(rows + 3 * C)[None, :]).to(k.dtype)
         else:
             e = k
             do = (do.to(tl.float32) * read[None, :]).to(k.dtype)
-            Lb = (L * -tl.load(rows)[None, :]).to(k.dtype)
+            Lb = (L * -(tl.load(rows) * tl.load(rows + 3 * C))[None, :]).to(k.dtype)
         if GATE != 0:
             if VECTOR:
                 dS = dS * tl.load(fade_ptr + slot * K + keys, mask=within(keys, K, BK), other=0.0)[None, :]
@@ -172,7 +172,7 @@ def pairs_kernel(
     valid = r < tokens * SUB
     reads = valid & (r % SUB == SUB - 1)
     s0 = t0.to(tl.int64) * SUB
-    rows_ptr += slot * (7 * C) + r
+    rows_ptr += slot * (8 * C) + r
     dP = tl.zeros([C, C], dtype=tl.float32)
     dT = tl.zeros([C, C], dtype=tl.float32)
     lv = tl.zeros([C], dtype=tl.float32)
@@ -224,7 +224,6 @@ def gradient_kernel(
     b_ptr,
     g_ptr,
     rows_ptr,
-    fade_ptr,
     do_ptr,
     S_ptr,
     R_ptr,
@@ -275,7 +274,7 @@ def gradient_kernel(
     reads = valid & (r % SUB == SUB - 1)
     token = (r // SUB)[:, None]
     s0 = t0.to(tl.int64) * SUB
-    rows_ptr += slot * (7 * C) + r
+    rows_ptr += slot * (8 * C) + r
     R_ptr += slot * C * V
     L_ptr += slot * C * V
     S_ptr += slot * K * V
@@ -339,7 +338,7 @@ def gradient_kernel(
         if not VECTOR:
             if GATE != 0:
                 dk = dk * left[:, None]
-                ends += tl.sum(end, 0) * tl.load(fade_ptr + pid)
+                ends += tl.sum(end, 0)
                 kept += tl.sum(dk * kn, 1)
             D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
             dk += tl.dot(tl.trans(D1), qn.to(dtype), input_precision="ieee")
@@ -387,7 +386,7 @@ def gradient_kernel(
                 start = block_level(g, C, LEVELS, dtype == tl.bfloat16)
                 for level in range(start - 1, LEVELS):
                     step = step_number(level, start)
-                    pairs = tl.where(row == col, 0.0, chosen(select_ptr, step, 2, C).to(dtype))
+                    pairs = tl.where(row // SUB == col // SUB, 0.0, chosen(select_ptr, step, 2, C).to(dtype))
                     D1, D2 = tl.load(D1_ptr) * pairs, tl.load(D2_ptr) * pairs
                     x = sums(chosen(select_ptr, step, 0, C), high, low, EXACT)
                     xk = tl.exp2(tl.where(level < start, -x, x))
@@ -417,9 +416,19 @@ def gradient_kernel(
                     tl.store(at, dg.to(dg_ptr.dtype.element_ty), mask=k_in & (row % SUB == 0))
                 else:
                     read_back += tl.sum(tl.where(wide, dg, 0.0), 1)
-                own = tl.load(D1_own).to(tl.float32)[:, None]
-                dq += own * kn
-                dk += own * qn + tail
+                dk += tail
+                if SUB == 1:  # the pairs of a token with itself: no gate lies between them
+                    own = tl.load(D1_own).to(tl.float32)[:, None]
+                    dq += own * kn
+                    dk += own * qn
+                else:
+                    pairs = tl.where(row // SUB == col // SUB, 1.0, 0.0).to(dtype)
+                    D1, D2 = tl.load(D1_ptr) * pairs, tl.load(D2_ptr) * pairs
+                    dq += tl.dot(D1, kn.to(dtype), input_precision="ieee")
+                    de -= tl.dot(D2, kn.to(dtype), input_precision="ieee")
+                    both = tl.dot(tl.trans(D1), qn.to(dtype), input_precision="ieee")
+                    both -= tl.dot(tl.trans(D2), e.to(dtype), input_precision="ieee")
+                    dk += both
             if UNTIED:
                 at = tile_at(da_ptr, t0, h, H, K, token, keys)
                 tl.store(at, (-de).to(dtype), mask=k_in & (row % SUB == 0))
@@ -472,6 +481,6 @@ def gradient_kernel(
         else:  # a gate passes what rows from it on have from rows before it, and from the state
             before = tl.cumsum(pair, 1) - pair
             dg = tl.sum(tl.where(row >= col, before + read_back[:, None], 0.0), 0)
-            dg += tl.sum(tl.where(row > col, kept[None, :], 0.0), 1) + ends
+            dg += tl.sum(tl.where(row > col, kept[None, :], 0.0), 1) + ends * tl.load(rows_ptr + 7 * C)
             dg = tl.where(row_gates(g_ptr, t0, h, H, r, valid, SUB) < RESET, 0.0, dg)
         tl.store(at, dg.to(dg_ptr.dtype.element_ty), mask=first)

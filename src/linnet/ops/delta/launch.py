@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..core import chunk_table
-from . import _kept, chunk_rows
+from . import chunk_rows, kept
 from .kernels import local_kernel, state_kernel
 from .kernels_backward import adjoint_kernel, gradient_kernel, pairs_kernel
 from .kernels_step import step_kernel
@@ -55,13 +55,13 @@ def selections(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class _Layout:
     """Sequences and chunks of one call."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None):
+    def __init__(self, q: Tensor, v: Tensor, write: bool, substeps: int, cu_host: Tensor | None):
         self.B, self.T = q.shape[:2]
         self.H, self.heads, self.K, self.V = v.shape[2], q.shape[2], q.shape[3], v.shape[3]
         self.substeps, self.C = substeps, chunk_rows(self.K, q.dtype)
         self.tokens = self.C // substeps
         self.packed = cu_host is not None
-        self.kept = _kept(q, v, substeps, cu_host)
+        self.kept = kept(q, v, write, substeps, cu_host)
         if cu_host is None:
             self.rows, self.chunks = self.B, self.B * -(-self.T // self.tokens)
             self.cu = self.table = self.first = None
@@ -105,9 +105,9 @@ def _local(
     C, K, H = layout.C, layout.K, layout.H
     slots = layout.chunks, H
     fp32 = {"dtype": torch.float32, "device": q.device}
-    local: dict[str, Any] = {"rows": torch.empty(*slots, 7, C, **fp32)}
-    local["fade"] = torch.empty(*slots, *((K,) if modes.vector else ()), **fp32) if modes.gate else None
-    local |= {name: q.new_empty(layout.kept) if scores else None for name in ("A", "P")}
+    local: dict[str, Any] = {"rows": torch.empty(layout.kept[1], **fp32)}
+    local["fade"] = torch.empty(*slots, K, **fp32) if modes.gate and modes.vector else None
+    local["matrices"] = q.new_empty(layout.kept[0]) if scores else None
     operands = [q.new_empty(*slots, C, K) if modes.vector else None for _ in range(3)]
     local_kernel[(layout.chunks * H,)](
         q,
@@ -117,8 +117,7 @@ def _local(
         g,
         local["rows"],
         local["fade"],
-        local["A"],
-        local["P"],
+        local["matrices"],
         *operands,
         selections(C, q.dtype, q.device),
         layout.cu,
@@ -129,6 +128,7 @@ def _local(
         SUB=layout.substeps,
         GATE=modes.gate,
         ERASE=modes.erase,
+        W=modes.write,
         VECTOR=modes.vector,
         UNTIED=modes.untied,
         NORM=l2norm,
@@ -165,8 +165,7 @@ def _walk(
         w,
         local["rows"],
         local["fade"],
-        local["A"],
-        local["P"],
+        local["matrices"],
         S,
         last,
         o,
@@ -204,16 +203,16 @@ def forward(
     training: bool,
     ab: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Reading, final state, and when training the two matrices a chunk that the backward pass needs. The untied form has
+    """Reading, final state, and when training what the backward pass needs of every chunk. The untied form has
     ``ab`` in place of ``beta``, and two substeps."""
     q, k, v, S = (x.contiguous() for x in (q, k, v, S))
     beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
-    layout, modes = _Layout(q, k, v, substeps, cu_host), _Modes(beta, g, w)
+    layout, modes = _Layout(q, v, w is not None, substeps, cu_host), _Modes(beta, g, w)
     local = _local(layout, modes, q, k, beta, g, scale, l2norm, True, ab)
     o, last = v.new_empty(layout.B, layout.T, layout.H, layout.V), torch.empty_like(S)
     _walk(layout, modes, local, v, w, S, scale, o=o, last=last)
-    return (o, last, local["A"], local["P"]) if training else (o, last, None, None)
+    return (o, last, local["matrices"], local["rows"]) if training else (o, last, None, None)
 
 
 def step(
@@ -282,8 +281,8 @@ def backward(
     g: Tensor | None,
     w: Tensor | None,
     S: Tensor,
-    A: Tensor,
-    P: Tensor,
+    matrices: Tensor,
+    rows: Tensor,
     cu_host: Tensor | None,
     scale: float,
     l2norm: bool,
@@ -296,9 +295,13 @@ def backward(
     q, k, v, S, do, dS = (x.contiguous() for x in (q, k, v, S, do, dS))
     beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
-    layout, modes = _Layout(q, k, v, substeps, cu_host), _Modes(beta, g, w)
+    layout, modes = _Layout(q, v, w is not None, substeps, cu_host), _Modes(beta, g, w)
     H, K, V, C = layout.H, layout.K, layout.V, layout.C
-    local = _local(layout, modes, q, k, beta, g, scale, l2norm, False, ab) | {"A": A, "P": P}
+    if modes.vector:
+        local = _local(layout, modes, q, k, beta, g, scale, l2norm, False, ab)
+    else:
+        local = {"rows": rows, "fade": None, "operands": [k, q, k]}
+    local["matrices"] = matrices
 
     entering, leaving = (q.new_empty(layout.chunks, H, V, K) for _ in range(2))
     R, L = (q.new_empty(layout.chunks, H, V, C) for _ in range(2))
@@ -313,8 +316,7 @@ def backward(
         read,
         local["rows"],
         local["fade"],
-        A,
-        P,
+        matrices,
         do,
         dS,
         dS0,
@@ -327,6 +329,7 @@ def backward(
         C=C,
         SUB=substeps,
         GATE=modes.gate,
+        MATRICES=matrices.shape[2],
         VECTOR=modes.vector,
         PACKED=layout.packed,
         **settings,
@@ -337,7 +340,7 @@ def backward(
     a, b = ab or (None, None)
     wanted = {"v": v, "beta": beta, "g": g, "w": w, "a": a, "b": b}
     grads = {"S": dS0} | {name: torch.empty_like(x) for name, x in wanted.items() if x is not None}
-    D1, D2 = torch.empty_like(A), torch.empty_like(A)
+    D1, D2 = (q.new_empty(layout.chunks, H, C, C) for _ in range(2))
     lv = None if modes.write else S.new_empty(layout.chunks, H, C)
     settings = launch_settings("pairs", K, V, v.dtype, modes.vector)
     pairs_kernel[(layout.chunks * H,)](
@@ -377,7 +380,6 @@ def backward(
         *(ab or (None, None)),
         g,
         local["rows"],
-        local["fade"],
         do,
         entering,
         R,
