@@ -22,6 +22,7 @@ from ..core import (
 from ..core.chunks import accumulate_dtype
 from . import chunked, reference
 from .dplr import dplr
+from .kept import kept
 from .state import DeltaState, initial_state
 
 __all__ = ["DeltaState", "cost", "delta", "delta_transition", "dplr"]
@@ -161,25 +162,6 @@ def delta_transition(
 def kernels_cover(q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, w: Tensor | None, substeps: int) -> bool:
     """Whether the Triton kernels have this mode; the chunked PyTorch form takes the others."""
     return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 256 and substeps <= 16
-
-
-def kept(
-    q: Tensor, v: Tensor, write: bool, substeps: int, cu_host: Tensor | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what the kernels keep for the backward pass, for as many chunks as a call has at most: matrices in q's
-    dtype and numbers of each row in fp32, by chunk and head."""
-    B, T, H = q.shape[0], q.shape[1], v.shape[2]
-    rows = chunk_rows(q.shape[3], q.dtype)
-    tokens = rows // substeps
-    chunks = B * -(-T // tokens) if cu_host is None else T // tokens + cu_host.shape[0] - 1
-    return (chunks, H, 2 if write else 3, rows, rows), (chunks, H, 8, rows)
-
-
-def chunk_rows(K: int, dtype: torch.dtype) -> int:
-    """Rows (tokens times substeps) of a chunk in the kernels, the same in every pass of a call."""
-    if dtype == torch.float32:
-        return 32 if K <= 128 else 16
-    return 64
 
 
 def _check(q, k, v, beta, g, w, scale, substeps, state, segments):

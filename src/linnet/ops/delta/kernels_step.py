@@ -14,6 +14,8 @@ def step_kernel(
     k_ptr,
     v_ptr,
     beta_ptr,
+    a_ptr,  # UNTIED
+    b_ptr,
     g_ptr,
     w_ptr,
     S_ptr,
@@ -32,6 +34,7 @@ def step_kernel(
     GATE: tl.constexpr,  # 0 none, 1 a scalar per token, 2 one per channel
     ERASE: tl.constexpr,  # whether beta has channels
     W: tl.constexpr,
+    UNTIED: tl.constexpr,
     NORM: tl.constexpr,
     INDEX: tl.constexpr,
 ):
@@ -49,11 +52,18 @@ def step_kernel(
     S = tl.load(S_ptr + at, mask=wide[:, None] & has[None, :], other=0.0)
     for t in range(0, T):
         token = n * T + t
+        if UNTIED:
+            at_k = (token * H + h) * K + keys
+            a = tl.load(a_ptr + at_k, mask=wide, other=0.0).to(tl.float32)
+            b = tl.load(b_ptr + at_k, mask=wide, other=0.0).to(tl.float32)
+            moved = b[:, None] * tl.sum(S * a[:, None], 0)[None, :]
         if GATE == 1:
             S = S * tl.exp(tl.load(g_ptr + token * H + h).to(tl.float32))
         if GATE == 2:
             g = tl.load(g_ptr + (token * H + h) * K + keys, mask=wide, other=0.0).to(tl.float32)
             S = S * tl.exp(g)[:, None]
+        if UNTIED:
+            S += moved
         for j in tl.static_range(0, SUB):
             line = token * SUB + j
             k = tl.load(k_ptr + (line * HQ + hq) * K + keys, mask=wide, other=0.0).to(tl.float32)
@@ -62,14 +72,15 @@ def step_kernel(
             z = tl.load(v_ptr + (line * H + h) * V + values, mask=has, other=0.0).to(tl.float32)
             if ERASE:
                 e = k * tl.load(beta_ptr + (line * H + h) * K + keys, mask=wide, other=0.0).to(tl.float32)
-            else:
+            elif not UNTIED:
                 beta = tl.load(beta_ptr + line * H + h).to(tl.float32)
                 e = k * beta
             if W:
                 z = z * tl.load(w_ptr + (line * H + h) * V + values, mask=has, other=0.0).to(tl.float32)
-            else:
+            elif not UNTIED:
                 z = z * beta
-            z = z - tl.sum(S * e[:, None], 0)
+            if not UNTIED:
+                z = z - tl.sum(S * e[:, None], 0)
             S += k[:, None] * z[None, :]
         q = tl.load(q_ptr + (token * HQ + hq) * K + keys, mask=wide, other=0.0).to(tl.float32)
         if NORM:

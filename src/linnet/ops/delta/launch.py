@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..core import chunk_table
-from . import chunk_rows, kept
+from .kept import chunk_rows, kept
 from .kernels import local_kernel, state_kernel
 from .kernels_backward import adjoint_kernel, gradient_kernel, pairs_kernel
 from .kernels_step import step_kernel
@@ -219,13 +219,14 @@ def step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     g: Tensor | None,
     w: Tensor | None,
     S: Tensor,
     scale: float,
     l2norm: bool,
     substeps: int,
+    ab: tuple[Tensor, Tensor] | None = None,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reading and next state of a few tokens, without gradients, in one kernel that moves the state once.
@@ -233,8 +234,8 @@ def step(
     With ``index`` (an integer tensor ``[B]``) sequence n has its state in row ``index[n]`` of ``S``, and that row is
     overwritten: a server keeps the states of all its sequences in one tensor. Otherwise ``S`` is left as it is.
     """
-    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
-    g, w = (None if x is None else x.contiguous() for x in (g, w))
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    beta, g, w, a, b = (None if x is None else x.contiguous() for x in (beta, g, w, *(ab or (None, None))))
     S = S if index is not None else S.contiguous()
     modes = _Modes(beta, g, w)
     (B, T, heads, K), (H, V) = q.shape, v.shape[2:]
@@ -248,6 +249,8 @@ def step(
         k,
         v,
         beta,
+        a,
+        b,
         g,
         w,
         S,
@@ -266,6 +269,7 @@ def step(
         GATE=modes.gate,
         ERASE=modes.erase,
         W=modes.write,
+        UNTIED=modes.untied,
         NORM=l2norm,
         INDEX=index is not None,
         num_warps=4,
