@@ -29,7 +29,9 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
         BK = min(BK, 32 if fp32 or vector else 128)
         warps = 8 if BK == 128 else 4
         return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 1 if fp32 else 2}
-    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 1 if fp32 else 3}
+    C = chunk_rows(K, dtype)
+    stage = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV)  # bytes that a chunk's tiles take, of about 225 KB
+    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 1 if fp32 else max(1, min(3, 225_000 // stage))}
 
 
 @cache
