@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from linnet import presets
+from linnet.mixers import parse_spec
 from linnet.models import Decoder, DecoderConfig
 
 # Presets that change a part of the published model, and by how much that moves the size. Their notes say which part.
@@ -16,8 +17,9 @@ DEPARTURES = {"samba-mamba2-421m": 0.005}
 OWN = {"default-small", "default-340m"}
 
 
-def size(name: str) -> int:
-    preset, model = presets.info(name), Decoder.meta(presets.load(name))
+def size(name: str, **choices: str) -> int:
+    preset = presets.info(name)
+    model = Decoder.meta(preset.choose(**choices))
     head = 0 if model.lm_head is None else model.lm_head.weight.numel()
     return model.num_parameters() - (head if preset.counted == "once" else 0)
 
@@ -47,6 +49,7 @@ def test_files_are_complete(name):
 
 def test_exact_figures_match_exactly():
     assert size("xlstm-7b") == 6_865_424_896
+    assert size("olmo-hybrid-7b") == 7_430_870_688
     assert size("mamba2-130m") == 128_989_632
 
 
@@ -55,6 +58,41 @@ def test_comparison_models_have_one_size():
     model = Decoder.meta(presets.load("default-340m"))
     sizes.append(model.num_parameters() - model.lm_head.weight.numel())
     assert max(sizes) / min(sizes) < 1.01
+
+
+def test_hybrid_models_have_attention_where_their_papers_say():
+    def attention(name):
+        config = presets.load(name)
+        specs = [parse_spec(config.mixer_spec(i))[0] for i in range(config.num_layers)]
+        return [i for i, spec in enumerate(specs) if spec in ("attention", "mla")]
+
+    assert attention("kimi-linear-48b-a3b") == [3, 7, 11, 15, 19, 23, 26]
+    assert attention("olmo-hybrid-7b") == list(range(3, 32, 4))
+    assert attention("qwen3-next-80b-a3b") == list(range(3, 48, 4))
+    assert attention("hybrid-340m(mixer=gla)") == [3, 7, 11, 15, 19, 23]
+    assert attention("hybrid-340m(mixer=gla, ratio=6:1)") == [6, 13, 20]
+    assert attention("hybrid-340m(ratio=12:1,mixer=gla)") == [12]
+    assert attention("hybrid-340m(mixer=gla, ratio=24:1)") == [23]
+    assert attention("hybrid-340m(ratio=24:1)") == [20]  # 21 layers of Gated DeltaNet
+    assert attention("hybrid-340m(mixer=gla, ratio=pure)") == []
+
+
+@pytest.mark.parametrize("ratio", ["3:1", "pure"])
+@pytest.mark.parametrize("mixer", sorted(presets.info("hybrid-340m").choices["mixer"]))
+def test_models_of_the_hybrid_grid_have_about_one_size(mixer, ratio):
+    low, high = presets.info("hybrid-340m").published_range()
+    slack = 0.05 * low if mixer == "retnet" else 0.01 * low  # its MLPs are narrower, those of attention layers too
+    assert low - slack <= size("hybrid-340m", mixer=mixer, ratio=ratio) <= high + slack
+
+
+def test_unknown_choices_are_refused():
+    for name, expected in {
+        "hybrid-340m(mixer=glu)": "mixer: expected one of .*gla.*; got 'glu'",
+        "hybrid-340m(depth=3)": "depth: the preset hybrid-340m lets choose mixer, ratio, got",
+        "gla-340m(mixer=gla)": "mixer: the preset gla-340m lets choose nothing, got",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{expected}"):
+            presets.load(name)
 
 
 def test_range_of_a_printed_figure():

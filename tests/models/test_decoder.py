@@ -297,6 +297,10 @@ def test_default_mlp_width():
         {"experts_per_token": 9},
         {"expert_hidden": -3},
         {"shared_experts": -1},
+        {"router": "hash"},
+        {"router_scale": 0.0},
+        {"router_bias_rate": -1.0},
+        {"norm_position": "middle"},
         {"dense_layers": -1},
         {"balance_loss": -0.1},
         {"router_z_loss": float("nan")},
@@ -310,6 +314,15 @@ def test_default_mlp_width():
 def test_bad_fields_are_named(options):
     with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected .* got "):
         config(**options)
+
+
+def test_norms_behind_the_mixer_and_the_mlp():
+    model = decoder(norm_position="post", num_layers=1, mixers=["gla(num_heads=2)"])
+    layer, x = model.layers[0], torch.randn(2, 5, 16, dtype=torch.float64)
+    h = x + layer.mixer_norm(layer.mixer(x)[0])
+    torch.testing.assert_close(layer(x)[0], h + layer.mlp_norm(layer.mlp(h)[0]))
+    torch.nn.init.zeros_(layer.mixer.o_proj.weight)  # a mixer that says nothing: the norm of zero is zero
+    torch.testing.assert_close(layer(x)[0], x + layer.mlp_norm(layer.mlp(x)[0]))
 
 
 def test_bad_mixers_are_named():

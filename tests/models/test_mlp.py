@@ -167,3 +167,39 @@ def test_runs_are_identical():
 def test_bad_options():
     with pytest.raises(ValueError, match="experts_per_token"):
         experts(experts_per_token=5)
+
+
+def test_sigmoid_router_scales_weights_that_sum_to_one():
+    moe = experts(router="sigmoid", router_scale=2.446)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    out = torch.zeros_like(x)
+    for index in range(5):
+        p = (moe.router.weight @ x[index]).sigmoid()
+        best = p.argsort(descending=True)[:2]
+        for e in best:
+            out[index] += 2.446 * p[e] / p[best].sum() * expert_output(moe, x[index], e)
+    torch.testing.assert_close(moe(x)[0], out)
+
+
+def test_router_bias_moves_the_choice_and_not_the_weights():
+    moe = experts(router="sigmoid", router_bias_rate=0.01).train()
+    x = torch.randn(6, 16, dtype=torch.float64)
+    before = moe(x)[0]
+    moe.balance()
+    load = moe.expert_load
+    torch.testing.assert_close(moe.router_bias, 0.01 * torch.sign(load.mean() - load), check_dtype=False)
+    moe.router_bias.copy_(torch.tensor([0.0, 9.0, 9.0, 0.0]))  # experts 1 and 2 for everyone
+    y = moe(x)[0]
+    scores = (x @ moe.router.weight.T).sigmoid()[:, 1:3]
+    weights = scores / scores.sum(-1, keepdim=True)
+    expected = sum(weights[:, i, None] * expert_output(moe, x, e) for i, e in enumerate((1, 2)))
+    torch.testing.assert_close(y, expected)
+    assert not torch.allclose(y, before)
+    assert "router_bias" in moe.state_dict() and not moe.router_bias.requires_grad
+    moe.reset_parameters()
+    assert not moe.router_bias.any()
+
+
+def test_unknown_router_is_refused():
+    with pytest.raises(ValueError, match=r"^router: expected 'softmax' or 'sigmoid', got 'top'"):
+        experts(router="top")

@@ -130,8 +130,11 @@ class TestTraining:
         assert all(p.dtype == torch.float32 for p in other.model.parameters())
 
     def test_mixture_of_experts_reports_its_balance(self, run):
-        run(model=make_model(mlp="moe", num_experts=4), steps=2)
+        run(model=make_model(mlp="moe", num_experts=4, router_bias_rate=0.01), steps=2)
         assert any(key.startswith("router/") for key in run.result.records[-1])
+        for layer in run.model.layers:  # one move for each update, by the rate or by nothing
+            moved = layer.mlp.router_bias.abs() / 0.01
+            assert 0 < moved.sum() and all(round(float(x), 3) in (0, 1, 2) for x in moved)
 
     def test_clipping_bounds_the_update(self, run):
         run(steps=2, clip=1e-3)

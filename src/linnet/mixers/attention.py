@@ -12,6 +12,8 @@ from . import parts
 from .base import Card, Mixer, register_mixer
 from .claims import inputs, random_mixer, share
 
+SWITCHES = {"qk_norm": "joint", "qkv_bias": True, "output_gate": True}
+
 
 def _wide_window_is_full(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     full = random_mixer(generator, "attention", 16, num_heads=2)
@@ -52,9 +54,8 @@ def _grouped_is_repeated(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         constant_state=False,
         examples=(
             {"d_model": 32, "num_heads": 2},
-            {"d_model": 16, "num_heads": 4, "num_kv_heads": 2, "window": 5, "qk_norm": True},
-            {"d_model": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 6, "rope": False, "qkv_bias": True},
-            {"d_model": 16, "num_heads": 2, "rope_fraction": 0.5, "qk_norm": "joint", "output_gate": True},
+            {"d_model": 16, "num_heads": 4, "num_kv_heads": 2, "window": 5, "qk_norm": True, "rope_fraction": 0.5},
+            {"d_model": 16, "num_kv_heads": 1, "head_dim": 6, "num_heads": 2, "rope": False, **SWITCHES},
         ),
         identities=(
             Identity("a window of at least the sequence is full attention", _wide_window_is_full),
@@ -123,12 +124,10 @@ class Attention(Mixer):
                 f"rope, rope_fraction: expected an even number of channels, got {rope_fraction} of head_dim={head_dim}"
             )
         queries, keys = self.num_heads * head_dim, self.num_kv_heads * head_dim
-        self.q_proj = nn.Linear(d_model, queries, bias=qkv_bias)
-        self.k_proj = nn.Linear(d_model, keys, bias=qkv_bias)
-        self.v_proj = nn.Linear(d_model, keys, bias=qkv_bias)
-        self.joint_norm = qk_norm == "joint"
-        spans = (queries, keys) if self.joint_norm else (head_dim, head_dim)
-        self.q_norm, self.k_norm = (parts.Norm(span, norm_eps) if qk_norm else nn.Identity() for span in spans)
+        sizes = queries, keys, keys
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, size, bias=qkv_bias) for size in sizes)
+        spans = (queries, keys) if qk_norm == "joint" else (head_dim, head_dim)
+        self.q_norm, self.k_norm = (parts.Norm(span, norm_eps) if qk_norm else None for span in spans)
         self.g_proj = nn.Linear(d_model, queries, bias=False) if output_gate else None
         self.o_proj = nn.Linear(queries, d_model, bias=False)
 
@@ -138,11 +137,11 @@ class Attention(Mixer):
         parts.check_input(x, self.d_model, segments)
         cache = None if state is None else parts.unpack(state, AttentionState)
         q, k, v = self.q_proj(x), self.k_proj(x), parts.heads(self.v_proj(x), self.num_kv_heads)
-        if self.joint_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None and self.k_norm is not None:  # over a head, or over all of them
+            q, k = (
+                norm(y.unflatten(-1, (-1, norm.size))).flatten(2) for norm, y in ((self.q_norm, q), (self.k_norm, k))
+            )
         q, k = parts.heads(q, self.num_heads), parts.heads(k, self.num_kv_heads)
-        if not self.joint_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotated:
             positions, _ = parts.count_positions(x, None if cache is None else cache.length, segments)
             q, k = (self.rotate(y, positions) for y in (q, k))

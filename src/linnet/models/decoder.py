@@ -46,6 +46,10 @@ class DecoderConfig:
         shared_experts: always-on experts beside them.
         dense_layers: so many first layers have a SwiGLU in place of the experts.
         balance_loss, router_z_loss: coefficients of the auxiliary losses of the router.
+        router: scores of the experts, "softmax" or "sigmoid".
+        router_scale: factor of the experts' output.
+        router_bias_rate: step of the bias that balances the choice of experts without a loss; 0 has none.
+        norm_position: "pre" normalises the input of every mixer and MLP, "post" their output.
         norm_eps: epsilon of the RMS norms.
         tie_embeddings: the head shares the weight of the embedding; there is then no ``lm_head``.
         logit_soft_cap: c in ``c * tanh(logits / c)``; None has no cap.
@@ -67,6 +71,10 @@ class DecoderConfig:
     dense_layers: int = 0
     balance_loss: float = 0.01
     router_z_loss: float = 0.0
+    router: str = "softmax"
+    router_scale: float = 1.0
+    router_bias_rate: float = 0.0
+    norm_position: str = "pre"
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     logit_soft_cap: float | None = None
@@ -80,14 +88,16 @@ class DecoderConfig:
             self._expect(name, "an integer >= 0", lambda x: _is_int(x) and x >= 0)
         for name in ("mlp_hidden", "expert_hidden"):
             self._expect(name, "an integer >= 1 or None", lambda x: x is None or (_is_int(x) and x >= 1))
-        for name in ("mlp_ratio", "norm_eps", "init_std"):
+        for name in ("mlp_ratio", "norm_eps", "init_std", "router_scale"):
             self._expect(name, "a number > 0", lambda x: _is_number(x) and x > 0)
-        for name in ("balance_loss", "router_z_loss"):
+        for name in ("balance_loss", "router_z_loss", "router_bias_rate"):
             self._expect(name, "a number >= 0", lambda x: _is_number(x) and x >= 0)
         for name in ("tie_embeddings", "scale_residual_init"):
             self._expect(name, "true or false", lambda x: isinstance(x, bool))
         self._expect("logit_soft_cap", "a number > 0 or None", lambda x: x is None or (_is_number(x) and x > 0))
         self._expect("mlp", "'swiglu', 'moe' or 'none'", lambda x: x in ("swiglu", "moe", "none"))
+        self._expect("router", "'softmax' or 'sigmoid'", lambda x: x in ("softmax", "sigmoid"))
+        self._expect("norm_position", "'pre' or 'post'", lambda x: x in ("pre", "post"))
         self._expect("experts_per_token", f"at most num_experts={self.num_experts}", lambda x: x <= self.num_experts)
         self._expect(
             "mixers",
@@ -130,6 +140,9 @@ class DecoderConfig:
             shared_experts=self.shared_experts,
             balance_loss=self.balance_loss,
             router_z_loss=self.router_z_loss,
+            router=self.router,
+            router_scale=self.router_scale,
+            router_bias_rate=self.router_bias_rate,
             init_std=self.init_std,
             out_std=std,
         )
@@ -183,11 +196,12 @@ class DecoderOutput(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. The unit that FSDP shards and checkpointing recomputes."""
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; norms behind (``norm_position``) ``x + norm(mixer(x))``,
+    then ``x + norm(mlp(x))``. The unit that FSDP shards and checkpointing recomputes."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        width, eps = config.d_model, config.norm_eps
+        width, eps, self.post = config.d_model, config.norm_eps, config.norm_position == "post"
         self.mixer_norm = nn.RMSNorm(width, eps=eps)
         self.mixer = build_mixer(config.mixer_spec(layer), width, layer=layer, num_layers=config.num_layers)
         self.mlp_norm = None if config.mlp == "none" else nn.RMSNorm(width, eps=eps)
@@ -196,12 +210,12 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, state: Any = None, segments: Segments | None = None
     ) -> tuple[Tensor, Any, Tensor | None]:
-        y, state = self.mixer(self.mixer_norm(x), state, segments)
-        x = x + y
+        y, state = self.mixer(x if self.post else self.mixer_norm(x), state, segments)
+        x = x + (self.mixer_norm(y) if self.post else y)
         if self.mlp is None or self.mlp_norm is None:
             return x, state, None
-        y, aux = self.mlp(self.mlp_norm(x))
-        return x + y, state, aux
+        y, aux = self.mlp(x if self.post else self.mlp_norm(x))
+        return x + (self.mlp_norm(y) if self.post else y), state, aux
 
 
 class Decoder(nn.Module):

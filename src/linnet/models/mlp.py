@@ -126,14 +126,16 @@ class SwiGLU(nn.Module):
 class MixtureOfExperts(nn.Module):
     """A mixture of SwiGLU experts, of which each token runs its ``experts_per_token`` most probable ones.
 
-    With router probabilities p = softmax(W x) (fp32) and the chosen set C, the output is the sum over e in C of
-    ``p_e / sum_{C} p * expert_e(x)``, plus an always-on shared expert if there is one. Dropless: there is no capacity
-    limit, every token is served by all of its experts whatever the other tokens are.
+    With router scores p = softmax(W x) or sigmoid(W x) (fp32) and C the set of the largest, the output is the sum over
+    e in C of ``router_scale * p_e / sum_{C} p * expert_e(x)``, plus an always-on shared expert if there is one.
+    Dropless: there is no capacity limit, every token is served by all of its experts whatever the other tokens are.
 
     The auxiliary loss is ``balance_loss * E * sum_e f_e P_e`` with f the share of assignments expert e received and P
     its mean probability ("Switch Transformers", 2021, arXiv 2101.03961, equations 4-6, with f counted over all k
     assignments): 1 * balance_loss for a uniform router. ``router_z_loss`` adds the mean squared log-sum-exp of the
-    router logits ("ST-MoE", 2022, arXiv 2202.08906, equation 5).
+    router logits ("ST-MoE", 2022, arXiv 2202.08906, equation 5). Without an auxiliary loss, ``router_bias_rate``
+    balances by a bias on the scores that only the choice of C sees; :meth:`balance` moves it ("DeepSeek-V3", 2024,
+    arXiv 2412.19437, section 2.1.2).
 
     Args:
         d_model: width D.
@@ -142,9 +144,13 @@ class MixtureOfExperts(nn.Module):
         experts_per_token: experts each token runs, 1 <= k <= E.
         shared_experts: width of the always-on expert in units of ``hidden``; 0 has none.
         balance_loss, router_z_loss: coefficients of the auxiliary loss; 0 switches a term off.
+        router: "softmax" or "sigmoid".
+        router_scale: factor of the experts' output.
+        router_bias_rate: step of the bias at every :meth:`balance`; 0 has no bias.
         init_std, out_std: as in :class:`SwiGLU`.
     """
 
+    router_bias: Tensor | None
     expert_load: Tensor | None = None  # share of assignments per expert [E] in the last forward in training mode
 
     def __init__(
@@ -157,6 +163,9 @@ class MixtureOfExperts(nn.Module):
         shared_experts: int = 0,
         balance_loss: float = 0.01,
         router_z_loss: float = 0.0,
+        router: str = "softmax",
+        router_scale: float = 1.0,
+        router_bias_rate: float = 0.0,
         init_std: float = 0.02,
         out_std: float | None = None,
     ):
@@ -165,13 +174,17 @@ class MixtureOfExperts(nn.Module):
             raise ValueError(
                 f"experts_per_token: expected 1 to num_experts={num_experts} experts, got {experts_per_token}"
             )
+        if router not in ("softmax", "sigmoid"):
+            raise ValueError(f"router: expected 'softmax' or 'sigmoid', got {router!r}")
         self.num_experts, self.experts_per_token = num_experts, experts_per_token
+        self.sigmoid, self.router_scale, self.router_bias_rate = router == "sigmoid", router_scale, router_bias_rate
         self.balance_loss, self.router_z_loss = balance_loss, router_z_loss
         self.init_std, self.out_std = init_std, init_std if out_std is None else out_std
         self.router = nn.Linear(d_model, num_experts, bias=False)
         self.gate_proj = nn.Parameter(torch.empty(num_experts, d_model, hidden))
         self.up_proj = nn.Parameter(torch.empty(num_experts, d_model, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, d_model))
+        self.register_buffer("router_bias", torch.zeros(num_experts) if router_bias_rate else None)
         shared = shared_experts * hidden
         self.shared = SwiGLU(d_model, shared, init_std=init_std, out_std=out_std) if shared else None
         self.reset_parameters()
@@ -180,6 +193,8 @@ class MixtureOfExperts(nn.Module):
         for weight in (self.router.weight, self.gate_proj, self.up_proj):
             nn.init.normal_(weight, std=self.init_std)
         nn.init.normal_(self.down_proj, std=self.out_std)
+        if self.router_bias is not None:
+            nn.init.zeros_(self.router_bias)
         if self.shared is not None:
             self.shared.reset_parameters()
 
@@ -188,9 +203,10 @@ class MixtureOfExperts(nn.Module):
         count, k = tokens.shape[0], self.experts_per_token
         with no_autocast(x):
             logits = F.linear(at_least_fp32(tokens), at_least_fp32(self.router.weight))
-            probabilities = logits.softmax(-1)
-            weights, experts = probabilities.topk(k, dim=-1)
-            weights = weights / weights.sum(-1, keepdim=True)
+            scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
+            experts = (scores if self.router_bias is None else scores + self.router_bias).topk(k, dim=-1).indices
+            weights = scores.gather(-1, experts)
+            weights = self.router_scale * weights / weights.sum(-1, keepdim=True)
 
         experts = experts.flatten()
         order = experts.argsort(stable=True)
@@ -208,6 +224,7 @@ class MixtureOfExperts(nn.Module):
         share = served / served.sum()
         if self.training:
             self.expert_load = share.detach()
+        probabilities = scores / scores.sum(-1, keepdim=True) if self.sigmoid else scores
         aux = self.balance_loss * self.num_experts * (share * probabilities.mean(0)).sum()
         if self.router_z_loss:
             aux = aux + self.router_z_loss * logits.logsumexp(-1).square().mean()
@@ -220,6 +237,17 @@ class MixtureOfExperts(nn.Module):
         rows, gate, up, down = (t.to(dtype) for t in (rows, self.gate_proj, self.up_proj, self.down_proj))
         hidden = F.silu(grouped_matmul(rows, gate, offsets)) * grouped_matmul(rows, up, offsets)
         return grouped_matmul(hidden, down, offsets)
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """After an optimiser step: raise the bias of experts that the last forward in training mode (of all processes)
+        gave less than the mean load, lower that of the others."""
+        if self.router_bias is None or self.expert_load is None:
+            return
+        load = self.expert_load.clone()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load)
+        self.router_bias += self.router_bias_rate * torch.sign(load.mean() - load).to(self.router_bias)
 
     def router_statistics(self) -> dict[str, float]:
         """Balance of the last forward in training mode: ``max_load`` and ``min_load`` (share of assignments times the

@@ -4,13 +4,15 @@
 >>> presets.names()
 >>> config = presets.load("gla-340m")
 >>> presets.info("gla-340m").paper
+>>> presets.load("hybrid-340m(mixer=gla, ratio=6:1)")
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -34,6 +36,9 @@ class Preset:
             left out).
         notes: why the figure and the model agree or differ, and what the configuration changes.
         config: fields of :class:`~linnet.models.DecoderConfig`.
+        choices: what of it can be chosen, by the name of the choice and of its values, the default first: further
+            fields, which replace those in ``config``. ``attention_every`` = n puts the mixers of ``config`` at the end
+            of every block of n layers, or of the model if that is shorter; the chosen mixers are the rest of the block.
     """
 
     name: str
@@ -44,6 +49,25 @@ class Preset:
     published_parameters: str = ""
     counted: str = "all"
     notes: str = ""
+    choices: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def choose(self, **chosen: str) -> DecoderConfig:
+        """The configuration under these choices; ValueError names an unknown one and the known ones."""
+        fields = dict(self.config)
+        attention, every = list(fields["mixers"]), None
+        for name, values in self.choices.items():
+            value = chosen.pop(name, next(iter(values)))
+            if value not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(values)}; got {value!r}")
+            fields |= values[value]
+            every = fields.pop("attention_every", every)
+        if chosen:
+            known = ", ".join(self.choices) or "nothing"
+            raise ValueError(f"{next(iter(chosen))}: the preset {self.name} lets choose {known}, got {chosen}")
+        if every is not None:
+            rest = min(every, fields["num_layers"]) - len(attention)
+            fields["mixers"] = list(fields["mixers"]) * rest + attention
+        return DecoderConfig.from_dict(fields)
 
     def published_range(self) -> tuple[float, float] | None:
         """The parameter counts that the published figure can stand for: half a unit of its last digit either way,
@@ -80,5 +104,13 @@ def info(name: str) -> Preset:
 
 
 def load(name: str) -> DecoderConfig:
-    """The configuration of the preset called ``name``; ValueError with the known names otherwise."""
-    return DecoderConfig.from_dict(info(name).config)
+    """The configuration of the preset called ``name``, or ``"name(choice=value, ...)"`` for one with choices.
+
+    Raises:
+        ValueError: an unknown name, choice or value; the message lists the known ones.
+    """
+    match = re.fullmatch(r"([^(]*)\((.*)\)", name)
+    if match is None:
+        return info(name).choose()
+    pairs = [part.partition("=") for part in match[2].split(",")]
+    return info(match[1]).choose(**{key.strip(): value.strip() for key, _, value in pairs})

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from linnet.models import Decoder, parameter_groups
+from linnet.models import Decoder, MixtureOfExperts, parameter_groups
 from linnet.tasks import Batch
 
 from .checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint, save_model
@@ -285,6 +285,9 @@ def _step(
     assert norm is not None
     optimizer.step()
     optimizer.zero_grad()
+    for module in objective.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.balance()
     return mean, norm, own
 
 

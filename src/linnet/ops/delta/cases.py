@@ -222,7 +222,6 @@ register_op(
             _case("no decay", l2norm=True),
             _case("scalar", _gate(), l2norm=True),
             _case("vector", _gate(K), l2norm=True),
-            _case("plain keys", _gate(K)),
             _case("channel-wise", _gate(K), _channelwise(), l2norm=True),
             _case("shared heads", _gate(), heads=1, l2norm=True),
             _case("shared heads, channel-wise", _gate(K), _channelwise(), heads=1),
