@@ -9,7 +9,21 @@ if TYPE_CHECKING:
     from linnet import mixers, models, ops
     from linnet.mixers import build_mixer
     from linnet.models import Decoder, DecoderConfig, generate
-    from linnet.ops import Segments, attention, backend, conv, decay, mlstm, value_checks
+    from linnet.ops import (
+        Segments,
+        attention,
+        backend,
+        conv,
+        decay,
+        lti,
+        lti_diagonal,
+        minmax_scan,
+        mlstm,
+        scan,
+        selective_scan,
+        softmax_scan,
+        value_checks,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,10 +38,16 @@ __all__ = [
     "conv",
     "decay",
     "generate",
+    "lti",
+    "lti_diagonal",
+    "minmax_scan",
     "mixers",
     "mlstm",
     "models",
     "ops",
+    "scan",
+    "selective_scan",
+    "softmax_scan",
     "value_checks",
 ]
 
@@ -35,7 +55,21 @@ __all__ = [
 _MODULES = {
     "linnet.mixers": ("build_mixer",),
     "linnet.models": ("Decoder", "DecoderConfig", "generate"),
-    "linnet.ops": ("Segments", "attention", "backend", "conv", "decay", "mlstm", "value_checks"),
+    "linnet.ops": (
+        "Segments",
+        "attention",
+        "backend",
+        "conv",
+        "decay",
+        "lti",
+        "lti_diagonal",
+        "minmax_scan",
+        "mlstm",
+        "scan",
+        "selective_scan",
+        "softmax_scan",
+        "value_checks",
+    ),
 }
 
 

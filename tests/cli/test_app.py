@@ -11,7 +11,7 @@ import linnet
 from linnet.cli import app, main
 
 runner = CliRunner()
-COMMANDS = ("train", "generate", "list", "inspect", "env")
+COMMANDS = ("train", "generate", "eval", "compare", "reproduce", "list", "inspect", "dissect", "bench", "env")
 
 
 def leave(capsys: pytest.CaptureFixture[str], *line: str) -> tuple[int, str, str]:

@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 
 from linnet.cli import app
 from linnet.cli.generate import printable
-from linnet.cli.train import _literal, _split_mixers
+from linnet.cli.train import _literal
+from linnet.mixers import split_specs
 from linnet.models import Decoder
 from linnet.training import checkpoints
 
@@ -135,7 +136,7 @@ class TestTrain:
             (["--preset", "no-such"], "preset: expected one of"),
             (["--data", "no/such/file"], "no file or folder 'no/such/file'"),
             (["--mixers", "gla, nope"], "mixer: expected one of"),
-            (["--mixers", "gla,,"], "--mixers: expected specs separated by commas"),
+            (["--mixers", "gla,,"], "mixers: expected specs separated by"),
             (["--set", "widht=3"], "unknown field 'widht'"),
             (["--set", "mlp"], "--set: expected FIELD=VALUE"),
             (["--batch-size", "60"], "expected a multiple of context=16"),
@@ -247,8 +248,9 @@ def test_terminals_are_not_commanded() -> None:
 
 
 def test_mixer_lists() -> None:
-    assert _split_mixers("gla") == ["gla"]
-    assert _split_mixers('a(x=(1, 2), y="b,c"), b') == ['a(x=(1, 2), y="b,c")', "b"]
+    assert split_specs("gla") == ["gla"]
+    assert split_specs("gla + a(x='+')", "+") == ["gla", "a(x='+')"]
+    assert split_specs('a(x=(1, 2), y="b,c"), b') == ['a(x=(1, 2), y="b,c")', "b"]
 
 
 def test_values() -> None:

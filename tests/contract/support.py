@@ -22,6 +22,12 @@ import torch
 from torch import Tensor
 
 from linnet.ops.core import map_state
+from linnet.ops.core import named_tensors as named
+
+__all__ = [
+    "Program", "Result", "cast", "error_report", "evaluate", "fit", "leaves", "named", "nudged", "poisoned_memory",
+    "seeded", "strided", "versions",
+]  # fmt: skip
 
 OUTPUT_FACTOR = 3.0
 GRADIENT_FACTOR = 4.0
@@ -35,16 +41,6 @@ def seeded(*key: Any) -> torch.Generator:
     """A CPU generator seeded by its key, the same in every process and on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
-
-
-def named(prefix: str, tree: Any) -> dict[str, Tensor]:
-    """The tensors of nested (named) tuples, by path: ``state.S``, ``out.1``."""
-    if tree is None:
-        return {}
-    if isinstance(tree, Tensor):
-        return {prefix: tree}
-    names = getattr(tree, "_fields", range(len(tree)))
-    return {k: x for name, part in zip(names, tree, strict=True) for k, x in named(f"{prefix}.{name}", part).items()}
 
 
 def cast(x: Any, dtype: torch.dtype, device: torch.device | str) -> Any:

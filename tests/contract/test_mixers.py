@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import linnet.ops
+from linnet.evaluation.linear_form import affine_steps, memory, with_memory
 from linnet.mixers import Mixer, build_mixer, mixers, parse_spec
 from linnet.mixers.claims import randomize
 from linnet.ops import Segments, backend
@@ -306,48 +307,19 @@ def test_deterministic(kind: type[Mixer], options: dict[str, Any], device: torch
 @every
 def test_is_a_linear_time_varying_system(kind: type[Mixer], options: dict[str, Any], device: torch.device) -> None:
     """With the inputs given, every step is v -> A_t v + b_t on the flattened memory v. The maps are read off single
-    steps (b_t from v = 0, columns of A_t from unit vectors), unrolled from a random memory, and compared with one
-    call over all tokens. What is not memory (convolution tails, positions, a stabiliser) follows its own course."""
+    steps, unrolled from a random memory, and compared with one call over all tokens."""
     if not kind.card.linear_state:
         pytest.skip("the state does not enter its own update linearly")
     mixer = _make(kind, options, device)
-    T = 4
-    x, state = _input(mixer, T, rows=1), _warm(mixer, 1)
-    size = _memory(state).shape[1]
-    basis = torch.cat([torch.zeros(1, size), torch.eye(size)]).to(device, torch.float64)
-    start = torch.randn(1, size, generator=seeded(mixer.name, "start"), dtype=torch.float64).to(device)
-    v, course = start, state
+    x, state = _input(mixer, 4, rows=1), _warm(mixer, 1)
+    A, b = affine_steps(mixer, x, state)
+    v = torch.randn(b.shape[1], generator=seeded(mixer.name, "start"), dtype=torch.float64).to(device)
     with torch.no_grad():
-        for t in range(T):
-            step = x[:, t : t + 1]
-            after = _memory(mixer(step.expand(size + 1, -1, -1), _with_memory(repeat_rows(course, size + 1), basis))[1])
-            v = (v @ (after[1:] - after[:1])) + after[:1]
-            course = mixer(step, course)[1]
-        got = _memory(mixer(x, _with_memory(state, start))[1])
+        got = memory(mixer(x, with_memory(state, v[None]))[1])[0]
+    for transition, write in zip(A, b, strict=True):
+        v = transition @ v + write
     assert got.shape == v.shape and v.abs().max() > 0
     assert (got - v).abs().max() <= 1e-10 * v.abs().max()
-
-
-_NOT_MEMORY = ("tail", "m", "position")
-
-
-def _is_memory(path: str) -> bool:
-    return path.rpartition(".")[2] not in _NOT_MEMORY
-
-
-def _memory(state: Any) -> Tensor:
-    return torch.cat([x.flatten(1) for path, x in named("state", state).items() if _is_memory(path)], 1)
-
-
-def _with_memory(state: Any, v: Tensor) -> Any:
-    parts = named("state", state)
-    sizes = [x[0].numel() if _is_memory(path) else 0 for path, x in parts.items()]
-    new = [
-        part.reshape(x.shape) if _is_memory(path) else x
-        for (path, x), part in zip(parts.items(), v.split(sizes, 1), strict=True)
-    ]
-    tensors = iter(new)
-    return map_state(lambda _: next(tensors), state)
 
 
 # Parameters

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from linnet.evaluation import plot_loss_curve
+from linnet.evaluation import plot_loss_curve, plot_speed
 
 
 def records(unit):
@@ -27,3 +27,23 @@ def test_draws(tmp_path, lines, baselines):
     plot_loss_curve(file, lines, baselines=baselines, title="a run")
     assert file.read_bytes().startswith(b"\x89PNG")
     plot_loss_curve(file, lines)  # replaces
+
+
+def timed(impl, ms, **more):
+    shape = {"B": 1, "T": 8, "H": 2, "K": 4, "V": 4, "segments": ""}
+    return {"op": "gla", "pass": "fwd", "impl": impl, "ms": ms, "limit_ms": 0.5, **shape, **more}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [timed("linnet", "1.5"), timed("fla", 3.0), timed("fla", "", T=9), timed("linnet", 2.0, segments="3")],
+        [timed("linnet", T + 1.0, T=T, **{"pass": p}) for T in range(12) for p in ("fwd", "fwdbwd")],
+        [timed("gla-1.3b", 4.0, op="decode", H="", K="", V="", limit_ms="")],
+        [timed("linnet", None)],
+        [],
+    ],
+)
+def test_draws_times(tmp_path, rows):
+    plot_speed(tmp_path / "speed.png", rows)
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")

@@ -426,3 +426,22 @@ def test_loading_rebuilds_buffers_that_are_not_saved(tmp_path, monkeypatch):
     loaded = Decoder.load(tmp_path / "m", dtype=torch.float64)
     assert loaded.layers[2].table.tolist() == [0, 1, 2]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_mixtures_of_tokens() -> None:
+    """One-hot rows are the tokens themselves; sums, noise and nothing at all are read as sums of embeddings."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(vocab_size=7, d_model=16, num_layers=1, mixers=["gla(num_heads=2)"], mlp_hidden=16))
+    tokens = torch.randint(5, (2, 6))
+    hot = torch.nn.functional.one_hot(tokens, 5).float()
+    assert torch.allclose(model(hot).logits, model(tokens).logits, atol=1e-6)
+    assert torch.allclose(model.loss(hot, tokens), model.loss(tokens, tokens), atol=1e-6)
+    other = model.embed_tokens.weight[3] * 0.5 + model.embed_tokens.weight[1]
+    mixed = torch.zeros(1, 1, 7)
+    mixed[..., 3], mixed[..., 1] = 0.5, 1.0
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(mixed)
+    assert torch.allclose(seen[0][0, 0], other, atol=1e-6)
+    with pytest.raises(ValueError, match=r"floats \[B, T, W\] with W <= 7"):
+        model(torch.zeros(1, 2, 8))

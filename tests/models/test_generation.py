@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linnet.models import generate, sample, stream
+from linnet.models import generate, generation, sample, stream
+from linnet.ops.core import state_tensors
 
 from .support import VOCAB, decoder, tokens
 
@@ -154,6 +155,89 @@ def test_bad_arguments_are_named(model, name, options):
     for function in (generate, stream):  # a stream complains at once, not at its first step
         with pytest.raises(ValueError, match=f"^{name}: "):
             function(model, **{"prompt": [[1]], "max_new_tokens": 2, **options})
+
+
+class TestCudaGraph:
+    """On a CPU the graph is stood in for by the step itself, which runs on the buffers a graph would have."""
+
+    @pytest.fixture
+    def captured(self, monkeypatch):
+        recorded = []
+
+        def capture(warm, step):
+            warm()
+            recorded.append(step)
+            return step
+
+        monkeypatch.setattr(generation, "_capture", capture)
+        monkeypatch.setattr(generation, "_one_by_one", lambda why: pytest.fail(why))
+        start = generation.DecodingStep.__init__
+
+        def on_a_gpu(self, model, cuda_graph):
+            start(self, model, False)
+            self._graph = cuda_graph
+
+        monkeypatch.setattr(generation.DecodingStep, "__init__", on_a_gpu)
+        return recorded
+
+    def test_same_tokens_and_state(self, model, captured):
+        ids = tokens(3, 2)  # the window of the attention layer is not full yet: the first steps are not captured
+        plain = generate(model, ids, max_new_tokens=12, generator=rng())
+        graph = generate(model, ids, max_new_tokens=12, generator=rng(), cuda_graph=True)
+        assert len(captured) == 1 and torch.equal(plain.tokens, graph.tokens)
+        for a, b in zip(state_tensors(plain.state), state_tensors(graph.state), strict=True):
+            assert torch.equal(a, b)
+
+    def test_what_was_given_out_stays(self, model, captured):
+        ids = tokens(1, 7)
+        start = generate(model, ids, max_new_tokens=1).state
+        before = [x.clone() for x in state_tensors(start)]
+        steps = stream(model, ids[:, -1:], max_new_tokens=6, temperature=0, state=start, cuda_graph=True)
+        held = [(step, [x.clone() for x in state_tensors(step.state)]) for step in steps]
+        assert captured
+        for step, copies in held:
+            assert all(torch.equal(a, b) for a, b in zip(state_tensors(step.state), copies, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(state_tensors(start), before, strict=True))
+        assert len({int(step.state[2].length) for step, _ in held}) == len(held)
+
+    def test_a_growing_cache_says_so(self, monkeypatch):
+        monkeypatch.setattr(generation, "_capture", lambda *_: pytest.fail("captured"))
+        growing = decoder(mixers=["gla(num_heads=2)", "attention(num_heads=2)"], num_layers=2)
+        step = generation.DecodingStep(growing)
+        step._graph = True
+        step(tokens(1, 3))
+        with pytest.warns(UserWarning, match=r"^cuda_graph: the state of layer 1 grows with every token; steps run"):
+            step.advance(tokens(1, 1))
+        step.advance(tokens(1, 1))
+
+    def test_a_step_that_cannot_be_captured_says_so(self, model, monkeypatch):
+        def capture(warm, step):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        monkeypatch.setattr(generation, "_capture", capture)
+        step = generation.DecodingStep(model)
+        step._graph = True
+        step(tokens(1, 8))
+        with pytest.warns(UserWarning, match=r"cannot be captured: operation not permitted when stream is capturing;"):
+            step.advance(tokens(1, 1))
+        step.advance(tokens(1, 1))
+
+    def test_on_a_cpu_says_so(self, model):
+        with pytest.warns(UserWarning, match=r"^cuda_graph: the model is on cpu; steps run one by one"):
+            out = generate(model, tokens(1, 3), max_new_tokens=3, temperature=0, cuda_graph=True)
+        assert torch.equal(out.tokens, greedy_by_hand(model, tokens(1, 3), 3))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("mixer", ["gla(num_heads=2)", "mamba2(head_dim=16, state_dim=16)", "retnet(num_heads=2)"])
+    def test_on_a_gpu(self, mixer):
+        model = decoder(mixers=[mixer], d_model=64, vocab_size=VOCAB).to("cuda", torch.bfloat16)
+        ids = tokens(4, 9).cuda()
+        plain = generate(model, ids, max_new_tokens=40, temperature=0)
+        graph = generate(model, ids, max_new_tokens=40, temperature=0, cuda_graph=True)
+        assert torch.equal(plain.tokens, graph.tokens)
+        for a, b in zip(state_tensors(plain.state), state_tensors(graph.state), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_bad_states_are_named(model):

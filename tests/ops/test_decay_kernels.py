@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -11,106 +12,86 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 import torch
+from ahead_of_time import BLACKWELL, HOPPER, MI300, SHARED_MEMORY, Launch, build, launches
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 
 from linnet.ops.decay import launch
-from linnet.ops.decay.kernels import pass_kernel
 
-HOPPER, BLACKWELL, MI300 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), GPUTarget("hip", "gfx942", 64)
-FORWARD = {"EDGES": True, "LAST": True}
-PASSES = {
-    "forward": FORWARD,
-    "constant": FORWARD | {"GATE": 1},
-    "no gate": FORWARD | {"GATE": 0},
-    "packed": FORWARD | {"PACKED": True, "RAGGED": True},
-    "dq": {"SPLIT": True, "GRAD": 1, "WS": True},
-    "dv": FORWARD | {"REVERSE": True, "WR": True},
-    "dk": {"REVERSE": True, "SPLIT": True, "GRAD": 2, "WR": True},
-    "states": {"SPLIT": True, "STATE_ONLY": True, "START": False, "LAST": True},
-}
-FLAGS = {
-    "REVERSE": False,
-    "GATE": 2,
-    "WR": False,
-    "WS": False,
-    "START": True,
-    "SPLIT": False,
-    "STATE_ONLY": False,
-    "EDGES": False,
-    "LAST": False,
-    "PACKED": False,
-    "GRAD": 0,
-    "EXACT": False,
-    "FULL": True,
-    "RAGGED": False,
+CALLS: dict[str, dict[str, Any]] = {
+    "scalar": {"gate": "scalar"},
+    "constant": {"gate": "constant"},
+    "packed": {"gate": "scalar", "lengths": [100, 3000]},
+    "vector and bonus": {"gate": "vector", "bonus": True},
+    "value": {"gate": "none", "value_gate": True},
+    "mlstm": {"gate": "scalar", "write": True, "floor": True},
 }
 
 
-def build(target: GPUTarget, passed: dict, width: int = 128, element: str = "bf16"):
-    """Compile one pass of the kernel with the launch settings the library would use."""
-    flags = FLAGS | passed
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[element]
-    chunk = launch.chunk_length(width, width, dtype)
-    tiles = launch.launch_settings(width, width, chunk, dtype, flags["SPLIT"], flags["GRAD"])
-    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
-    tma = target.backend == "cuda" and element == "bf16"
-    constants = flags | tiles | {"TMA": tma, "EXACT": element == "fp32"}
-    used = {
-        "g_ptr": flags["GATE"] > 0,
-        "seen_ptr": flags["GATE"] == 2,
-        "left_ptr": flags["GATE"] == 2,
-        "wr_ptr": flags["WR"],
-        "ws_ptr": flags["WS"],
-        "start_ptr": flags["START"],
-        "out_ptr": not flags["STATE_ONLY"],
-        "out_raw": not flags["STATE_ONLY"],
-        "edge_ptr": flags["EDGES"],
-        "last_ptr": flags["LAST"],
-        "total_ptr": flags["STATE_ONLY"],
-        "dot_ptr": flags["GRAD"] > 0,
-        "row_ptr": flags["GRAD"] == 1,
-        "col_ptr": flags["GRAD"] > 0,
-        "cu_ptr": flags["PACKED"],
-        "table_ptr": flags["PACKED"],
+def recorded(
+    monkeypatch: pytest.MonkeyPatch,
+    target: GPUTarget,
+    K: int = 128,
+    V: int = 128,
+    *,
+    gate: str,
+    dtype: torch.dtype = torch.bfloat16,
+    value_gate: bool = False,
+    bonus: bool = False,
+    write: bool = False,
+    floor: bool = False,
+    lengths: list[int] | None = None,
+) -> list[Launch]:
+    """What forward and backward of a call launch on such a GPU."""
+    monkeypatch.setattr(launch, "_has_tma", lambda device: target.backend == "cuda")
+    B, T, H, piece = (4, 4096, 16, 512) if lengths is None else (1, sum(lengths), 16, 512)
+    rows = B if lengths is None else len(lengths)
+    cu = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    pieces = B * -(-T // piece) if lengths is None else T // piece + rows
+    q, k, v = (torch.empty(B, T, H, width, dtype=dtype) for width in (K, K, V))
+    gates = {
+        "none": None,
+        "constant": torch.empty(H).expand(B, T, H),
+        "scalar": torch.empty(B, T, H),
+        "vector": torch.empty(B, T, H, K),
     }
-    tensors = {"r_ptr": "BR", "s_ptr": "BR", "p_ptr": "BP", "out_ptr": "BP", "dot_ptr": "BP"}
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(pass_kernel.arg_names):
-        if name in constants or not used.get(name, True):
-            signature[name], constexprs[(i,)] = "constexpr", constants.get(name)
-        elif name in tensors and tma:
-            signature[name] = f"tensordesc<{element}[{tiles['C']},{tiles[tensors[name]]}]>"
-        elif name in tensors or name == "out_raw":
-            signature[name] = f"*{element}"
-        elif name in ("cu_ptr", "table_ptr"):
-            signature[name] = "*i32"
-        else:
-            signature[name] = "fp32" if name == "scale" else "*fp32" if name.endswith("_ptr") else "i32"
-        if name not in constants and signature[name] != "fp32":
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(pass_kernel, signature, constexprs, attributes)
-    return compile(source, target=target, options=options)
+    gv = torch.empty(B, T, H, V) if value_gate else None
+    u = torch.empty(H, K) if bonus else None
+    w, low = (torch.empty(B, T, H) if given else None for given in (write, floor))
+    state = launch.State(torch.empty(rows, H, K, V), torch.empty(rows, H, K) if floor else None)
+    given = (q, k, v, gates[gate], gv, u, w)
+
+    def call() -> None:
+        o, x, last, bounds = launch.forward(*given, state, low, cu, 1.0, 0.0, piece, pieces, True)
+        assert bounds is not None
+        launch.backward(*given, low, cu, 1.0, 0.0, piece, o, x, bounds, torch.empty_like(v), last, True)
+
+    return launches(call)
 
 
-@pytest.mark.parametrize("name", PASSES)
-def test_compiles_for_hopper(name: str) -> None:
-    built = build(HOPPER, PASSES[name])
-    assert built.metadata.shared <= 227 * 1024
-    assert "wgmma.mma_async" in built.asm["ptx"] and "cp.async.bulk.tensor" in built.asm["ptx"]
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_for_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in recorded(monkeypatch, HOPPER, **CALLS[name]):
+        built = build(one, HOPPER)
+        assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
+        if one.kernel.__name__ == "pass_kernel":
+            assert "wgmma.mma_async" in built.asm["ptx"] and "cp.async.bulk.tensor" in built.asm["ptx"]
 
 
-@pytest.mark.parametrize("target", [BLACKWELL, MI300], ids=["sm_100", "gfx942"])
-@pytest.mark.parametrize("name", ["forward", "dq"])
-def test_compiles_for_other_gpus(target: GPUTarget, name: str) -> None:
-    assert build(target, PASSES[name]).asm
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [(BLACKWELL, "scalar"), (MI300, "scalar"), (MI300, "vector and bonus")],
+    ids=["sm_100-scalar", "gfx942-scalar", "gfx942-vector"],
+)
+def test_compiles_for_other_gpus(target: GPUTarget, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in recorded(monkeypatch, target, **CALLS[name]):
+        assert build(one, target).metadata.shared <= SHARED_MEMORY[target]
 
 
-@pytest.mark.parametrize("width", [16, 64, 256, 512])
-def test_every_width_fits(width: int) -> None:
-    for name in ("forward", "dq"):
-        assert build(HOPPER, PASSES[name], width).metadata.shared <= 227 * 1024
-
-
-def test_float32_compiles() -> None:
-    assert build(HOPPER, PASSES["forward"], element="fp32").metadata.shared <= 227 * 1024
+@pytest.mark.parametrize(
+    ("K", "V", "dtype"),
+    [(96, 80, torch.bfloat16), (256, 512, torch.bfloat16), (128, 128, torch.float32)],
+)
+def test_passes_of_every_size_fit(K: int, V: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in recorded(monkeypatch, HOPPER, K, V, gate="scalar", dtype=dtype):
+        if one.kernel.__name__ == "pass_kernel":
+            assert build(one, HOPPER).metadata.shared <= SHARED_MEMORY[HOPPER]

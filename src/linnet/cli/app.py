@@ -17,8 +17,13 @@ import linnet
 _COMMANDS = {
     "train": "Train a language model and report held-out bits per byte.",
     "generate": "Continue a text with a trained model.",
-    "list": "List the mixers, or the ops they run on.",
+    "eval": "Measure a trained language model: loss by context length, copying, recall and state tracking.",
+    "compare": "Train mixers on a synthetic task in the same decoder and compare their accuracy by length.",
+    "reproduce": "Run the small version of a paper's central experiment and hold the measured figures against bars.",
+    "list": "List the mixers, the ops they run on, or the synthetic tasks.",
     "inspect": "Show one mixer: paper, recurrence, options, size and identities.",
+    "dissect": "Take one mixer apart: its exact linear form, its memory, and what its state can track.",
+    "bench": "Time the ops beside other libraries, or whole models.",
     "env": "Show versions and devices, and test every op's backends on this machine.",
 }
 

@@ -53,6 +53,10 @@ def generate(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, ... or `auto`.", rich_help_panel="Machine")] = "auto",
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph", help="Replay a token's kernels as one graph (GPU).", rich_help_panel="Machine"),
+    ] = False,
 ) -> None:
     """Continue a text with a trained model.
 
@@ -85,6 +89,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         generator=generator,
+        cuda_graph=cuda_graph,
     )
     on_terminal = sys.stdout.isatty()
     for piece in pieces:

@@ -16,21 +16,25 @@ from .show import console
 
 def list(
     ops: Annotated[bool, typer.Option("--ops", help="List the ops (engines) in place of the mixers.")] = False,
+    tasks: Annotated[bool, typer.Option("--tasks", help="List the synthetic tasks of `linnet compare`.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the mixers, or the ops they run on.
+    """List the mixers, the ops they run on, or the synthetic tasks.
 
     `linnet inspect NAME` says everything about one mixer.
     """
-    rows = _rows(ops)
+    if ops and tasks:
+        raise ValueError("list: expected --ops or --tasks, got both")
+    kind = "ops" if ops else "tasks" if tasks else "mixers"
+    rows = _rows(kind)
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    table = Table(box=box.SIMPLE_HEAD, title=f"{len(rows)} {'ops' if ops else 'mixers'}", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=f"{len(rows)} {kind}", title_justify="left")
     for column in rows[0] if rows else ():
         table.add_column(column, no_wrap=column in ("name", "engine"), style="bold" if column == "name" else "")
     for row in rows:
-        cells = row if ops else {**row, "paper": cite(row["paper"])}
+        cells = {**row, "paper": cite(row["paper"])} if kind == "mixers" else row
         table.add_row(*(escape("; ".join(cell) if isinstance(cell, tuple) else cell) for cell in cells.values()))
     console().print(table)
 
@@ -45,8 +49,8 @@ def _first_sentence(text: str) -> str:
     return " ".join(re.split(r"\.\s|::|\n\n", text)[0].replace("`", "").split()).rstrip(".")
 
 
-def _rows(ops: bool) -> tuple[dict[str, Any], ...]:
-    return _ops() if ops else _mixers()
+def _rows(kind: str) -> tuple[dict[str, Any], ...]:
+    return {"mixers": _mixers, "ops": _ops, "tasks": _tasks}[kind]()
 
 
 def _mixers() -> tuple[dict[str, Any], ...]:
@@ -70,4 +74,25 @@ def _ops() -> tuple[dict[str, Any], ...]:
             "identities": tuple(identity.claim for identity in op.identities),
         }
         for _, op in sorted(ops().items())
+    )
+
+
+def _tasks() -> tuple[dict[str, Any], ...]:
+    import inspect
+
+    from linnet.tasks import tasks
+
+    def options(cls: type) -> str:
+        known = inspect.signature(cls).parameters.values()
+        return ", ".join(f"{p.name}={p.default!r}" for p in known if p.kind is p.KEYWORD_ONLY)
+
+    return tuple(
+        {
+            "name": name,
+            "summary": _first_sentence(cls.__doc__ or ""),
+            "options": options(cls),
+            "lengths": ", ".join(map(str, cls.lengths)),
+            "source": cls.source,
+        }
+        for name, cls in tasks().items()
     )

@@ -214,12 +214,13 @@ class _Session:
         return TrainingConfig.from_dict({name: options[name] for name in names} | {"warmup_steps": options["warmup"]})
 
     def _model_config(self) -> DecoderConfig:
+        from linnet.mixers import split_specs
         from linnet.presets import load
 
         options = self.options
         changes: dict[str, Any] = {"vocab_size": self.tokenizer.vocab_size}
         if options["mixers"] is not None:
-            changes["mixers"] = _split_mixers(options["mixers"])
+            changes["mixers"] = split_specs(options["mixers"])
         if options["d_model"] is not None:
             changes["d_model"] = options["d_model"]
         if options["layers"] is not None:
@@ -407,26 +408,13 @@ def _decoder_config(values: dict[str, Any]) -> DecoderConfig:
     return DecoderConfig.from_dict(values)
 
 
-def _split_mixers(text: str) -> list[str]:
-    """``"gla, attention(window=64, rope=False)"`` -> its two specs: commas inside brackets do not split."""
-    specs, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            specs.append("")
-        else:
-            specs[-1] += character
-    specs = [spec.strip() for spec in specs]
-    if not all(specs):
-        raise ValueError(f"--mixers: expected specs separated by commas, got {text!r}")
-    return specs
-
-
 def _run_name(preset: str, mixers: str | None) -> str:
     """The preset, or the names of the mixers that take its place."""
     if mixers is None:
         return preset
-    names = dict.fromkeys(re.match(r"\w*", spec).group() for spec in _split_mixers(mixers))  # type: ignore[union-attr]
+    from linnet.mixers import split_specs
+
+    names = dict.fromkeys(re.match(r"\w*", spec).group() for spec in split_specs(mixers))  # type: ignore[union-attr]
     return "-".join(names)
 
 

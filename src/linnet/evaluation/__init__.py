@@ -2,13 +2,29 @@
 
 from .baselines import NGram, baselines, gzip_bits_per_byte, xz_bits_per_byte
 from .bits_per_byte import bits_per_byte
-from .plots import plot_loss_curve
+from .dissection import Dissection, LinearPart, dissect
+from .language import Bucket, by_position, copy_bits, question_score, swap_accuracy
+from .plots import plot_curves, plot_dissection, plot_loss_curve, plot_speed
+from .scoring import Accuracy, accuracy
 
 __all__ = [
+    "Accuracy",
+    "Bucket",
+    "Dissection",
+    "LinearPart",
     "NGram",
+    "accuracy",
     "baselines",
     "bits_per_byte",
+    "by_position",
+    "copy_bits",
+    "dissect",
     "gzip_bits_per_byte",
+    "plot_curves",
+    "plot_dissection",
     "plot_loss_curve",
+    "plot_speed",
+    "question_score",
+    "swap_accuracy",
     "xz_bits_per_byte",
 ]

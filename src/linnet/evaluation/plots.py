@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_loss_curve"]
+__all__ = ["plot_curves", "plot_dissection", "plot_loss_curve", "plot_speed"]
 
 _INK, _MUTED, _GRID = "#1f2933", "#66727f", "#e4e7eb"
 _TRAIN, _HELD_OUT = "#7fb0d6", "#d1495b"
+_OURS, _PEERS = "#d1495b", ("#3b76a8", "#6c7a3f", "#7d5ba6", "#c98a2b", "#3c8c84")
 _BASELINES = ("#6c7a3f", "#7d5ba6", "#c98a2b", "#3c8c84")
+_CURVES = ("#1f77b4", "#d1495b", "#3c8c84", "#c98a2b", "#7d5ba6", "#6c7a3f", "#8c5a3c", "#5b6770", "#b0569b", "#2f9e44")
 
 
 def plot_loss_curve(
@@ -29,17 +32,15 @@ def plot_loss_curve(
         baselines: name to value, in the unit of the curve.
         title: shown above.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     unit = "bits_per_byte" if any("train/bits_per_byte" in r for r in records) else "loss"
     train = [(r["step"], r[f"train/{unit}"]) for r in records if f"train/{unit}" in r]
     held_out = [(r["step"], r[f"held_out/{unit}"]) for r in records if f"held_out/{unit}" in r]
 
-    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _canvas(
+        "optimiser step", "bits per byte" if unit == "bits_per_byte" else "loss (nats per token)", title
+    )
     if train:
         axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=0.8, alpha=0.55)
         axes.plot(*zip(*_smooth(train), strict=True), color=_TRAIN, linewidth=2.0, label="training")
@@ -63,18 +64,201 @@ def plot_loss_curve(
         low, high = min(late), max(late)
         axes.set_ylim(low - 0.08 * (high - low) - 0.02, high + 0.06 * (high - low) + 0.02)
     axes.set_xlim(left=0)
-    axes.set_xlabel("optimiser step", color=_MUTED)
-    axes.set_ylabel("bits per byte" if unit == "bits_per_byte" else "loss (nats per token)", color=_MUTED)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if train or held_out:
+        axes.legend(frameon=False, labelcolor=_INK, loc="upper right", ncols=2)
+    figure.savefig(path)
+
+
+def plot_curves(
+    path: str | Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x: str,
+    y: str,
+    title: str = "",
+    bands: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    levels: Mapping[str, float] | None = None,
+    log_x: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draw labelled curves.
+
+    Args:
+        path: the PNG file to write (replaced if it exists).
+        curves: label to (x, y) points.
+        x, y: what the axes show.
+        title: shown above.
+        bands: label to the (lowest, highest) y at each point of its curve.
+        levels: label to a height, drawn as a dashed line.
+        log_x: logarithmic x axis, base 2, with a tick at every point.
+        limits: lowest and highest y shown (default: what the curves need).
+    """
+    figure, axes = _canvas(x, y, title)
+    for (label, points), color, marker in zip(curves.items(), _CURVES * 9, "osD^vP*X<>" * 9, strict=False):
+        at = [point[0] for point in points]
+        axes.plot(at, [p[1] for p in points], color=color, linewidth=1.8, marker=marker, markersize=4.5, label=label)
+        if bands and label in bands:
+            low, high = zip(*bands[label], strict=True)
+            axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+    for label, value in (levels or {}).items():
+        axes.axhline(value, color=_MUTED, linewidth=1.1, linestyle=(0, (5, 3)))
+        axes.annotate(
+            label, (1, value), xycoords=axes.get_yaxis_transform(), xytext=(-2, 3), textcoords="offset points",
+            ha="right", va="bottom", fontsize=8.5, color=_MUTED,
+        )  # fmt: skip
+    if log_x and any(curves.values()):
+        axes.set_xscale("log", base=2)
+        ticks = sorted({point[0] for points in curves.values() for point in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    if limits is not None:
+        axes.set_ylim(*limits)
+    if curves:
+        figure.legend(frameon=False, labelcolor=_INK, loc="outside lower left", ncols=2, fontsize=8.5)
+    figure.savefig(path)
+
+
+def plot_dissection(path: str | Path, parts: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
+    """Draw what :func:`linnet.evaluation.dissect` found: a row an engine call, with who reads whom, how far back, how
+    much of the past is carried over each cut, and the eigenvalues of the transitions.
+
+    Args:
+        path: the PNG file to write (replaced if it exists).
+        parts: the linear ones, as ``LinearPart`` turned into a mapping.
+        title: shown above.
+
+    Raises:
+        ValueError: no parts.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if not parts:
+        raise ValueError("parts: expected at least one linear engine call, got none")
+    figure = Figure(figsize=(13, 0.5 + 3.1 * len(parts)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=11, fontweight="bold")
+    for part, (mixing, lags, cuts, plane) in zip(parts, figure.subplots(len(parts), 4, squeeze=False), strict=True):
+        mixing.imshow(part["mixing"], cmap="Blues", interpolation="nearest")
+        _label(mixing, "token read", "token reading", f"{part['engine']}: who reads whom")
+        lags.set_yscale("log")
+        lags.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        lags.yaxis.set_major_formatter("{x:g}")
+        lags.yaxis.set_minor_formatter(NullFormatter())
+        lags.plot(part["lags"], color=_HELD_OUT, linewidth=1.8, marker="o", markersize=3)
+        _label(lags, "tokens ago", "|Phi|", f"memory: {part['reach']:.1f} tokens on average")
+        at = range(1, len(part["ranks"]) + 1)
+        cuts.plot(at, part["full"], color=_MUTED, linewidth=1.1, linestyle=(0, (5, 3)), label="possible")
+        cuts.plot(at, part["ranks"], color=_TRAIN, linewidth=1.8, marker="o", markersize=3, label="exact")
+        cuts.plot(at, part["used"], color=_HELD_OUT, linewidth=1.8, marker="s", markersize=3, label="above 1%")
+        cuts.legend(frameon=False, labelcolor=_INK, fontsize=8)
+        _label(cuts, "cut before token", "rank", "numbers carried over a cut")
+        turn = [2 * math.pi * i / 180 for i in range(181)]
+        plane.plot([math.cos(a) for a in turn], [math.sin(a) for a in turn], color=_GRID, linewidth=1.2)
+        plane.axhline(0, color=_GRID, linewidth=0.8)
+        plane.axvline(0, color=_GRID, linewidth=0.8)
+        plane.scatter(*zip(*part["eigenvalues"] or [(math.nan, math.nan)], strict=True), s=9, color=_TRAIN, alpha=0.6)
+        plane.set_aspect("equal")
+        plane.set_xticks([-1, 0, 1])
+        plane.set_yticks([-1, 0, 1])
+        _label(plane, "real", "imaginary", "eigenvalues of the transitions")
+    figure.savefig(path)
+
+
+def _label(axes: Any, x: str, y: str, title: str) -> None:
+    """Names and colours of one of several panels."""
+    axes.set_xlabel(x, color=_MUTED, fontsize=8)
+    axes.set_ylabel(y, color=_MUTED, fontsize=8)
+    axes.set_title(title, loc="left", color=_INK, fontsize=9)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(which="both", colors=_MUTED, length=0, labelsize=7)
+
+
+def _canvas(x: str, y: str, title: str) -> tuple[Any, Any]:
+    """A figure and its axes, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x, color=_MUTED)
+    axes.set_ylabel(y, color=_MUTED)
     axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold")
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
     axes.tick_params(colors=_MUTED, length=0)
-    if train or held_out:
-        axes.legend(frameon=False, labelcolor=_INK, loc="upper right", ncols=2)
+    return figure, axes
+
+
+def plot_speed(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the times of `linnet bench`: a panel an op and pass, shapes along x, milliseconds on a log axis, one
+    colour an implementation, and the hardware limit as a line.
+
+    Args:
+        path: the PNG file to write (replaced if it exists).
+        rows: lines of the CSV file, as text or numbers.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    timed = [row for row in rows if row["ms"]]
+    panels = list(dict.fromkeys((row["op"], row["pass"]) for row in timed))
+    ops, passes = (list(dict.fromkeys(panel[i] for panel in panels)) for i in (0, 1))
+    impls = sorted(dict.fromkeys(row["impl"] for row in timed), key=lambda name: name != "linnet")
+    colors = {name: _OURS if name == "linnet" else _PEERS[i % len(_PEERS)] for i, name in enumerate(impls)}
+    figure = Figure(
+        figsize=(1.2 + 3.2 * max(1, len(ops)), 1.4 + 2.7 * max(1, len(passes))), dpi=150, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(max(1, len(passes)), max(1, len(ops)), squeeze=False)
+    for i, name in enumerate(passes):
+        for j, op in enumerate(ops):
+            axes = grid[i][j]
+            mine = [row for row in timed if row["op"] == op and row["pass"] == name]
+            places = {shape: x for x, shape in enumerate(dict.fromkeys(_shape(row) for row in mine))}
+            for impl in impls:
+                at = [(places[_shape(row)], float(row["ms"])) for row in mine if row["impl"] == impl]
+                if at:
+                    bold = {"zorder": 3, "s": 34} if impl == "linnet" else {"s": 18}
+                    axes.scatter(*zip(*at, strict=True), color=colors[impl], label=impl, **bold)
+            floor = sorted({(places[_shape(row)], float(row["limit_ms"])) for row in mine if row["limit_ms"]})
+            if floor:
+                axes.plot(*zip(*floor, strict=True), "_", color=_INK, markersize=9, label="limit")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.set_title(f"{op}, {name}", loc="left", color=_INK, fontsize=9, fontweight="bold")
+            few = len(places) <= 8
+            axes.set_xticks(
+                range(len(places)) if few else [], list(places) if few else [], fontsize=6, rotation=30, ha="right"
+            )
+            axes.grid(axis="y", color=_GRID, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.spines["bottom"].set_color(_GRID)
+            axes.tick_params(colors=_MUTED, which="both", length=0, labelsize=7)
+            axes.margins(x=0.08, y=0.1)
+            if j == 0:
+                axes.set_ylabel("ms", color=_MUTED)
+    named = {}
+    for axes in grid.flat:
+        named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if named:
+        style = {"frameon": False, "labelcolor": _INK, "fontsize": 8}
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=8, **style)
     figure.savefig(path)
+
+
+def _shape(row: Mapping[str, Any]) -> str:
+    sizes = "×".join(str(row[name]) for name in ("B", "T", "H", "K", "V") if str(row[name]))
+    return f"{sizes} in {row['segments']}" if row["segments"] else sizes
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

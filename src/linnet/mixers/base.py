@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from linnet.ops.core import Identity, Segments
 
-__all__ = ["Card", "Mixer", "build_mixer", "get_mixer", "mixers", "parse_spec", "register_mixer"]
+__all__ = ["Card", "Mixer", "build_mixer", "get_mixer", "mixers", "parse_spec", "register_mixer", "split_specs"]
 
 M = TypeVar("M", bound="Mixer")
 _mixers: dict[str, type[Mixer]] = {}
@@ -113,8 +113,8 @@ def get_mixer(name: str) -> type[Mixer]:
     return table[name]
 
 
-def parse_spec(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Split a mixer spec into name and options.
+def parse_spec(spec: str | Mapping[str, Any], kind: str = "mixer") -> tuple[str, dict[str, Any]]:
+    """Split the spec of a mixer (or of another ``kind`` of thing) into name and options.
 
     A spec is a name (``"gla"``), a name with options (``"attention(window=256, rope=False)"``) or a mapping
     (``{"name": "gla", "num_heads": 4}``).
@@ -123,7 +123,7 @@ def parse_spec(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         options = dict(spec)
         name = options.pop("name", None)
         if not isinstance(name, str):
-            raise ValueError(f"mixer spec: expected a mapping with a 'name', got {dict(spec)!r}")
+            raise ValueError(f"{kind} spec: expected a mapping with a 'name', got {dict(spec)!r}")
         return name, options
     try:
         node = ast.parse(spec.strip(), mode="eval").body
@@ -133,7 +133,26 @@ def parse_spec(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             return node.func.id, {str(kw.arg): ast.literal_eval(kw.value) for kw in node.keywords}
     except (SyntaxError, ValueError):
         pass
-    raise ValueError(f"mixer spec: expected 'name' or 'name(option=value, ...)', got {spec!r}")
+    raise ValueError(f"{kind} spec: expected 'name' or 'name(option=value, ...)', got {spec!r}")
+
+
+def split_specs(text: str, separator: str = ",") -> list[str]:
+    """``"gla, attention(window=64, rope=False)"`` -> its two specs: separators inside brackets do not split.
+
+    Raises:
+        ValueError: an empty spec.
+    """
+    specs, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == separator and depth == 0:
+            specs.append("")
+        else:
+            specs[-1] += character
+    specs = [spec.strip() for spec in specs]
+    if not all(specs):
+        raise ValueError(f"mixers: expected specs separated by {separator!r}, got {text!r}")
+    return specs
 
 
 def build_mixer(spec: str | Mapping[str, Any], d_model: int, *, layer: int = 0, num_layers: int = 1) -> Mixer:

@@ -272,7 +272,8 @@ class Decoder(nn.Module):
         """Logits of the next token at every position.
 
         Args:
-            tokens: int64 ``[B, T]``, T >= 1; packed ``[1, total]`` with ``segments``.
+            tokens: int64 ``[B, T]``, T >= 1; packed ``[1, total]`` with ``segments``. Or floating ``[B, T, W]``: each
+                position a mixture of the embeddings of the first W tokens (several at once, noise, nothing).
             state: what an earlier call returned, B rows (one a segment when packed); None starts afresh.
             segments: boundaries of packed sequences.
             last_only: compute the logits of the last position of each row (of each segment when packed) only.
@@ -299,16 +300,16 @@ class Decoder(nn.Module):
         Under a wrapper that hooks ``forward`` (DDP) call it from the forward of a module that holds this one.
 
         Args:
-            tokens: int64 ``[B, T]`` (packed ``[1, total]``).
-            targets: int64, same shape: the id each position has to predict; -100 is not counted. Nothing is shifted
+            tokens: as for :meth:`forward`.
+            targets: int64 ``[B, T]``: the id each position has to predict; -100 is not counted. Nothing is shifted
                 here. When no target counts, the cross entropy is 0.
             segments: boundaries of packed sequences.
 
         Raises:
             ValueError: as :meth:`forward`, or ``targets`` has another shape than ``tokens``.
         """
-        if targets.shape != tokens.shape:
-            raise ValueError(f"targets: expected shape {list(tokens.shape)} like tokens, got {list(targets.shape)}")
+        if targets.shape != tokens.shape[:2]:
+            raise ValueError(f"targets: expected shape {list(tokens.shape[:2])} like tokens, got {list(targets.shape)}")
         x, _, aux = self._hidden(tokens, None, segments)
         x, targets = x.flatten(0, 1), targets.flatten()
         parts = math.ceil(x.shape[0] * self.config.vocab_size / _LOSS_LOGITS)
@@ -328,7 +329,10 @@ class Decoder(nn.Module):
         self, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None
     ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
         self._check(tokens, state, segments)
-        x = self.embed_tokens(tokens)
+        if tokens.is_floating_point():
+            x = tokens.to(self.embed_tokens.weight.dtype) @ self.embed_tokens.weight[: tokens.shape[-1]]
+        else:
+            x = self.embed_tokens(tokens)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states: list[Any] = []
         losses: list[Tensor] = []
@@ -345,14 +349,16 @@ class Decoder(nn.Module):
         return self.norm(x), tuple(states), total
 
     def _check(self, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
+        mixed = tokens.is_floating_point() and tokens.dim() == 3 and tokens.shape[2] <= self.config.vocab_size
+        if not (mixed or (tokens.dim() == 2 and tokens.dtype == torch.int64)) or tokens.shape[1] == 0:
             raise ValueError(
-                f"tokens: expected int64 of shape [B, T] with T >= 1, got {tokens.dtype} of shape {list(tokens.shape)}"
+                f"tokens: expected int64 of shape [B, T] with T >= 1, or floats [B, T, W] with W <= "
+                f"{self.config.vocab_size}, got {tokens.dtype} of shape {list(tokens.shape)}"
             )
-        check_segments(segments, *tokens.shape)
+        check_segments(segments, *tokens.shape[:2])
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"state: expected {len(self.layers)} layer states, got {len(state)}")
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        if not mixed and tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             low, high = (int(t) for t in tokens.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(

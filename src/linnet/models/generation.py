@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from linnet.ops import Segments
-from linnet.ops.core import state_tensors
+from linnet.ops.core import map_state, state_tensors
 
 from .decoder import Decoder, DecoderOutput
 
-__all__ = ["Generation", "GenerationStep", "generate", "sample", "stream"]
+__all__ = ["DecodingStep", "Generation", "GenerationStep", "generate", "sample", "stream"]
 
 Prompt = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
@@ -92,22 +93,15 @@ def stream(
     stop: Sequence[int] = (),
     generator: torch.Generator | None = None,
     state: tuple[Any, ...] | None = None,
+    cuda_graph: bool = False,
 ) -> Iterator[GenerationStep]:
     """Generate token by token; see :func:`generate` for the arguments. Ends when every row has finished.
 
     >>> for step in stream(model, prompt, max_new_tokens=100, stop=[0]):
     ...     print(step.tokens.tolist())
     """
-    _check_options(model, max_new_tokens, temperature, top_k, top_p, stop)
-    tokens, segments = _pack(prompt, model.embed_tokens.weight.device)
-    rows = tokens.shape[0] if segments is None else len(segments)
-    if state is not None and any(x.shape[0] != rows for x in state_tensors(state)):
-        found = sorted({x.shape[0] for x in state_tensors(state)})
-        raise ValueError(f"state: expected {rows} rows like the prompt, got {', '.join(map(str, found))}")
-
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-    out = _forward(model, tokens, state, segments)
-    return _steps(model, out, max_new_tokens, stop, options)
+    step, drawn = _begin(model, prompt, max_new_tokens, temperature, top_k, top_p, stop, generator, state, cuda_graph)
+    return (GenerationStep(tokens, finished, step.state()) for tokens, finished in drawn)
 
 
 def generate(
@@ -121,6 +115,7 @@ def generate(
     stop: Sequence[int] = (),
     generator: torch.Generator | None = None,
     state: tuple[Any, ...] | None = None,
+    cuda_graph: bool = False,
 ) -> Generation:
     """Continue prompts by sampling, in inference mode.
 
@@ -135,54 +130,173 @@ def generate(
         stop: token ids that finish a row; each row finishes on its own.
         generator: source of randomness on the model's device; the same seed gives the same tokens.
         state: recurrent state to continue from, one row a prompt.
+        cuda_graph: on an NVIDIA or AMD GPU, capture the step of one token and replay it: a step then costs what the
+            device needs, not the launching of a few hundred kernels. The tokens are the same. A warning says why, and
+            steps run one by one, where it is not possible: on a CPU, or while the state grows (an attention cache
+            without a window). Capturing takes some memory, and the time of a few steps.
 
     Raises:
         ValueError: an argument is out of range, a prompt is empty, or ``state`` has another number of rows.
     """
-    steps = stream(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=stop,
-        generator=generator,
-        state=state,
-    )
+    step, drawn = _begin(model, prompt, max_new_tokens, temperature, top_k, top_p, stop, generator, state, cuda_graph)
     columns: list[Tensor] = []
     running: list[Tensor] = []
-    for step in steps:  # holds on to the newest state only
-        columns.append(step.tokens)
-        running.append(~step.finished)
-        state = step.state
+    for tokens, finished in drawn:
+        columns.append(tokens)
+        running.append(~finished)
     count = len(columns)
     lengths = (torch.stack(running, 1).sum(1) + 1).clamp(max=count)
-    return Generation(torch.stack(columns, 1), lengths, state or ())
+    return Generation(torch.stack(columns, 1), lengths, step.state())
+
+
+def _begin(
+    model: Decoder,
+    prompt: Prompt,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    stop: Sequence[int],
+    generator: torch.Generator | None,
+    state: tuple[Any, ...] | None,
+    cuda_graph: bool,
+) -> tuple[DecodingStep, Iterator[tuple[Tensor, Tensor]]]:
+    """Check the arguments and read the prompt: the model's step, and what draws from it."""
+    _check_options(model, max_new_tokens, temperature, top_k, top_p, stop)
+    tokens, segments = _pack(prompt, model.embed_tokens.weight.device)
+    rows = tokens.shape[0] if segments is None else len(segments)
+    if state is not None and any(x.shape[0] != rows for x in state_tensors(state)):
+        found = sorted({x.shape[0] for x in state_tensors(state)})
+        raise ValueError(f"state: expected {rows} rows like the prompt, got {', '.join(map(str, found))}")
+
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    step = DecodingStep(model, cuda_graph)
+    step(tokens, state, segments)
+    return step, _draw(step, max_new_tokens, stop, options)
 
 
 @torch.inference_mode()
-def _forward(
-    model: Decoder, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None = None
-) -> DecoderOutput:
-    return model(tokens, state, segments, last_only=True)
-
-
-@torch.inference_mode()
-def _steps(
-    model: Decoder, out: DecoderOutput, max_new_tokens: int, stop: Sequence[int], options: dict[str, Any]
-) -> Iterator[GenerationStep]:
-    stops = torch.tensor(list(stop), dtype=torch.int64, device=out.logits.device)
+def _draw(
+    step: DecodingStep, max_new_tokens: int, stop: Sequence[int], options: dict[str, Any]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and which rows have finished, while ``step`` holds the state before these tokens."""
+    stops = torch.tensor(list(stop), dtype=torch.int64, device=step.logits.device)
     tokens: Tensor | None = None
-    finished = torch.zeros(out.logits.shape[0], dtype=torch.bool, device=out.logits.device)
-    for step in range(max_new_tokens):
-        drawn = sample(out.logits[:, -1], **options)
+    finished = torch.zeros(step.logits.shape[0], dtype=torch.bool, device=step.logits.device)
+    for count in range(1, max_new_tokens + 1):
+        drawn = sample(step.logits[:, -1], **options)
         tokens = drawn if tokens is None else torch.where(finished, tokens, drawn)
         finished = finished | torch.isin(tokens, stops)
-        yield GenerationStep(tokens, finished, out.state)
-        if step + 1 == max_new_tokens or (stop and bool(finished.all())):
+        yield tokens, finished
+        if count == max_new_tokens or (stop and bool(finished.all())):
             return
-        out = _forward(model, tokens.unsqueeze(1), out.state)
+        step.advance(tokens.unsqueeze(1))
+
+
+class DecodingStep:
+    """A decoder that reads one token a row at a time: for loops that draw or check tokens their own way.
+
+    >>> step = DecodingStep(model, cuda_graph=True)
+    >>> step(prompt)
+    >>> for _ in range(100):
+    ...     step.advance(step.logits[:, -1].argmax(-1, keepdim=True))
+
+    Args:
+        model: the decoder.
+        cuda_graph: replay a captured step once the state keeps its shapes; see :func:`generate`.
+
+    Attributes:
+        logits: of the last position of each row, ``[B, 1, V]``; valid until the next call.
+    """
+
+    logits: Tensor
+
+    def __init__(self, model: Decoder, cuda_graph: bool = False):
+        self.model = model
+        self._state: tuple[Any, ...] = ()
+        self._tokens: Tensor | None = None  # what a captured step reads; its state is then overwritten in place
+        self._replay: Callable[[], Tensor] | None = None
+        device = model.embed_tokens.weight.device
+        self._graph = cuda_graph and device.type == "cuda"
+        if cuda_graph and not self._graph:
+            _one_by_one(f"the model is on {device}")
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, state: tuple[Any, ...] | None = None, segments: Segments | None = None) -> None:
+        """Read ``tokens`` from ``state``, as the decoder's forward does; the state before is forgotten."""
+        out = self.model(tokens, state, segments, last_only=True)
+        self.logits, self._state, self._replay = out.logits, out.state, None
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> None:
+        """Read one more token a row, ``[B, 1]``."""
+        if self._replay is not None and self._tokens is not None:
+            self._tokens.copy_(tokens)
+            self.logits = self._replay()
+            return
+        before = self._state
+        self(tokens, before)
+        if not self._graph:
+            return
+        grown = [i for i, old in enumerate(before) if _layout(old) != _layout(self._state[i])]
+        if not grown:
+            self._record(tokens)
+        elif all(getattr(self.model.layers[i].mixer, "window", None) is None for i in grown):
+            self._graph = False  # a window fills up, and then the step can be captured
+            _one_by_one(f"the state of layer {grown[0]} grows with every token")
+
+    @torch.inference_mode()
+    def state(self) -> tuple[Any, ...]:
+        """The state, to be held by others: later steps leave it alone."""
+        return self._state if self._replay is None else map_state(torch.clone, self._state)
+
+    def _record(self, tokens: Tensor) -> None:
+        inputs = tokens.clone()
+        held = self._state = map_state(torch.clone, self._state)
+
+        def forward() -> DecoderOutput:
+            return self.model(inputs, held, last_only=True)
+
+        def step() -> Tensor:
+            out = forward()
+            for old, new in zip(state_tensors(held), state_tensors(out.state), strict=True):
+                old.copy_(new)
+            return out.logits
+
+        try:
+            self._replay = _capture(forward, step)
+        except RuntimeError as error:  # what an op does that a graph cannot hold, such as waiting for the device
+            self._graph = False
+            _one_by_one(f"the step cannot be captured: {str(error).splitlines()[0]}")
+        else:
+            self._tokens = inputs
+
+
+def _capture(warm: Callable[[], object], step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A callable that runs the kernels of ``step`` and returns its result, in the memory it had at capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what libraries set up on first use must not end up in the graph
+        for _ in range(2):
+            warm()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _layout(state: Any) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(x.shape, x.dtype) for x in state_tensors(state)]
+
+
+def _one_by_one(why: str) -> None:
+    warnings.warn(f"cuda_graph: {why}; steps run one by one", stacklevel=4)
 
 
 def _check_options(

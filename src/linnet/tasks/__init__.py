@@ -1,21 +1,28 @@
 """Data sets and generators of synthetic tasks."""
 
+from .base import IGNORE, Sample, Task, TaskData, build_task, get_task, register_task, seeded, tasks
 from .corpus import Corpus, load_corpus
-from .flipflop import FlipFlop, solve_flip_flop
 from .text import Batch, TextData
 from .tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, make_tokenizer, train_bpe
 
 __all__ = [
+    "IGNORE",
     "Batch",
     "ByteTokenizer",
     "Corpus",
-    "FlipFlop",
     "JsonTokenizer",
+    "Sample",
+    "Task",
+    "TaskData",
     "TextData",
     "Tokenizer",
+    "build_task",
+    "get_task",
     "load_corpus",
     "load_tokenizer",
     "make_tokenizer",
-    "solve_flip_flop",
+    "register_task",
+    "seeded",
+    "tasks",
     "train_bpe",
 ]

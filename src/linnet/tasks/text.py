@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     """One micro-batch.
 
     Attributes:
-        tokens: int64 ``[B, T]``.
+        tokens: int64 ``[B, T]``, or what else the model reads.
         targets: int64 ``[B, T]``; -100 is not scored.
         segments: the documents of a packed row, or None.
         count: number of scored targets (host).

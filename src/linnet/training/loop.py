@@ -214,8 +214,8 @@ def train(
         with stop_signals() as received:
             while step < config.steps and not stop:
                 rate = learning_rate(step, config)
-                loss, norm, count = _step(step, data, accelerator, objective, wrapped, rate, config)
-                window.add(loss, norm, count)
+                loss, norm, read = _step(step, data, accelerator, objective, wrapped, rate, config)
+                window.add(loss, norm, read)
                 step += 1
 
                 evaluating, saving = (step % config.every(f"{x}_every") == 0 for x in ("evaluate", "save"))
@@ -264,7 +264,7 @@ def _step(
     config: TrainingConfig,
 ) -> tuple[Tensor, Tensor, int]:
     """One update. Returns this process's part of the mean loss, the gradient norm before clipping, and this process's
-    number of scored tokens."""
+    number of tokens, scored or not."""
     first, parts = accelerator.process_index * config.accumulate, accelerator.num_processes * config.accumulate
     batches = [data.batch(step, first + i, parts) for i in range(config.accumulate)]
     own = sum(batch.count for batch in batches)
@@ -288,7 +288,7 @@ def _step(
     for module in objective.modules():
         if isinstance(module, MixtureOfExperts):
             module.balance()
-    return mean, norm, own
+    return mean, norm, sum(batch.targets.numel() for batch in batches)
 
 
 class _Window:
@@ -300,11 +300,11 @@ class _Window:
         self.norm = torch.zeros((), device=accelerator.device)
         self.steps = self.tokens = 0
 
-    def add(self, loss: Tensor, norm: Tensor, count: int) -> None:
+    def add(self, loss: Tensor, norm: Tensor, tokens: int) -> None:
         self.loss += loss
         self.norm = norm
         self.steps += 1
-        self.tokens += count
+        self.tokens += tokens
 
     def close(self) -> tuple[dict[str, float], int]:
         """Means over the window and its number of tokens, over all processes."""

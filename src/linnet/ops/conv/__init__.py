@@ -1,4 +1,5 @@
-"""Engine `conv`: the short causal depthwise convolution that nearly every recurrent layer puts before its gates.
+"""Engine `conv`: the short causal depthwise convolution that nearly every recurrent layer puts before its gates, and
+the long one that some layers are.
 
 It is plain traceable PyTorch, not a registered torch.library op: torch.compile fuses it without a graph break.
 """
@@ -32,7 +33,9 @@ def conv(
 
         y_t = activation(bias + sum_{i < W} weight[:, i] * x_{t - (W-1) + i})
 
-    where inputs before the first token of a row come from its state (zeros when None).
+    where inputs before the first token of a row come from its state (zeros when None). A kernel as long as the sequence
+    is legal: beyond 64 taps the sum is taken by FFTs, in blocks, so that no output depends on later inputs, not even by
+    rounding. Its memory is then as long; a kernel that a state space makes (`linnet.ops.lti`) needs less.
 
     Args:
         x: ``[B, T, D]``.
@@ -78,8 +81,11 @@ def conv(
 
 def cost(B: int, T: int, D: int, W: int = 4, *, bias: bool = False, itemsize: int = 2, backward: bool = False) -> Cost:
     """Floor of one call: x read once, y written once; ``itemsize`` is the bytes of an element. With ``backward``, of
-    forward and backward together: x and the output's gradient are read again and the gradient of x written."""
-    flops = 2 * B * T * D * W * (3 if backward else 1) + B * T * D * bias
+    forward and backward together: x and the output's gradient are read again and the gradient of x written. Beyond 64
+    taps the arithmetic is that of 64 and of an FFT to and fro at every doubling of the block."""
+    taps = min(W, 64)
+    each = 2 * taps + sum(5 * (7 + level) for level in range((-(-W // 64) - 1).bit_length()))
+    flops = B * T * D * each * (3 if backward else 1) + B * T * D * bias
     state = B * (W - 1) * D * 4
     elements = B * T * D * (5 if backward else 2) + D * (W + bias) * (3 if backward else 1)
     return Cost(flops, elements * itemsize + 2 * state, state)

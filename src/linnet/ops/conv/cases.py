@@ -65,6 +65,7 @@ register_op(
             _case("width one", 1, bias=True),
             _case("width two, silu", 2, activation="silu"),
             _case("wide", 7, bias=True),
+            _case("long", 150, bias=True, activation="silu"),
             _case("large inputs", 4, size=1e4, bias=True, activation="silu", hostile=True),
         ),
         cost=cost,

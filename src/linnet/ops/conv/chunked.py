@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Segments
+from .wide import conv_wide
 
 __all__ = ["conv_chunked"]
+
+_WIDE = 64
 
 
 def conv_chunked(
@@ -21,9 +24,9 @@ def conv_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in :func:`linnet.ops.conv`; returns ``(y [B, T, D], tail [N, W-1, D])``.
 
-    One shifted multiply-add a tap, accumulated in fp32. On one CPU core at B=8, T=512, D=256, W=4 forward and backward
-    take 27 ms in fp32 and 19 ms in bf16 this way, 34 and 38 ms through `F.conv1d(groups=D)`; one step 0.1 ms against
-    0.25 and 2.8 ms.
+    Beyond 64 taps by FFT (see `wide.py`). Up to there one shifted multiply-add a tap, accumulated in fp32: on one CPU
+    core at B=8, T=512, D=256, W=4 forward and backward take 27 ms in fp32 and 19 ms in bf16 this way, 34 and 38 ms
+    through `F.conv1d(groups=D)`; one step 0.1 ms against 0.25 and 2.8 ms.
     """
     reach = weight.shape[1] - 1
     if reach == 0:
@@ -34,10 +37,19 @@ def conv_chunked(
         history, source, after = _packed(x, tail, reach, segments)
     length = history.shape[1] - reach
     keep = torch.promote_types(x.dtype, torch.float32)
-    y = history.new_zeros((), dtype=keep) if bias is None else bias.to(keep)
-    y = y.expand(history.shape[0], length, x.shape[2])
-    for i in range(reach + 1):
-        y = torch.addcmul(y, history[:, i : i + length], weight[:, i])
+    if reach < _WIDE:
+        y = history.new_zeros((), dtype=keep) if bias is None else bias.to(keep)
+        y = y.expand(history.shape[0], length, x.shape[2])
+        for i in range(reach + 1):
+            y = torch.addcmul(y, history[:, i : i + length], weight[:, i])
+    elif length == 1:
+        y = (history * weight.T.to(keep)).sum(1, keepdim=True)
+        y = y if bias is None else y + bias
+    else:
+        # In front of a row without a past there are only zeros, in a packed one everything stays where it is.
+        skip = reach if tail is None and source is None else 0
+        y = conv_wide(history[:, skip:].to(keep), weight.flip(1).to(keep))[:, reach - skip :]
+        y = y if bias is None else y + bias
     if source is not None:
         y = y.index_select(1, source)
     if activation == "silu":

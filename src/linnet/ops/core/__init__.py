@@ -1,9 +1,19 @@
 """What every engine shares: packing, state tuples, input checks, the registry and the choice of a backend."""
 
-from .checks import Shapes, check_floating, check_log_decay, check_segments, common_dtype, no_autocast, value_checks
+from .checks import (
+    Shapes,
+    check_floating,
+    check_log_decay,
+    check_not_negative,
+    check_segments,
+    common_dtype,
+    no_autocast,
+    value_checks,
+)
+from .differentiable import differentiable
 from .registry import BACKENDS, Case, Cost, Identity, Op, backend, get_op, ops, register_op, resolve_backend
 from .segments import Segments, chunk_table
-from .state import detach, map_state, repeat_rows, select_rows, state_bytes, state_tensors, to
+from .state import detach, map_state, named_tensors, repeat_rows, select_rows, state_bytes, state_tensors, to
 
 __all__ = [
     "BACKENDS",
@@ -16,12 +26,15 @@ __all__ = [
     "backend",
     "check_floating",
     "check_log_decay",
+    "check_not_negative",
     "check_segments",
     "chunk_table",
     "common_dtype",
     "detach",
+    "differentiable",
     "get_op",
     "map_state",
+    "named_tensors",
     "no_autocast",
     "ops",
     "register_op",

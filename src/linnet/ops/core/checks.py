@@ -15,6 +15,7 @@ __all__ = [
     "Shapes",
     "check_floating",
     "check_log_decay",
+    "check_not_negative",
     "check_segments",
     "common_dtype",
     "no_autocast",
@@ -106,11 +107,23 @@ def check_segments(segments: Segments | None, batch: int, length: int) -> int:
 def check_log_decay(name: str, g: Tensor) -> None:
     """Refuse positive or NaN log-decays. Reading values on a GPU would synchronise, so there only inside
     :func:`value_checks`."""
-    if torch.compiler.is_compiling() or not (_value_checks or g.device.type == "cpu") or g.numel() == 0:
-        return
-    worst = float(g.detach().max())
+    worst = _largest(g)
     if not worst <= 0:
         raise ValueError(f"{name}: expected natural-log decays, all <= 0 (-inf resets), got a maximum of {worst:g}")
+
+
+def check_not_negative(name: str, x: Tensor) -> None:
+    """Refuse negative or NaN entries, where :func:`check_log_decay` looks at values."""
+    worst = -_largest(-x)
+    if not worst >= 0:
+        raise ValueError(f"{name}: expected no negative entry, got a minimum of {worst:g}")
+
+
+def _largest(x: Tensor) -> float:
+    """The largest entry, 0 where values are not to be read."""
+    if torch.compiler.is_compiling() or not (_value_checks or x.device.type == "cpu") or x.numel() == 0:
+        return 0.0
+    return float(x.detach().max())
 
 
 @contextmanager

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["detach", "map_state", "repeat_rows", "select_rows", "state_bytes", "state_tensors", "to"]
+__all__ = [
+    "detach",
+    "map_state",
+    "named_tensors",
+    "repeat_rows",
+    "select_rows",
+    "state_bytes",
+    "state_tensors",
+    "to",
+]
 
 
 def map_state(fn: Callable[[Tensor], Tensor], state: Any) -> Any:
@@ -32,6 +41,17 @@ def state_tensors(state: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_state(lambda x: found.append(x) or x, state)
     return found
+
+
+def named_tensors(prefix: str, state: Any) -> dict[str, Tensor]:
+    """The tensors of ``state`` by path: ``state.S``, ``state.decay.z``; plain tuples count, ``out.1``."""
+    if state is None:
+        return {}
+    if isinstance(state, Tensor):
+        return {prefix: state}
+    names = getattr(state, "_fields", range(len(state)))
+    parts = (named_tensors(f"{prefix}.{name}", part) for name, part in zip(names, state, strict=True))
+    return {path: x for part in parts for path, x in part.items()}
 
 
 def detach(state: Any) -> Any:

@@ -17,8 +17,10 @@ from ..core import (
     check_log_decay,
     check_segments,
     common_dtype,
+    differentiable,
     resolve_backend,
 )
+from ..core.chunks import accumulate_dtype
 from . import chunked, reference
 from .mlstm import MLSTMState, mlstm
 from .state import DecayState
@@ -82,9 +84,7 @@ def decay(
     if normalize and gv is not None:
         raise ValueError("normalize: expected False with gv (a value-side decay has no matching key sum), got True")
     q, k, v, g, gv, u, w, S, z, scale = _check(q, k, v, g, gv, u, w, scale, normalize, state, segments)
-    o, x, S, z = run(q, k, v, g, gv, u, w, S, z, segments, scale, chunk_size, backend)
-    if x is not None:
-        o = (o / (x[..., None] + eps)).to(o.dtype)
+    o, S, z = run(q, k, v, g, gv, u, w, S, z, None, segments, scale, eps, chunk_size, backend)
     return o, DecayState(S, z)
 
 
@@ -98,45 +98,65 @@ def run(
     w: Tensor | None,
     S: Tensor,
     z: Tensor | None,
+    floor: Tensor | None,
     segments: Segments | None,
     scale: float,
+    eps: float,
     chunk_size: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """The engine behind :func:`decay` and :func:`mlstm`, on checked inputs: un-normalised reading, its sum, state."""
-    covered = kernels_cover(q, v, g, gv, u, z)
-    name = resolve_backend(backend, BACKENDS if covered else BACKENDS[:2], q)
-    if name == "reference" or (q.shape[1] == 1 and segments is None and backend == "auto"):
-        # One token is one step of the recurrence: nothing to chunk, and no registration overhead on the decode path.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The engine behind :func:`decay` and :func:`mlstm`, on checked inputs. With ``z`` the reading is divided by
+    ``x + eps``, or with ``floor`` ``[B, T, H]`` by ``max(|x|, floor) + eps``, where ``x = scale * q.z``."""
+    name = resolve_backend(backend, BACKENDS if kernels_cover(q, v) else BACKENDS[:2], q)
+    host = None if segments is None else segments.cu_seqlens_host
+    given = (q, k, v, g, gv, u, w, S, z)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    step = q.shape[1] == 1 and segments is None and backend == "auto"  # nothing to chunk or to register
+    if step and name == "triton" and not training and not torch.compiler.is_compiling():
+        from . import launch
+
+        o, (S, z) = launch.step(q, k, v, g, gv, u, w, launch.State(S, z), floor, scale, eps)
+        return o, S, z
+    if name == "reference" or step:
         bounds = None if segments is None else segments.cu_seqlens_host.tolist()
-        return reference.recurrent(q, k, v, g, gv, u, w, scale, S, z, bounds)
+        o, x, S, z = reference.recurrent(q, k, v, g, gv, u, w, scale, S, z, bounds)
+        return o if x is None else (o / _denominator(x, floor, eps)).to(o.dtype), S, z
     size = 64 if chunk_size is None else chunk_size
     if size < 1 or size & (size - 1):
         raise ValueError(f"chunk_size: expected a power of two, got {chunk_size}")
-    host = None if segments is None else segments.cu_seqlens_host
-    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, gv, u, w, S, z))
+    vector = u is not None or gv is not None or (g is not None and g.dim() == 4)
+    if name == "triton" and w is not None and vector:  # those kernels know no write weight
+        k, w = (k.unflatten(2, (-1, 1)) * w.to(k.dtype).unflatten(2, (k.shape[2], -1))[..., None]).flatten(2, 3), None
+        q = q if q.shape[2] == k.shape[2] else q.repeat_interleave(k.shape[2] // q.shape[2], 2)
+    if (
+        name == "triton" and gv is not None and g is not None and g.dim() == 3
+    ):  # a scalar decays every value channel alike
+        g, gv = None, gv + g[..., None]
+    given = (q, k, v, g, gv, u, w, S, z)
     if name == "chunked" and not torch.compiler.is_compiling():  # there T may be a symbol, which this would fix
         size = min(size, _ceil_power(q.shape[1]))
-    o, x, S, z_out, _ = _decay(q, k, v, g, gv, u, w, S, z, host, scale, size, name, training)
-    return o, None if z is None else x, S, None if z is None else z_out
+    o, _, S, z_out, *_ = _decay(*given, floor, host, scale, eps, size, name, training)
+    return o, S, None if z is None else z_out
 
 
-def kernels_cover(
-    q: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, u: Tensor | None, z: Tensor | None
-) -> bool:
-    """Whether the Triton kernels have this mode; the chunked PyTorch form takes the others."""
-    if gv is not None or u is not None or z is not None or (g is not None and g.dim() == 4):
-        return False
+def kernels_cover(q: Tensor, v: Tensor) -> bool:
+    """Whether the Triton kernels take this call; the chunked PyTorch form takes the others."""
     return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and max(q.shape[-1], v.shape[-1]) <= 512
 
 
-def _pieces(q: Tensor, v: Tensor, cu_host: Tensor | None) -> tuple[int, int]:
+def _denominator(x: Tensor, floor: Tensor | None, eps: float) -> Tensor:
+    return ((x if floor is None else torch.maximum(x.abs(), floor)) + eps)[..., None]
+
+
+def _pieces(q: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, cu_host: Tensor | None) -> tuple[int, int]:
     """Tokens between two boundary states kept for the backward pass, and how many of them a call has at most: enough
     tokens that the states stay below a tenth of the activations, fewer when the pieces are needed to fill the GPU."""
     B, T, H, K, V = *q.shape[:2], v.shape[2], q.shape[3], v.shape[3]
     if q.dtype == torch.float32:  # for accuracy: the gates' gradient is a running sum that starts afresh at each piece
         return 32, B * -(-T // 32) if cu_host is None else T // 32 + cu_host.shape[0] - 1
     piece = 512 if K * V <= 8192 else 1024 if K * V <= 32768 else 2048
+    if gv is not None or (g is not None and g.dim() == 4):  # the running sum of a vector gate has no exact pairs
+        piece = min(piece, 512)
     while piece > 128 and (B * T // piece) * H * max(1, V // 64) < 264:
         piece //= 2
     return piece, B * -(-T // piece) if cu_host is None else T // piece + cu_host.shape[0] - 1
@@ -168,7 +188,7 @@ def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):
             check_log_decay(name, x)
     if g is not None and g.dim() == 1:
         g = g.expand(q.shape[0], q.shape[1], -1)
-    acc = reference.accumulate_dtype(q)
+    acc = accumulate_dtype(q)
     H, K, V = v.shape[2], q.shape[3], v.shape[3]
     if state is None:
         S = torch.zeros(rows, H, K, V, dtype=acc, device=q.device)
@@ -189,11 +209,10 @@ def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):
     return q, k, v, g, gv, u, w, S, z, float(K**-0.5 if scale is None else scale)
 
 
-# The registered op. Optional tensors cannot be returned, so an absent normaliser is an empty tensor.
+# The registered op. Optional tensors cannot be returned, so an absent one is an empty tensor.
 
 
-@torch.library.custom_op("linnet::decay", mutates_args=())
-def _decay(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -203,37 +222,51 @@ def _decay(
     w: Tensor | None,
     S: Tensor,
     z: Tensor | None,
+    floor: Tensor | None,
     cu_host: Tensor | None,
     scale: float,
+    eps: float,
     chunk: int,
     backend: str,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x = z_out = edges = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Reading, normaliser, final S and z, and the boundary states (S, z) that the kernels' backward pass starts from;
+    the chunked form, which has none, keeps the reading in the accumulation dtype in their place."""
+    edges = z_edges = None
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton":
             from . import launch
 
-            o, S_out, edges = launch.forward(q, k, v, g, w, S, cu_host, scale, *_pieces(q, v, cu_host), training)
+            given = (q, k, v, g, gv, u, w, launch.State(S, z), floor, cu_host, scale, eps)
+            o, x, (S_out, z_out), bounds = launch.forward(*given, *_pieces(q, v, g, gv, cu_host), training)
+            if bounds is not None:
+                edges, z_edges = bounds
         else:
             o, x, S_out, z_out = chunked.forward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk)
-    return o, *(S.new_empty(0) if y is None else y for y in (x, S_out, z_out, edges))  # type: ignore[return-value]
+            if x is not None:
+                o = o / _denominator(x, floor, eps)
+                edges = o if training and o.dtype != v.dtype else None
+            o = o.to(v.dtype)
+    absent = (S.new_empty(0) if y is None else y for y in (x, S_out, z_out, edges, z_edges))
+    return o, *absent  # type: ignore[return-value]
 
 
-@_decay.register_fake
-def _(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, backend, training):
+def _forward_fake(q, k, v, g, gv, u, w, S, z, floor, cu_host, scale, eps, chunk, backend, training):
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    x = S.new_empty(0) if z is None else S.new_empty(v.shape[:3])
-    kept = backend == "triton" and training
-    edges = S.new_empty(_pieces(q, v, cu_host)[1], *S.shape[1:]) if kept else S.new_empty(0)
-    return o, x, S.new_empty(S.shape), S.new_empty(0 if z is None else z.shape), edges
+    none, kept = S.new_empty(0), backend == "triton" and training
+    pieces = _pieces(q, v, g, gv, cu_host)[1]
+    x, z_out = (none, none.clone()) if z is None else (S.new_empty(v.shape[:3]), S.new_empty(z.shape))
+    edges = S.new_empty(pieces, *S.shape[1:]) if kept else none.clone()
+    if backend == "chunked" and training and z is not None and S.dtype != v.dtype:
+        edges = S.new_empty(v.shape)
+    z_edges = z.new_empty(pieces, *z.shape[1:]) if kept and z is not None else none.clone()
+    return o, x, S.new_empty(S.shape), z_out, edges, z_edges
 
 
 _GRADS = ("q", "k", "v", "g", "gv", "u", "w", "S", "z")
 
 
-@torch.library.custom_op("linnet::decay_backward", mutates_args=())
-def _decay_backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -243,59 +276,77 @@ def _decay_backward(
     w: Tensor | None,
     S: Tensor,
     z: Tensor | None,
+    floor: Tensor | None,
     cu_host: Tensor | None,
     scale: float,
+    eps: float,
     chunk: int,
     backend: str,
+    o: Tensor | None,
+    x: Tensor | None,
     edges: Tensor,
+    z_edges: Tensor | None,
     gates: bool,
     do: Tensor,
-    dx: Tensor | None,
     dS: Tensor,
     dz: Tensor | None,
 ) -> list[Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton":
-            from . import launch
+            from .launch import State, backward
 
-            piece, _ = _pieces(q, v, cu_host)
-            grads = launch.backward(q, k, v, g, w, edges, cu_host, scale, piece, do, dS, gates)
+            given = (q, k, v, g, gv, u, w, floor, cu_host, scale, eps, _pieces(q, v, g, gv, cu_host)[0])
+            grads = backward(*given, o, x, State(edges, z_edges), do, State(dS, dz), gates)
         else:
+            dx = None
+            if x is not None and o is not None:  # o = num / den
+                o = edges if edges.numel() else o
+                do = do.to(x.dtype) / _denominator(x, floor, eps)
+                dx = -(do * o).sum(-1)
+                dx = dx if floor is None else dx * x.sign() * (x.abs() > floor)
             grads = chunked.backward(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, do, dx, dS, dz)
     none = S.new_empty(0)
     return [grads[name].contiguous() if name in grads else none.clone() for name in _GRADS]
 
 
-@_decay_backward.register_fake
-def _(q, k, v, g, gv, u, w, S, z, cu_host, scale, chunk, backend, edges, gates, do, dx, dS, dz):
+def _backward_fake(q, k, v, g, gv, u, w, S, z, *_):
     given = (q, k, v, g, gv, u, w, S, z)
-    return [S.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
+    return [S.new_empty(0) if y is None else torch.empty_like(y, memory_format=torch.contiguous_format) for y in given]
 
 
 def _setup(ctx, inputs, output):
-    *tensors, scale, chunk, backend, _ = inputs
-    ctx.save_for_backward(*tensors, output[-1])
-    ctx.options = scale, chunk, backend
+    *tensors, scale, eps, chunk, backend, _ = inputs
+    o, x, _, _, edges, z_edges = output
+    o, x, z_edges = (None, None, None) if tensors[8] is None else (o, x, z_edges)
+    ctx.save_for_backward(*tensors, o, x, edges, z_edges)
+    ctx.options = scale, eps, chunk, backend
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, dx, dS, dz, _):
-    *given, cu_host, edges = ctx.saved_tensors
+def _gradients(run, ctx, do, _dx, dS, dz, *_):
+    *given, floor, cu_host, o, x, edges, z_edges = ctx.saved_tensors
     q, v, S, z = given[0], given[2], given[7], given[8]
     do = v.new_zeros(*q.shape[:2], *v.shape[2:]) if do is None else do.contiguous()
     dS = torch.zeros_like(S) if dS is None else dS.contiguous()
     if z is None:
-        dx = dz = None
+        dz = None
     else:
-        dx = S.new_zeros(v.shape[:3]) if dx is None else dx.contiguous()
         dz = torch.zeros_like(z) if dz is None else dz.contiguous()
-    gates = any(ctx.needs_input_grad[_GRADS.index(name)] for name in ("g", "w"))
-    grads = _decay_backward(*given, cu_host, *ctx.options, edges, gates, do, dx, dS, dz)
+    gates = any(ctx.needs_input_grad[_GRADS.index(name)] for name in ("g", "gv", "u", "w"))
+    grads = run(*given, floor, cu_host, *ctx.options, o, x, edges, z_edges, gates, do, dS, dz)
     wanted = zip(grads, given, ctx.needs_input_grad[: len(given)], strict=True)
-    return *(d if needed and x is not None else None for d, x, needed in wanted), None, None, None, None, None
+    return *(d if needed and y is not None else None for d, y, needed in wanted), *(None,) * 7
 
 
-_decay.register_autograd(_backward, setup_context=_setup)
+_decay = differentiable(
+    "decay",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(

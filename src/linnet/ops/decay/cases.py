@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import Case, Identity, Op, register_op
-from . import BACKENDS, cost, decay, kernels_cover, mlstm
+from . import BACKENDS, cost, decay, mlstm
 from .state import DecayState, MLSTMState
 
 H, K, V = 2, 8, 6
@@ -58,11 +58,7 @@ def _case(name: str, *extras: Callable[[torch.Generator, int, int], dict[str, An
         return given
 
     time = ("q", "k", "v", "g", "gv", "w")
-    sample = make(torch.Generator(), 1, 1)
-    z = torch.empty(0) if options.get("normalize") else None
-    covered = kernels_cover(sample["q"].float(), sample["v"], sample.get("g"), sample.get("gv"), sample.get("u"), z)
-    backends = BACKENDS if covered else BACKENDS[:2]
-    return Case(name, make, time, state, keep_fp32=("g", "gv", "w"), hostile=hostile, backends=backends)
+    return Case(name, make, time, state, keep_fp32=("g", "gv", "w"), hostile=hostile)
 
 
 def _bonus(r: torch.Generator, B: int, T: int) -> dict[str, Any]:
@@ -240,7 +236,7 @@ register_op(
     Op(
         "mlstm",
         mlstm,
-        BACKENDS[:2],
+        BACKENDS,
         (
             _mlstm_case("gates", _gates(2.0)),
             _mlstm_case("closed gates", _gates(1.0, -10.0)),

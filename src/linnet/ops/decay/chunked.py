@@ -130,8 +130,7 @@ def forward(
     scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Arguments and results as in :func:`linnet.ops.decay.reference.recurrent`."""
-    dtype = v.dtype
+    """Arguments and results as in :func:`linnet.ops.decay.reference.recurrent`, the reading not yet rounded."""
     c = _prepare(q, k, v, g, gv, u, w, cu_host, chunk)
     S_in, z_in, S, z = _scan(c, S, z)
     read = times(c.q, c.key and c.key.prefix)
@@ -152,7 +151,7 @@ def forward(
         o = o + own[..., None] * c.v
         x = None if x is None else x + own
     return (
-        join(o * scale, c.plan).to(dtype).contiguous(),
+        join(o * scale, c.plan).contiguous(),
         None if x is None else join(x[..., None] * scale, c.plan)[..., 0].contiguous(),
         S,
         z,

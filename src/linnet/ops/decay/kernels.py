@@ -8,10 +8,19 @@ is the forward pass with (r, s, p) = (q, k, v). Its three gradients are the same
 
     dq: (dO, v, k) forward in time        dv: (k, q, dO) backward in time        dk: (v, dO, q) backward in time
 
-so a program walks the chunks of one sequence (or of one piece of it) in either direction with the state on chip, and
-only the payload's channels are split over programs. Pieces of ``PIECE`` tokens have their boundary states in memory:
-they let a long sequence fill the GPU (every piece starts from its own boundary state), and the gradient of the gates
-starts afresh at each, which keeps it free of cancellation over long sequences.
+The normaliser is one more reading of the first kind, with ones for the payload. A program walks the chunks of one
+sequence (or of one piece of it) in either direction with the state on chip, and only the payload's channels are split
+over programs. Pieces of ``PIECE`` tokens have their boundary states in memory: they let a long sequence fill the GPU
+(every piece starts from its own boundary state), and the gradient of the gates starts afresh at each, which keeps it
+free of cancellation over long sequences.
+
+Gates. Of a pair of tokens, the *late* one (q, dO) reads what the *early* one (k, v) wrote. A scalar gate enters as a
+matrix over the pairs. A vector gate, on the channels of reader and writer or of the payload, is split into a factor of
+the late and one of the early token, both relative to the middle of the chunk: ``prepare_kernel`` multiplies them into
+the tensors, the pass has only to scale its state (``HALF_R``, ``HALF_P``), and ``finish_kernel`` multiplies the results
+and gathers the gates' gradients. The factors grow as the inverse of half a chunk's gates, so a chunk in which any
+channel forgets more than a limit has factors of 1 and is walked token by token: the recurrence itself, exact for every
+gate.
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ def _load(
     x, head, heads, width, t0, column, valid, C: tl.constexpr, W: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr
 ):
     """Tile ``[C, W]`` of one head of a tensor ``[tokens, heads, width]``, from token ``t0`` and ``column`` on."""
-    if TMA:
+    if TMA and FULL:
         tile = x.load([t0, head * width + column])
     else:
         steps, cols = tl.arange(0, C), column + tl.arange(0, W)
@@ -40,6 +49,14 @@ def _load(
 
 
 @triton.jit
+def _store(x, head, heads, width, t0, column, valid, tile, C: tl.constexpr, W: tl.constexpr):
+    """Write the valid rows of a tile ``[C, W]``."""
+    steps, cols = tl.arange(0, C), column + tl.arange(0, W)
+    at = x + (t0.to(tl.int64) * heads + head) * width + (steps[:, None] * (heads * width) + cols[None, :])
+    tl.store(at, tile.to(x.dtype.element_ty), mask=valid[:, None] & (cols < width)[None, :])
+
+
+@triton.jit
 def _state_block(ptr, slot, DR, DP, st_r, st_p, column, BR: tl.constexpr, BP: tl.constexpr):
     """Columns ``column ..`` of the state number ``slot`` (a block pointer costs no registers between uses)."""
     base = ptr + slot * DR * DP
@@ -48,47 +65,69 @@ def _state_block(ptr, slot, DR, DP, st_r, st_p, column, BR: tl.constexpr, BP: tl
 
 @triton.jit
 def _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED: tl.constexpr):
-    """First token of a piece, the one after its last, its sequence, and whether it begins it."""
+    """First token of a piece, the one after its last, its sequence, and the sequence's first token."""
     if PACKED:
         n = tl.load(table_ptr + 2 * piece)
         c = tl.load(table_ptr + 2 * piece + 1)
-        first = tl.load(cu_ptr + n) + c * PIECE
+        origin = tl.load(cu_ptr + n)
         end = tl.load(cu_ptr + n + 1)
     else:
         per_row = tl.cdiv(T, PIECE)
         n = piece // per_row
         c = piece % per_row
-        first = n * T + c * PIECE
-        end = (n + 1) * T
-    return first, tl.minimum(first + PIECE, end), n, c == 0
+        origin = n * T
+        end = origin + T
+    first = origin + c * PIECE
+    return first, tl.minimum(first + PIECE, end), n, origin
+
+
+@triton.jit
+def _row(x, head, heads, width, t, cols):
+    """One token of one head of ``[tokens, heads, width]`` in fp32."""
+    at = x + (t.to(tl.int64) * heads + head) * width + cols
+    return tl.load(at, mask=cols < width, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def pass_kernel(
+    # Tiles: descriptors where the copy engine moves them (TMA), and always pointers to the same memory.
     r_ptr,
     s_ptr,
     p_ptr,
-    g_ptr,
+    out_ptr,
+    dot_ptr,  # GRAD: the late (dq) or early (dk) tokens' other half of q.dq or k.dk
+    r_raw,
+    s_raw,
+    p_raw,
+    out_raw,
+    dot_raw,
+    g_ptr,  # scalar gate, [tokens, H], or [H] when constant
     seen_ptr,  # per token, summed log2-decay of its chunk up to and with it, [H, tokens]
     left_ptr,  # per token, summed log2-decay of its chunk after it
+    gr_ptr,  # vector gates, for chunks that are walked token by token, [tokens, H, channels]
+    gp_ptr,
+    half_r_ptr,  # their log2-decays over both halves of each chunk, [chunks, H, 2, channels]
+    half_p_ptr,
+    slow_ptr,  # whether a chunk is walked token by token, [chunks, H]
+    own_ptr,  # DIAG: weight of each token's own pair, [tokens, H]
     wr_ptr,
     ws_ptr,
     start_ptr,  # boundary states [pieces, H, DR, DP] (or [rows, H, DR, DP] when whole sequences are walked)
-    out_ptr,
-    out_raw,  # the same memory as a pointer
     edge_ptr,  # boundary states to be written
     last_ptr,  # final state
-    total_ptr,  # STATE_ONLY: summed log-decay of the piece
-    dot_ptr,  # GRAD: the readers' (dq) or writers' (dk) other half of q.dq or k.dk
+    z_ptr,  # NORM 2: running sum of the keys where the walk starts
+    total_ptr,  # STATE_ONLY: summed log2-decay of the piece, [pieces, H] or with the gate's channels
+    x_ptr,  # NORM: 1 the normaliser, 2 its gradient, [tokens, H]
+    floor_ptr,  # NORM 1: least denominator, [tokens, H]
     row_ptr,
     col_ptr,
     cu_ptr,
     table_ptr,
     scale,
+    eps,
     T,
     PIECE,
     n_rows,
-    n_pieces,
     H,
     HR,
     HS,
@@ -101,31 +140,40 @@ def pass_kernel(
     BR: tl.constexpr,
     BP: tl.constexpr,
     C: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of a piece, for vector gates
     REVERSE: tl.constexpr,
     GATE: tl.constexpr,  # 0 none, 1 a constant per head, 2 a scalar per token
+    HALF_R: tl.constexpr,  # a vector gate over the channels of reader and writer
+    HALF_P: tl.constexpr,  # a vector gate over the channels of the payload
+    BONUS: tl.constexpr,  # exclusive reading: a late token's own gate is not between it and an early one
+    DIAG: tl.constexpr,  # a token's own pair: 0 like the others, 1 left out, its weight written where asked, 2 given
+    OWN: tl.constexpr,  # DIAG 1: write the weights
     WR: tl.constexpr,
     WS: tl.constexpr,
+    NORM: tl.constexpr,  # 1 the reading is divided by the normaliser; 2 its gradient comes in, keys as payload
+    FLOOR: tl.constexpr,
     START: tl.constexpr,
     SPLIT: tl.constexpr,
     STATE_ONLY: tl.constexpr,
     EDGES: tl.constexpr,
     LAST: tl.constexpr,
     PACKED: tl.constexpr,
-    GRAD: tl.constexpr,  # 0 none, 1 rows and columns of the gate gradient (dq), 2 columns only (dk)
+    GRAD: tl.constexpr,  # scalar gates: 0 none, 1 rows and columns of the gate gradient (dq), 2 columns only (dk)
     EXACT: tl.constexpr,
-    FULL: tl.constexpr,
+    FULL_R: tl.constexpr,  # tiles lie within the channels
+    FULL_P: tl.constexpr,
     RAGGED: tl.constexpr,
     TMA: tl.constexpr,
 ):
     splits = tl.cdiv(DP, BP)
     pid = tl.program_id(0)
-    p_block = pid % splits
+    column = (pid % splits) * BP
     h = (pid // splits) % H
     unit = pid // (splits * H)  # a piece when SPLIT, else a sequence
 
     # Tokens are counted over the whole batch, [B * T].
     if SPLIT:
-        first, stop, _n, _begins = _piece_bounds(unit, cu_ptr, table_ptr, T, PIECE, PACKED)
+        first, stop, _n, _origin = _piece_bounds(unit, cu_ptr, table_ptr, T, PIECE, PACKED)
         piece0 = unit
     elif PACKED:
         first = tl.load(cu_ptr + unit)
@@ -136,17 +184,24 @@ def pass_kernel(
         stop = first + T
         piece0 = unit * tl.cdiv(T, PIECE)
 
+    VECTOR: tl.constexpr = HALF_R or HALF_P
+    slot = unit.to(tl.int64) * H + h
+    r_cols, p_cols = tl.arange(0, BR), column + tl.arange(0, BP)
+    S = tl.zeros([BR, BP], dtype=tl.float32)
+    z = tl.zeros([BP], dtype=tl.float32)
     if START:
-        origin = _state_block(start_ptr, unit.to(tl.int64) * H + h, DR, DP, st_r, st_p, p_block * BP, BR, BP)
-        S = tl.load(origin, boundary_check=(0, 1), padding_option="zero")
-    else:
-        S = tl.zeros([BR, BP], dtype=tl.float32)
+        entering = _state_block(start_ptr, slot, DR, DP, st_r, st_p, column, BR, BP)
+        S = tl.load(entering, boundary_check=(0, 1), padding_option="zero")
+        if NORM == 2:
+            z = tl.load(z_ptr + slot * DP + p_cols, mask=p_cols < DP, other=0.0)
 
     line_base = h.to(tl.int64) * n_rows
     steps = tl.arange(0, C)
     if GATE == 1:
         constant = tl.maximum(tl.load(g_ptr + h).to(tl.float32), -80.0) * 1.4426950408889634
     total_all = 0.0
+    total_r = tl.zeros([BR], dtype=tl.float32)
+    total_p = tl.zeros([BP], dtype=tl.float32)
 
     walks = 1
     if not SPLIT:
@@ -159,284 +214,269 @@ def pass_kernel(
         begin = first + leg * PIECE
         end = tl.minimum(begin + PIECE, stop)
         if EDGES:  # the state that enters this piece, in the direction of the walk
-            edge = (piece0 + leg).to(tl.int64) * H + h
-            edge = _state_block(edge_ptr, edge, DR, DP, st_r, st_p, p_block * BP, BR, BP)
+            piece = (piece0 + leg).to(tl.int64) * H + h
+            edge = _state_block(edge_ptr, piece, DR, DP, st_r, st_p, column, BR, BP)
             tl.store(edge, S, boundary_check=(0, 1))
 
         n_chunks = tl.cdiv(end - begin, C)
-        for it in range(0, n_chunks):
-            if REVERSE:
-                t0 = begin + (n_chunks - 1 - it) * C
-            else:
-                t0 = begin + it * C
-            rows = t0 + steps
-            valid = rows < end
+        plan = (piece0 + leg).to(tl.int64) * (PIECE // C)  # number of the piece's first chunk
+        done = 0
+        while done < n_chunks:
+            halt = n_chunks
+            if VECTOR:  # the first chunk that has to be walked token by token
+                nth = tl.arange(0, CHUNKS)
+                which = n_chunks - 1 - nth if REVERSE else nth
+                ahead = (nth >= done) & (nth < n_chunks)
+                flag = tl.load(slow_ptr + (plan + which) * H + h, mask=ahead, other=0)
+                halt = tl.min(tl.where(ahead & (flag != 0), nth, n_chunks), 0)
 
-            s = _load(s_ptr, h // (H // HS), HS, DR, t0, 0, valid, C, BR, FULL, TMA)
-            p = _load(p_ptr, h // (H // HP), HP, DP, t0, p_block * BP, valid, C, BP, FULL, TMA)
+            for it in range(done, halt):
+                if REVERSE:
+                    nth_chunk = n_chunks - 1 - it
+                else:
+                    nth_chunk = it
+                t0 = begin + nth_chunk * C
+                rows = t0 + steps
+                valid = rows < end
+                at_rows = rows.to(tl.int64) * H + h
 
-            # Gates: what a reader has kept of the entering state, what the leaving state keeps of a writer.
-            if GATE != 0:
+                s = _load(s_ptr, h // (H // HS), HS, DR, t0, 0, valid, C, BR, FULL_R, TMA)
+                p = _load(p_ptr, h // (H // HP), HP, DP, t0, column, valid, C, BP, FULL_P, TMA)
+
+                # Gates: what a reader has kept of the entering state, what the leaving state keeps of a writer.
                 if GATE == 1:
                     count = tl.minimum(end - t0, C)
-                    b = constant * tl.minimum(steps + 1, count).to(tl.float32)
-                    tail = constant * tl.maximum(count - 1 - steps, 0).to(tl.float32)
+                    late = constant * tl.minimum(steps + (0 if BONUS else 1), count).to(tl.float32)
+                    early = constant * tl.maximum(count - 1 - steps, 0).to(tl.float32)
                     total = constant * count
-                else:
+                if GATE == 2:
                     b = tl.load(seen_ptr + line_base + rows, mask=valid, other=0.0)
-                    tail = tl.load(left_ptr + line_base + rows, mask=valid, other=0.0)
+                    late = b
+                    if BONUS:
+                        late = tl.load(seen_ptr + line_base + rows - 1, mask=valid & (steps > 0), other=0.0)
+                    early = tl.load(left_ptr + line_base + rows, mask=valid, other=0.0)
                     total = tl.load(seen_ptr + line_base + tl.minimum(t0 + C, end) - 1)
-                total_all += total
-                if REVERSE:
-                    read = tl.exp2(tail)
-                    write = tl.exp2(b)
-                else:
-                    read = tl.exp2(b)
-                    write = tl.exp2(tail)
-            if WS:
-                ws = tl.load(ws_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
-
-            if not STATE_ONLY:
-                r = _load(r_ptr, h // (H // HR), HR, DR, t0, 0, valid, C, BR, FULL, TMA)
-                A = tl.dot(r, tl.trans(s), input_precision="ieee")
-                if REVERSE:
-                    seen = steps[:, None] <= steps[None, :]
-                    if RAGGED:
-                        seen = seen & valid[None, :]
-                else:
-                    seen = steps[:, None] >= steps[None, :]
-                    if RAGGED:
-                        seen = seen & valid[:, None]
-                if GATE == 0:
-                    A = tl.where(seen, A, 0.0)
-                else:
-                    if EXACT and GATE == 2:  # each pair sums its own gates: no cancellation
-                        g = tl.load(g_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
-                        g = tl.maximum(g, -80.0) * 1.4426950408889634
-                        if REVERSE:
-                            pair = tl.cumsum(tl.where(steps[:, None] < steps[None, :], g[None, :], 0.0), 1)
-                        else:
-                            pair = tl.cumsum(tl.where(steps[:, None] > steps[None, :], g[:, None], 0.0), 0)
-                    elif GATE == 1 and REVERSE:
-                        pair = constant * (steps[None, :] - steps[:, None])
-                    elif GATE == 1:
-                        pair = constant * (steps[:, None] - steps[None, :])
-                    elif REVERSE:
-                        pair = b[None, :] - b[:, None]
-                    else:
-                        pair = b[:, None] - b[None, :]
-                    A = A * tl.exp2(tl.where(seen, pair, float("-inf")))
-                if REVERSE:  # backward in time the reading's scale belongs to what is written: the state is dS itself
-                    A = A * scale
-                plain = A
-                if WS:
-                    A = A * ws[None, :]
-                inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
                 if GATE != 0:
-                    inter = inter * read[:, None]
-                if GRAD == 0:
-                    o = tl.dot(A.to(p.dtype), p, inter, input_precision="ieee")
-                else:
-                    o = inter + tl.dot(A.to(p.dtype), p, input_precision="ieee")
-                if WR:
-                    wr = tl.load(wr_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
-                    o = o * wr[:, None]
-                if not REVERSE:
-                    o = o * scale
-                o = o.to(p.dtype)
-                if TMA and not RAGGED:
-                    out_ptr.store([t0, h * DP + p_block * BP], o)
-                else:
-                    cols = p_block * BP + tl.arange(0, BP)
-                    at = out_raw + (t0.to(tl.int64) * H + h) * DP + (steps[:, None] * (H * DP) + cols[None, :])
-                    tl.store(at, o, mask=valid[:, None] & (cols < DP)[None, :])
-
-                if GRAD != 0:
-                    # E_rs, what the pair (reader, writer) contributes to the log-gates between them and, without the
-                    # write weight, to the weight. Pairs inside the chunk come from one tile, so that their sums over
-                    # readers and over writers cancel exactly; pairs that cross chunks come through the state.
-                    d = _load(dot_ptr, h // (H // HD), HD, DP, t0, p_block * BP, valid, C, BP, FULL, TMA)
-                    across = tl.sum(d.to(tl.float32) * inter, 1)
-                    line = p_block.to(tl.int64) * H * n_rows + line_base + rows
-                    if GRAD == 1:
-                        across = across * scale
-                        E = plain * tl.dot(d, tl.trans(p), input_precision="ieee") * scale
-                        if WR:
-                            E = E * wr[:, None]
-                            across = across * wr
-                        tl.store(col_ptr + line, tl.sum(E, 0), mask=valid)
-                        if WS:
-                            E = E * ws[None, :]
-                        tl.store(row_ptr + line, tl.sum(E, 1) + across, mask=valid)
+                    total_all += total
+                    if REVERSE:
+                        read, write = tl.exp2(early), tl.exp2(late)
                     else:
-                        tl.store(col_ptr + line, across, mask=valid)
-
-            # The write: the payload carries the weights, so the writer's tile goes to the tensor cores as loaded.
-            if GATE != 0:
-                S = S * tl.exp2(total)
+                        read, write = tl.exp2(late), tl.exp2(early)
+                if HALF_R:  # the state, seen from the middle of the chunk
+                    half = half_r_ptr + ((plan + nth_chunk) * H + h) * 2 * DR + r_cols
+                    g0 = tl.load(half, mask=r_cols < DR, other=0.0)
+                    g1 = tl.load(half + DR, mask=r_cols < DR, other=0.0)
+                    into, past = (g1, g0) if REVERSE else (g0, g1)
+                    total_r += g0 + g1
+                    S = S * tl.exp2(into)[:, None]
+                if HALF_P:
+                    half = half_p_ptr + ((plan + nth_chunk) * H + h) * 2 * DP + p_cols
+                    g0 = tl.load(half, mask=p_cols < DP, other=0.0)
+                    g1 = tl.load(half + DP, mask=p_cols < DP, other=0.0)
+                    into_p, past_p = (g1, g0) if REVERSE else (g0, g1)
+                    total_p += g0 + g1
+                    S = S * tl.exp2(into_p)[None, :]
+                    if NORM == 2:
+                        z = z * tl.exp2(into_p)
                 if WS:
-                    write = write * ws
-            elif WS:
-                write = ws
-            elif REVERSE or RAGGED:
-                write = tl.zeros([C], dtype=tl.float32) + 1.0
-            if REVERSE:
-                write = write * scale
-            if (GATE != 0) or WS or REVERSE or RAGGED:
-                weighted = p * write[:, None]
+                    ws = tl.load(ws_ptr + at_rows, mask=valid, other=0.0).to(tl.float32)
+                if NORM == 2:
+                    dx = tl.load(x_ptr + at_rows, mask=valid, other=0.0)
+
+                if not STATE_ONLY:
+                    r = _load(r_ptr, h // (H // HR), HR, DR, t0, 0, valid, C, BR, FULL_R, TMA)
+                    # Pairs of the chunk: readers down, writers across.
+                    A = tl.dot(r, tl.trans(s), input_precision="ieee")
+                    if NORM == 2:
+                        A += dx[None, :] if REVERSE else dx[:, None]
+                    if REVERSE:
+                        apart = steps[None, :] - steps[:, None]
+                    else:
+                        apart = steps[:, None] - steps[None, :]
+                    if OWN:
+                        own = tl.sum(tl.where(apart == 0, A, 0.0), 1)
+                    seen = apart >= (0 if DIAG == 0 else 1)
+                    if RAGGED:
+                        seen = seen & (valid[None, :] if REVERSE else valid[:, None])
+                    if GATE == 0:
+                        A = tl.where(seen, A, 0.0)
+                    else:
+                        if EXACT and GATE == 2:  # each pair sums its own gates: no cancellation
+                            shift: tl.constexpr = 1 if BONUS else 0
+                            one = tl.load(g_ptr + at_rows - shift * H, mask=valid & (steps >= shift), other=0.0)
+                            one = tl.maximum(one.to(tl.float32), -80.0) * 1.4426950408889634
+                            if REVERSE:
+                                pair = tl.cumsum(tl.where(apart > shift, one[None, :], 0.0), 1)
+                            else:
+                                pair = tl.cumsum(tl.where(apart > shift, one[:, None], 0.0), 0)
+                        elif GATE == 1:
+                            pair = constant * (apart - (1 if BONUS else 0))
+                        elif REVERSE:
+                            pair = late[None, :] - b[:, None]
+                        else:
+                            pair = late[:, None] - b[None, :]
+                        A = A * tl.exp2(tl.where(seen, pair, float("-inf")))
+                    if DIAG == 2:
+                        own = tl.load(own_ptr + at_rows, mask=valid, other=0.0)
+                        A = tl.where(apart == 0, own[:, None], A)
+                    if (
+                        REVERSE
+                    ):  # backward in time the reading's scale belongs to what is written: the state is dS itself
+                        A = A * scale
+                    plain = A
+                    if WS:
+                        A = A * ws[None, :]
+                    inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
+                    if NORM == 2 and REVERSE:
+                        inter += z[None, :]
+                    if NORM == 2 and not REVERSE:
+                        inter += dx[:, None] * z[None, :]
+                    if GATE != 0:
+                        inter = inter * read[:, None]
+                    if GRAD == 0:
+                        o = tl.dot(A.to(p.dtype), p, inter, input_precision="ieee")
+                    else:
+                        o = inter + tl.dot(A.to(p.dtype), p, input_precision="ieee")
+                    if NORM == 1:
+                        den = tl.load(x_ptr + at_rows, mask=valid, other=1.0)
+                        if FLOOR:
+                            den = tl.maximum(tl.abs(den), tl.load(floor_ptr + at_rows, mask=valid, other=1.0))
+                        o = o / (den + eps)[:, None]
+                    if WR:
+                        wr = tl.load(wr_ptr + at_rows, mask=valid, other=0.0).to(tl.float32)
+                        o = o * wr[:, None]
+                    if not REVERSE:
+                        o = o * scale
+                    if OWN:
+                        if WR:
+                            own = own * wr
+                        if column == 0:
+                            tl.store(own_ptr + at_rows, own, mask=valid)
+                    if TMA and FULL_P and not RAGGED:
+                        out_ptr.store([t0, h * DP + column], o.to(p.dtype))
+                    else:
+                        _store(out_raw, h, H, DP, t0, column, valid, o, C, BP)
+
+                    if GRAD != 0:
+                        # E_rs, what the pair (reader, writer) contributes to the log-gates between them and, without
+                        # the write weight, to the weight. Pairs inside the chunk come from one tile, so that their sums
+                        # over readers and over writers cancel exactly; pairs that cross chunks come through the state.
+                        d = _load(dot_ptr, h // (H // HD), HD, DP, t0, column, valid, C, BP, FULL_P, TMA)
+                        across = tl.sum(d.to(tl.float32) * inter, 1)
+                        line = (column // BP).to(tl.int64) * H * n_rows + line_base + rows
+                        if GRAD == 1:
+                            across = across * scale
+                            E = plain * tl.dot(d, tl.trans(p), input_precision="ieee") * scale
+                            if WR:
+                                E = E * wr[:, None]
+                                across = across * wr
+                            tl.store(col_ptr + line, tl.sum(E, 0), mask=valid)
+                            if WS:
+                                E = E * ws[None, :]
+                            tl.store(row_ptr + line, tl.sum(E, 1) + across, mask=valid)
+                        else:
+                            tl.store(col_ptr + line, across, mask=valid)
+
+                # The write: the payload carries the weights, so the writer's tile goes to the tensor cores as loaded.
+                weight = tl.zeros([C], dtype=tl.float32) + (scale if REVERSE else 1.0)
+                if GATE != 0:
+                    S = S * tl.exp2(total)
+                    z = z * tl.exp2(total)
+                    weight = weight * write
+                if WS:
+                    weight = weight * ws
                 if RAGGED:  # what lies behind the sequence's end is another's
-                    weighted = tl.where(valid[:, None], weighted, 0.0)
-                p = weighted.to(p.dtype)
-            S = tl.dot(tl.trans(s), p, S, input_precision="ieee")
+                    weight = tl.where(valid, weight, 0.0)
+                heavy = p
+                if GATE != 0 or WS or REVERSE or RAGGED:
+                    heavy = p * weight[:, None]
+                    if RAGGED:
+                        heavy = tl.where(valid[:, None], heavy, 0.0)
+                    heavy = heavy.to(p.dtype)
+                S = tl.dot(tl.trans(s), heavy, S, input_precision="ieee")
+                if NORM == 2:
+                    z += tl.sum(p.to(tl.float32) * (weight * dx if REVERSE else weight)[:, None], 0)
+                if HALF_R:
+                    S = S * tl.exp2(past)[:, None]
+                if HALF_P:
+                    S = S * tl.exp2(past_p)[None, :]
+                    if NORM == 2:
+                        z = z * tl.exp2(past_p)
+
+            if VECTOR and halt < n_chunks:  # token by token: the recurrence as it stands in the reference
+                t0 = begin + (n_chunks - 1 - halt if REVERSE else halt) * C
+                count = tl.minimum(end - t0, C)
+                for step in range(0, count):
+                    t = t0 + (count - 1 - step if REVERSE else step)
+                    at_t = t.to(tl.int64) * H + h
+                    s = _row(s_raw, h // (H // HS), HS, DR, t, r_cols)
+                    p = _row(p_raw, h // (H // HP), HP, DP, t, p_cols)
+                    weight = scale if REVERSE else 1.0
+                    if WS:
+                        weight = weight * tl.load(ws_ptr + at_t).to(tl.float32)
+                    dx = 1.0
+                    if NORM == 2:
+                        dx = tl.load(x_ptr + at_t)
+                    keep_r = tl.zeros([BR], dtype=tl.float32) + 1.0
+                    keep_p = tl.zeros([BP], dtype=tl.float32) + 1.0
+                    if HALF_R:
+                        g = tl.maximum(_row(gr_ptr, h, H, DR, t, r_cols), -80.0) * 1.4426950408889634
+                        total_r += g
+                        keep_r = tl.exp2(g)
+                    if HALF_P:
+                        g = tl.maximum(_row(gp_ptr, h, H, DP, t, p_cols), -80.0) * 1.4426950408889634
+                        total_p += g
+                        keep_p = tl.exp2(g)
+                    # A token's own gate comes before its reading, or behind it where reading is exclusive; backward
+                    # in time, behind its write.
+                    if not REVERSE and not BONUS:
+                        S = S * keep_r[:, None] * keep_p[None, :]
+                        z = z * keep_p
+                    if not STATE_ONLY:
+                        r = _row(r_raw, h // (H // HR), HR, DR, t, r_cols)
+                        o = tl.sum(S * r[:, None], 0)
+                        if NORM == 2:
+                            o += z if REVERSE else dx * z
+                        if DIAG == 2:
+                            own = tl.load(own_ptr + at_t)
+                        else:
+                            own = tl.sum(r * s, 0)
+                            if NORM == 2:
+                                own += dx
+                        factor = 1.0
+                        if WR:
+                            factor = tl.load(wr_ptr + at_t).to(tl.float32)
+                        if OWN:
+                            if column == 0:
+                                tl.store(own_ptr + at_t, own * factor)
+                        if not REVERSE:
+                            factor = factor * scale
+                        if DIAG != 1:
+                            o += own * weight * p
+                        if NORM == 1:
+                            den = tl.load(x_ptr + at_t)
+                            if FLOOR:
+                                den = tl.maximum(tl.abs(den), tl.load(floor_ptr + at_t))
+                            o = o / (den + eps)
+                        tl.store(out_raw + at_t * DP + p_cols, (o * factor).to(out_raw.dtype.element_ty), p_cols < DP)
+                    if BONUS:
+                        S = S * keep_r[:, None] * keep_p[None, :]
+                        z = z * keep_p
+                    S += s[:, None] * (weight * p)[None, :]
+                    if NORM == 2:
+                        z += p * weight * (dx if REVERSE else 1.0)
+                    if REVERSE and not BONUS:
+                        S = S * keep_r[:, None] * keep_p[None, :]
+                        z = z * keep_p
+            done = halt + 1
 
     if LAST:
-        final = _state_block(last_ptr, unit.to(tl.int64) * H + h, DR, DP, st_r, st_p, p_block * BP, BR, BP)
+        final = _state_block(last_ptr, slot, DR, DP, st_r, st_p, column, BR, BP)
         tl.store(final, S, boundary_check=(0, 1))
-    if STATE_ONLY and GATE != 0:
-        if p_block == 0:
-            tl.store(total_ptr + unit * H + h, total_all)
-
-
-@triton.jit
-def chain_kernel(
-    start_ptr,
-    piece_ptr,
-    total_ptr,
-    edge_ptr,
-    last_ptr,
-    first_ptr,  # [rows + 1] pieces before each sequence (PACKED)
-    per_row,
-    H,
-    SIZE,
-    BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PACKED: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """Boundary states of the pieces, one after another: ``S <- exp(total) S + piece``."""
-    blocks = tl.cdiv(SIZE, BLOCK)
-    pid = tl.program_id(0)
-    block = pid % blocks
-    h = (pid // blocks) % H
-    n = pid // (blocks * H)
-    if PACKED:
-        first = tl.load(first_ptr + n)
-        count = tl.load(first_ptr + n + 1) - first
-    else:
-        first = n * per_row
-        count = per_row
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    mask = at < SIZE
-    S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * SIZE + at, mask=mask, other=0.0)
-    for it in range(0, count):
-        if REVERSE:
-            piece = first + count - 1 - it
-        else:
-            piece = first + it
-        slot = (piece.to(tl.int64) * H + h) * SIZE + at
-        tl.store(edge_ptr + slot, S, mask=mask)
-        if GATED:
-            S = S * tl.exp2(tl.load(total_ptr + piece * H + h))
-        S += tl.load(piece_ptr + slot, mask=mask, other=0.0)
-    tl.store(last_ptr + (n.to(tl.int64) * H + h) * SIZE + at, S, mask=mask)
-
-
-@triton.jit
-def sums_kernel(
-    g_ptr,
-    seen_ptr,
-    left_ptr,
-    cu_ptr,
-    table_ptr,
-    T,
-    n_rows,
-    PIECE,
-    H,
-    LENGTH: tl.constexpr,
-    C: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """Sums of the log2-decays of each chunk up to a token and after it, laid out ``[H, tokens]``. The second is summed
-    from its own gates: a difference would lose what follows a reset."""
-    pid = tl.program_id(0)
-    h = pid % H
-    first, stop, _n, _begins = _piece_bounds(pid // H, cu_ptr, table_ptr, T, PIECE, PACKED)
-    at = tl.arange(0, LENGTH // C)[:, None] * C + tl.arange(0, C)[None, :]
-    rows = first + at
-    valid = (rows < stop) & (at < PIECE)
-    g = tl.load(g_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
-    inner = valid & (rows + 1 < stop) & (at % C + 1 < C)
-    after = tl.load(g_ptr + (rows + 1).to(tl.int64) * H + h, mask=inner, other=0.0).to(tl.float32)
-    line = h.to(tl.int64) * n_rows + rows
-    log2e = 1.4426950408889634
-    tl.store(seen_ptr + line, tl.cumsum(tl.maximum(g, -80.0) * log2e, 1), mask=valid)
-    tl.store(left_ptr + line, tl.cumsum(tl.maximum(after, -80.0) * log2e, 1, reverse=True), mask=valid)
-
-
-@triton.jit
-def gate_kernel(
-    row_ptr,
-    col_ptr,
-    cross_ptr,
-    w_ptr,
-    edge_ptr,
-    d_edge_ptr,
-    d_first_ptr,
-    dg_ptr,
-    dw_ptr,
-    cu_ptr,
-    table_ptr,
-    T,
-    n_rows,
-    PIECE,
-    H,
-    SIZE,
-    n_blocks,
-    n_cross,
-    LENGTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WS: tl.constexpr,
-    GATED: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """Gradients of the log-gates and write weights of one piece from the sums of the dq and dk passes.
-
-    With E_ij the contribution of the pair (reader i, writer j), a gate t collects all pairs j < t <= i. At the first
-    token of the piece that is <S, dS> of the state before it; from token to token the pairs it wrote come in and those
-    it read go out.
-    """
-    pid = tl.program_id(0)
-    h = pid % H
-    piece = pid // H
-    first, stop, n, begins = _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED)
-    rows = first + tl.arange(0, LENGTH)
-    valid = (rows < stop) & (tl.arange(0, LENGTH) < PIECE)
-    at = rows.to(tl.int64) * H + h
-    line = h.to(tl.int64) * n_rows + rows
-    row = tl.zeros([LENGTH], dtype=tl.float32)
-    col = tl.zeros([LENGTH], dtype=tl.float32)
-    for _ in range(0, n_blocks):
-        row += tl.load(row_ptr + line, mask=valid, other=0.0)
-        col += tl.load(col_ptr + line, mask=valid, other=0.0)
-        row_ptr += n_rows * H
-        col_ptr += n_rows * H
-    for _ in range(0, n_cross):
-        col += tl.load(cross_ptr + line, mask=valid, other=0.0)
-        cross_ptr += n_rows * H
-    if WS:
-        tl.store(dw_ptr + at, col.to(dw_ptr.dtype.element_ty), mask=valid)
-        col = col * tl.load(w_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    if GATED:
-        S_at = edge_ptr + (piece.to(tl.int64) * H + h) * SIZE
-        if begins:
-            dS_at = d_first_ptr + (n.to(tl.int64) * H + h) * SIZE
-        else:
-            dS_at = d_edge_ptr + ((piece - 1).to(tl.int64) * H + h) * SIZE
-        acc = tl.zeros([BLOCK], dtype=tl.float32)
-        for k in range(0, SIZE, BLOCK):
-            cols = k + tl.arange(0, BLOCK)
-            S = tl.load(S_at + cols, mask=cols < SIZE, other=0.0)
-            acc += S * tl.load(dS_at + cols, mask=cols < SIZE, other=0.0)
-        change = col - row
-        dg = tl.sum(acc, 0) + (tl.cumsum(change, 0) - change)
-        tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=valid)
+    if STATE_ONLY and total_ptr is not None:
+        if HALF_R and column == 0:
+            tl.store(total_ptr + slot * DR + r_cols, total_r, mask=r_cols < DR)
+        if HALF_P:
+            tl.store(total_ptr + slot * DP + p_cols, total_p, mask=p_cols < DP)
+        if GATE != 0 and column == 0:
+            tl.store(total_ptr + slot, total_all)

@@ -6,12 +6,36 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core import chunk_table
-from .kernels import chain_kernel, gate_kernel, pass_kernel, sums_kernel
+from .kernels import pass_kernel
+from .kernels_around import (
+    chain_kernel,
+    finish_kernel,
+    gate_kernel,
+    norm_kernel,
+    prepare_kernel,
+    read_kernel,
+    sums_kernel,
+)
+from .kernels_step import stabilizer_kernel, step_kernel
+
+# How strongly half a chunk may forget, in log2, before it is walked token by token: the factors of a vector gate reach
+# 2^limit and their products over masked pairs its square. fp16 has little range; fp32 keeps its digits.
+LIMITS = {torch.bfloat16: 60.0, torch.float16: 4.0, torch.float32: 6.0}
+
+
+# Triton's own helpers of this kind cost more on the host than a small launch.
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def chunk_length(K: int, V: int, dtype: torch.dtype) -> int:
@@ -21,6 +45,7 @@ def chunk_length(K: int, V: int, dtype: torch.dtype) -> int:
     return 64 if max(K, V) <= 256 else 32
 
 
+@cache
 def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, grad: int) -> dict[str, int]:
     """Tile sizes, warps and pipeline depth, by the size of the state and how it is walked; T never enters.
 
@@ -28,7 +53,7 @@ def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, g
     with three; from 256 reading channels on two warp groups share the state. One stage and BP = 32 with two warp
     groups are slower or wrong there and not used.
     """
-    BR, widest = max(16, triton.next_power_of_2(DR)), max(16, triton.next_power_of_2(DP))
+    BR, widest = max(16, _power_of_2(DR)), max(16, _power_of_2(DP))
     if dtype == torch.float32:
         return {"BR": BR, "BP": min(32 if BR <= 128 else 16, widest), "C": C, "num_warps": 4, "num_stages": 2}
     if BR <= 128:
@@ -44,213 +69,417 @@ def _has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-class _Layout:
-    """Sequences and pieces of one call."""
+class _Vector(NamedTuple):
+    """A vector log-decay ``[B, T, H, D]`` with the sums over both halves of every chunk."""
 
-    def __init__(self, q: Tensor, v: Tensor, piece: int, cu_host: Tensor | None):
-        self.B, self.T = q.shape[:2]
-        self.piece, self.chunk = piece, chunk_length(q.shape[3], v.shape[3], q.dtype)
-        self.packed = cu_host is not None
-        if cu_host is None:
-            self.rows, self.per_row = self.B, -(-self.T // self.piece)
-            self.pieces, self.longest = self.rows * self.per_row, self.T
-            self.cu = self.table = self.first = None
-        else:
-            lengths = cu_host.diff()
-            self.rows, self.per_row, self.longest = len(lengths), 0, int(lengths.max())
-            self.table = chunk_table(cu_host, self.piece, q.device)
-            self.pieces = len(self.table)
-            counts = torch.zeros(len(cu_host), dtype=torch.int32)
-            counts[1:] = (-(-lengths // self.piece)).cumsum(0)
-            self.cu, self.first = cu_host.to(q.device), counts.to(q.device)
-
-    def split(self, programs: int) -> bool:
-        """Whether to walk pieces rather than whole sequences: when whole ones would leave the GPU half empty, or a
-        single long one would keep it waiting."""
-        uneven = self.packed and self.longest * self.rows > 2 * self.T
-        return self.longest > self.piece and (programs < 96 or (uneven and programs < 1024))
+    values: Tensor
+    halves: Tensor
 
 
-def _walk(
-    layout: _Layout,
-    reader: Tensor,
-    writer: Tensor,
-    payload: Tensor,
-    g: _Gate | None,
-    *,
-    H: int,
-    scale: float = 1.0,
-    reverse: bool = False,
-    transposed: bool = False,
-    split: bool,
-    start: Tensor | None,
-    out: Tensor | None = None,
-    wr: Tensor | None = None,
-    ws: Tensor | None = None,
-    edges: Tensor | None = None,
-    last: Tensor | None = None,
-    total: Tensor | None = None,
-    grad: int = 0,
-    dot: Tensor | None = None,
-    row: Tensor | None = None,
-    col: Tensor | None = None,
-) -> None:
-    """Launch one pass; see the module docstring. ``transposed`` says the states in memory are ``[DP, DR]``."""
-    DR, DP = writer.shape[-1], payload.shape[-1]
-    settings = launch_settings(DR, DP, layout.chunk, writer.dtype, split, grad)
-    units = layout.pieces if split else layout.rows
-    grid = (units * H * triton.cdiv(DP, settings["BP"]),)
-    gate = 0 if g is None else 1 if g.seen is None else 2
-    heads = [H if x is None else x.shape[2] for x in (reader, writer, payload, dot)]
-    fp32 = writer.dtype == torch.float32
-    full = settings["BR"] == DR and DP % settings["BP"] == 0
-    ragged = layout.packed or layout.T % settings["C"] != 0
-    tma = full and not fp32 and _has_tma(writer.device)
-
-    def tile(x: Tensor | None, width: int) -> Any:
-        if x is None or not tma:
-            return x
-        flat = x.view(layout.B * layout.T, -1)
-        return TensorDescriptor.from_tensor(flat, [settings["C"], width])
-
-    pass_kernel[grid](
-        tile(reader, settings["BR"]),
-        tile(writer, settings["BR"]),
-        tile(payload, settings["BP"]),
-        None if g is None else g.values,
-        None if g is None else g.seen,
-        None if g is None else g.left,
-        wr,
-        ws,
-        start,
-        tile(out, settings["BP"]),
-        out,
-        edges,
-        last,
-        total,
-        tile(dot, settings["BP"]),
-        row,
-        col,
-        layout.cu,
-        layout.table if split else layout.first,
-        scale,
-        layout.T,
-        layout.piece,
-        layout.B * layout.T,
-        layout.pieces,
-        H,
-        *heads,
-        DR,
-        DP,
-        1 if transposed else DP,
-        DR if transposed else 1,
-        REVERSE=reverse,
-        GATE=gate,
-        WR=wr is not None,
-        WS=ws is not None,
-        START=start is not None,
-        SPLIT=split,
-        STATE_ONLY=out is None,
-        EDGES=edges is not None,
-        LAST=last is not None,
-        PACKED=layout.packed,
-        GRAD=grad,
-        EXACT=fp32,
-        FULL=full,
-        RAGGED=ragged,
-        TMA=tma,
-        **settings,
-    )
-
-
-def _chain(
-    layout: _Layout,
-    writer: Tensor,
-    payload: Tensor,
-    g: _Gate | None,
-    ws: Tensor | None,
-    start: Tensor,
-    H: int,
-    pieces: int,
-    *,
-    reverse: bool = False,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Boundary states of every piece and the final state, from the pieces' own writes."""
-    K, V = writer.shape[-1], payload.shape[-1]
-    own = start.new_empty(pieces, H, K, V)
-    total = start.new_zeros(layout.pieces, H)
-    _walk(
-        layout,
-        writer,  # stands in for the reader: nothing is read
-        writer,
-        payload,
-        g,
-        H=H,
-        scale=scale,
-        reverse=reverse,
-        split=True,
-        start=None,
-        ws=ws,
-        last=own,
-        total=total,
-    )
-    edges, last = torch.empty_like(own), torch.empty_like(start)
-    block = 1024
-    grid = (layout.rows * H * triton.cdiv(K * V, block),)
-    chain_kernel[grid](
-        start,
-        own,
-        total,
-        edges,
-        last,
-        layout.first,
-        layout.per_row,
-        H,
-        K * V,
-        BLOCK=block,
-        REVERSE=reverse,
-        PACKED=layout.packed,
-        GATED=g is not None,
-    )
-    return edges, last
-
-
-def _splits(layout: _Layout, K: int, V: int, H: int, dtype: torch.dtype) -> bool:
-    return layout.split(layout.rows * H * triton.cdiv(V, launch_settings(K, V, layout.chunk, dtype, False, 0)["BP"]))
-
-
-class _Gate(NamedTuple):
-    """A log-decay as the kernels read it: ``[H]`` when constant, else ``[B, T, H]`` with its sums within chunks."""
+class _Scalar(NamedTuple):
+    """A log-decay ``[H]`` when constant, else ``[B, T, H]`` with its sums within chunks."""
 
     values: Tensor
     seen: Tensor | None
     left: Tensor | None
 
 
-def _prepare_gate(g: Tensor | None, layout: _Layout) -> _Gate | None:
-    if g is None:
-        return None
-    if all(g.stride(i) == 0 or g.shape[i] == 1 for i in (0, 1)):  # constant over batch and time: it came expanded
-        return _Gate(g[0, 0].contiguous(), None, None)
-    g = g.contiguous()
-    H, tokens = g.shape[2], layout.B * layout.T
-    seen, left = (torch.empty(H, tokens, dtype=torch.float32, device=g.device) for _ in range(2))
-    sums_kernel[(layout.pieces * H,)](
-        g,
-        seen,
-        left,
-        layout.cu,
-        layout.table,
-        layout.T,
-        tokens,
-        layout.piece,
-        H,
-        LENGTH=triton.next_power_of_2(layout.piece),
-        C=layout.chunk,
-        PACKED=layout.packed,
-    )
-    return _Gate(g, seen, left)
+class State(NamedTuple):
+    """A matrix state with its running sum of keys, or such states of all pieces."""
+
+    S: Tensor
+    z: Tensor | None
+
+
+def _rows(state: Tensor, rows: int) -> Tensor:
+    """Uninitialised states of as many rows."""
+    return state.new_empty(rows, *state.shape[1:])
+
+
+def _ones(v: Tensor) -> Tensor:
+    """The payload of a normaliser, one channel shared by all heads."""
+    return v.new_ones(*v.shape[:2], 1, 1)
+
+
+class _Call:
+    """One call's sequences, pieces and gates, and the walks over them."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        gv: Tensor | None,
+        u: Tensor | None,
+        cu_host: Tensor | None,
+        scale: float,
+        piece: int,
+    ):
+        self.B, self.T = q.shape[:2]
+        self.H, self.K, self.V = v.shape[2], q.shape[3], v.shape[3]
+        self.device, self.dtype = q.device, q.dtype
+        self.piece, self.chunk = piece, chunk_length(self.K, self.V, q.dtype)
+        self.scale = scale
+        self.u = None if u is None else u.contiguous()
+        self.packed = cu_host is not None
+        self.tokens = self.B * self.T
+        if cu_host is None:
+            self.rows, self.per_row, self.longest = self.B, -(-self.T // piece), self.T
+            self.pieces = self.rows * self.per_row
+            self.cu = self.table = self.first = None
+        else:
+            lengths = cu_host.diff()
+            self.rows, self.per_row, self.longest = len(lengths), 0, int(lengths.max())
+            self.table = chunk_table(cu_host, piece, q.device)
+            self.pieces = len(self.table)
+            counts = torch.zeros(len(cu_host), dtype=torch.int32)
+            counts[1:] = (-(-lengths // piece)).cumsum(0)
+            self.cu, self.first = cu_host.to(q.device), counts.to(q.device)
+        self.slow: Tensor | None = None
+        self.gate = self._scalar(g) if g is not None and g.dim() == 3 else None
+        chunks = self.pieces * (piece // self.chunk)
+        self.key, self.value = (
+            None
+            if x is None
+            else _Vector(x.contiguous(), x.new_empty(chunks, self.H, 2, x.shape[-1], dtype=torch.float32))
+            for x in (g if g is not None and g.dim() == 4 else None, gv)
+        )
+        if self.key is not None or self.value is not None:
+            self.slow = torch.zeros(chunks, self.H, dtype=torch.int8, device=q.device)
+        self.decided = False
+        if self.key is not None and self.value is not None:  # a chunk is walked token by token for either gate
+            for gate in (self.key, self.value):
+                self._prepare(gate, None, gate.values, None, None, None, None, slow=1)
+            self.decided = True
+
+    def _scalar(self, g: Tensor) -> _Scalar:
+        if all(g.stride(i) == 0 or g.shape[i] == 1 for i in (0, 1)):  # constant over batch and time: it came expanded
+            return _Scalar(g[0, 0].contiguous(), None, None)
+        g = g.contiguous()
+        seen, left = (torch.empty(self.H, self.tokens, dtype=torch.float32, device=g.device) for _ in range(2))
+        sums_kernel[(self.pieces * self.H,)](
+            g,
+            seen,
+            left,
+            self.cu,
+            self.table,
+            self.T,
+            self.tokens,
+            self.piece,
+            self.H,
+            LENGTH=_power_of_2(self.piece),
+            C=self.chunk,
+            PACKED=self.packed,
+        )
+        return _Scalar(g, seen, left)
+
+    def _prepare(
+        self,
+        gate: _Vector | None,
+        late: Tensor | None,
+        early: Tensor,
+        late_out: Tensor | None,
+        early_out: Tensor | None,
+        own: Tensor | None,
+        u: Tensor | None,
+        slow: int,
+    ) -> None:
+        D = early.shape[-1]
+        chunks = self.pieces * (self.piece // self.chunk)
+        prepare_kernel[(chunks * self.H,)](
+            late,
+            early,
+            None if gate is None else gate.values,
+            u,
+            late_out,
+            early_out,
+            own,
+            None if gate is None else gate.halves,
+            self.slow,
+            self.cu,
+            self.table,
+            LIMITS[self.dtype],
+            self.T,
+            self.piece,
+            self.H,
+            early.shape[2],
+            D,
+            BD=max(16, _power_of_2(D)),
+            C=self.chunk,
+            GATED=gate is not None,
+            BONUS=self.u is not None,
+            OWN=own is not None,
+            SLOW=slow,
+            PACKED=self.packed,
+            num_warps=4 if D <= 128 else 8,
+        )
+
+    def prepare(
+        self, gate: _Vector | None, late: Tensor | None, early: Tensor, *, u: Tensor | None = None, own: bool = False
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Late and early tokens with the factors of their vector gate, one head a head of the gate; with ``own`` also
+        the weight of each token's own pair."""
+        weight = early.new_empty(self.B, self.T, self.H, dtype=torch.float32) if own else None
+        if gate is None:
+            if own:
+                self._prepare(None, late, early, None, None, weight, u, slow=0)
+            return late, early, weight
+        early_out = early.new_empty(self.B, self.T, self.H, early.shape[-1])
+        late_out = None if late is None else torch.empty_like(early_out)
+        self._prepare(gate, late, early, late_out, early_out, weight, u, slow=2 if self.decided else 0)
+        return late_out, early_out, weight
+
+    def finish(
+        self,
+        gate: _Vector | None,
+        late: Tensor,
+        early: Tensor,
+        d_late: Tensor,
+        d_early: Tensor,
+        own: Tensor,
+        *,
+        by_key: bool,
+        sides: tuple[Tensor | None, ...],
+        dg: Tensor | None,
+        du: Tensor | None,
+    ) -> None:
+        """Turn the passes' gradients into those of the tokens, in place, and gather those of gate and bonus."""
+        D, E = early.shape[-1], self.V if by_key else self.K
+        wide = min(64, max(16, _power_of_2(D)))
+        finish_kernel[(self.pieces * self.H * _cdiv(D, wide),)](
+            late,
+            early,
+            None if gate is None else gate.values,
+            self.u if by_key else None,
+            d_late,
+            d_early,
+            own,
+            None if gate is None else gate.halves,
+            self.slow,
+            *sides,
+            dg,
+            du,
+            self.cu,
+            self.table,
+            self.scale,
+            self.T,
+            self.piece,
+            self.H,
+            early.shape[2],
+            D,
+            E,
+            self.V if by_key else 1,
+            1 if by_key else self.V,
+            BD=wide,
+            BE=32,
+            C=self.chunk,
+            GATED=gate is not None,
+            BONUS=self.u is not None,
+            GRAD=dg is not None or du is not None,
+            LATE=by_key,
+            NORM=by_key and sides[3] is not None,
+            PACKED=self.packed,
+        )
+
+    def read(self, gate: _Vector, o: Tensor, v: Tensor, own: Tensor | None) -> None:
+        """Turn the pass's reading under a value gate into the reading, in place."""
+        chunks, D = gate.halves.shape[0], o.shape[-1]
+        read_kernel[(chunks * self.H,)](
+            o,
+            v,
+            own,
+            gate.values,
+            gate.halves,
+            self.slow,
+            self.cu,
+            self.table,
+            self.scale,
+            self.T,
+            self.piece,
+            self.H,
+            D,
+            BD=max(16, _power_of_2(D)),
+            C=self.chunk,
+            PACKED=self.packed,
+            num_warps=4 if D <= 128 else 8,
+        )
+
+    def splits(self, DP: int) -> bool:
+        """Whether to walk a payload of so many channels in pieces rather than whole sequences: when whole ones would
+        leave the GPU half empty, or a single long one would keep it waiting."""
+        settings = launch_settings(self.K, DP, self.chunk, self.dtype, False, 0)
+        programs = self.rows * self.H * _cdiv(DP, settings["BP"])
+        uneven = self.packed and self.longest * self.rows > 2 * self.T
+        return self.longest > self.piece and (programs < 96 or (uneven and programs < 1024))
+
+    def walk(
+        self,
+        reader: Tensor,
+        writer: Tensor,
+        payload: Tensor,
+        *,
+        transposed: bool = False,
+        reverse: bool = False,
+        split: bool,
+        start: Tensor | None = None,
+        z: Tensor | None = None,
+        out: Tensor | None = None,
+        wr: Tensor | None = None,
+        ws: Tensor | None = None,
+        edges: Tensor | None = None,
+        last: Tensor | None = None,
+        total: Tensor | None = None,
+        diag: int = 0,
+        own: Tensor | None = None,
+        norm: int = 0,
+        x: Tensor | None = None,
+        floor: Tensor | None = None,
+        eps: float = 0.0,
+        grad: int = 0,
+        dot: Tensor | None = None,
+        row: Tensor | None = None,
+        col: Tensor | None = None,
+    ) -> None:
+        """Launch one pass; see the kernels' docstring. ``transposed`` says that the key's channels are the payload's:
+        states in memory are ``[DP, DR]``."""
+        DR, DP = writer.shape[-1], payload.shape[-1]
+        side_r, side_p = (self.value, self.key) if transposed else (self.key, self.value)
+        vector = side_r is not None or side_p is not None
+        settings = launch_settings(DR, DP, self.chunk, self.dtype, split, grad)
+        grid = ((self.pieces if split else self.rows) * self.H * _cdiv(DP, settings["BP"]),)
+        gate = self.gate
+        heads = [self.H if t is None else t.shape[2] for t in (reader, writer, payload, dot)]
+        BR, BP = settings["BR"], settings["BP"]
+        full_r, full_p = BR == DR, DP % BP == 0
+        tma = full_r and self.dtype != torch.float32 and _has_tma(self.device)
+        tiles = ((reader, BR), (writer, BR), (payload, BP), (out, BP), (dot, BP))
+
+        def tile(t: Tensor | None, width: int) -> Any:
+            if t is None or not tma or (width == BP and not full_p):
+                return t
+            return TensorDescriptor.from_tensor(t.view(self.tokens, -1), [settings["C"], width])
+
+        pass_kernel[grid](
+            *(tile(t, width) for t, width in tiles),
+            *(t for t, _ in tiles),
+            None if gate is None else gate.values,
+            None if gate is None else gate.seen,
+            None if gate is None else gate.left,
+            None if side_r is None else side_r.values,
+            None if side_p is None else side_p.values,
+            None if side_r is None else side_r.halves,
+            None if side_p is None else side_p.halves,
+            self.slow,
+            own,
+            wr,
+            ws,
+            start,
+            edges,
+            last,
+            z,
+            total,
+            x,
+            floor,
+            row,
+            col,
+            self.cu,
+            self.table if split else self.first,
+            self.scale,
+            eps,
+            self.T,
+            self.piece,
+            self.tokens,
+            self.H,
+            *heads,
+            DR,
+            DP,
+            1 if transposed else DP,
+            DR if transposed else 1,
+            CHUNKS=_power_of_2(self.piece // self.chunk) if vector else 1,
+            REVERSE=reverse,
+            GATE=0 if gate is None else 1 if gate.seen is None else 2,
+            HALF_R=side_r is not None,
+            HALF_P=side_p is not None,
+            BONUS=self.u is not None,
+            DIAG=diag,
+            OWN=diag == 1 and own is not None,
+            WR=wr is not None,
+            WS=ws is not None,
+            NORM=norm,
+            FLOOR=floor is not None,
+            START=start is not None,
+            SPLIT=split,
+            STATE_ONLY=out is None,
+            EDGES=edges is not None,
+            LAST=last is not None,
+            PACKED=self.packed,
+            GRAD=grad,
+            EXACT=self.dtype == torch.float32,
+            FULL_R=full_r,
+            FULL_P=full_p,
+            RAGGED=self.packed or self.T % settings["C"] != 0,
+            TMA=tma,
+            **settings,
+        )
+
+    def chain(
+        self,
+        writer: Tensor,
+        payload: Tensor,
+        ws: Tensor | None,
+        start: Tensor,
+        pieces: int,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Boundary states of every piece and the final state, from the pieces' own writes."""
+        own, edges, last = _rows(start, pieces), _rows(start, pieces), _rows(start, self.rows)
+        width = self.K if self.key is not None else self.V if self.value is not None else 1
+        total = start.new_empty(pieces, self.H, width)
+        # The writer stands in for the reader: nothing is read.
+        self.walk(writer, writer, payload, reverse=reverse, split=True, ws=ws, last=own, total=total)
+        R, P, block = start.shape[2], start.shape[3], 1024
+        chain_kernel[(self.rows * self.H * _cdiv(R * P, block),)](
+            start,
+            own,
+            total,
+            edges,
+            last,
+            self.first,
+            self.per_row,
+            self.H,
+            R,
+            P,
+            BLOCK=block,
+            REVERSE=reverse,
+            PACKED=self.packed,
+            GATED=2 if self.key is not None else 3 if self.value is not None else int(self.gate is not None),
+        )
+        return edges, last
+
+    def read_along(
+        self,
+        reader: Tensor,
+        writer: Tensor,
+        payload: Tensor,
+        start: Tensor,
+        pieces: int,
+        *,
+        keep: bool = True,
+        reverse: bool = False,
+        ws: Tensor | None = None,
+        **read: Any,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Walk every sequence from its start, whole or in pieces: boundary states (where kept) and the final state.
+        Without ``out`` nothing is read."""
+        if self.splits(start.shape[3]):
+            edges, last = self.chain(writer, payload, ws, start, pieces, reverse)
+            if read.get("out") is not None:
+                self.walk(reader, writer, payload, split=True, start=edges, reverse=reverse, ws=ws, **read)
+            return edges, last
+        last, kept = _rows(start, self.rows), _rows(start, pieces) if keep else None
+        ends: dict[str, Any] = {"start": start, "edges": kept, "last": last}
+        self.walk(reader, writer, payload, split=False, reverse=reverse, ws=ws, **ends, **read)
+        return kept, last
 
 
 def forward(
@@ -258,29 +487,39 @@ def forward(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    gv: Tensor | None,
+    u: Tensor | None,
     w: Tensor | None,
-    S: Tensor,
+    state: State,
+    floor: Tensor | None,
     cu_host: Tensor | None,
     scale: float,
+    eps: float,
     piece: int,
     pieces: int,
-    edges: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Reading, final state and, with ``edges``, the boundary states the backward pass starts from."""
-    q, k, v, S = q.contiguous(), k.contiguous(), v.contiguous(), S.contiguous()
-    w = None if w is None else w.contiguous()
-    H, K, V = v.shape[2], q.shape[3], v.shape[3]
-    layout = _Layout(q, v, piece, cu_host)
-    gate = _prepare_gate(g, layout)
+    training: bool,
+) -> tuple[Tensor, Tensor | None, State, State | None]:
+    """Reading, normaliser, final state and, when ``training``, the boundary states the backward pass starts from."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    S, z = (None if x is None else x.contiguous() for x in state)
+    w, floor = (None if x is None else x.contiguous() for x in (w, floor))
+    call = _Call(q, v, g, gv, u, cu_host, scale, piece)
+    q, k, own = call.prepare(call.key, q, k, u=call.u, own=u is not None)  # type: ignore[assignment]
+    _, payload, _ = call.prepare(call.value, None, v)
     o = torch.empty_like(v)
-    if _splits(layout, K, V, H, q.dtype):
-        bounds, last = _chain(layout, k, v, gate, w, S, H, pieces)
-        _walk(layout, q, k, v, gate, H=H, scale=scale, split=True, start=bounds, out=o, ws=w)
-        return o, last, bounds if edges else None
-    last = torch.empty_like(S)
-    bounds = S.new_empty(pieces, H, K, V) if edges else None
-    _walk(layout, q, k, v, gate, H=H, scale=scale, split=False, start=S, out=o, ws=w, edges=bounds, last=last)
-    return o, last, bounds
+    apart = own is not None and call.value is not None
+    pair: dict[str, Any] = {"diag": 1} if apart else {"diag": 0 if own is None else 2, "own": own}
+    x = z_bounds = z_last = None
+    if z is not None:
+        x = S.new_empty(*v.shape[:3], 1)  # type: ignore[union-attr]
+        sums = call.read_along(q, k, _ones(v), z[..., None], pieces, keep=training, out=x, ws=w, **pair)
+        z_bounds, z_last = (None if x is None else x[..., 0] for x in sums)
+    norm: dict[str, Any] = {"norm": int(x is not None), "x": x, "floor": floor, "eps": eps}
+    bounds, last = call.read_along(q, k, payload, S, pieces, keep=training, out=o, ws=w, **norm, **pair)  # type: ignore
+    if call.value is not None:
+        call.read(call.value, o, v, own)
+    kept = State(bounds, z_bounds) if training and bounds is not None else None
+    return o, None if x is None else x[..., 0], State(last, z_last), kept
 
 
 def backward(
@@ -288,114 +527,187 @@ def backward(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    gv: Tensor | None,
+    u: Tensor | None,
     w: Tensor | None,
-    bounds: Tensor,
+    floor: Tensor | None,
     cu_host: Tensor | None,
     scale: float,
+    eps: float,
     piece: int,
+    o: Tensor | None,
+    x: Tensor | None,
+    bounds: State,
     do: Tensor,
-    dS: Tensor,
-    gate_grad: bool,
+    d_state: State,
+    gates: bool,
 ) -> dict[str, Tensor]:
-    """Gradients by input name, from those of the reading and of the final state."""
-    q, k, v, do, dS = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous(), dS.contiguous()
-    w = None if w is None else w.contiguous()
-    H, K, V = v.shape[2], q.shape[3], v.shape[3]
-    layout = _Layout(q, v, piece, cu_host)
-    gate = _prepare_gate(g, layout)
-    gate_grad = gate_grad and (g is not None or w is not None)
+    """Gradients by input name, from those of the reading ``o`` and of the final state. ``gates`` says whether any
+    of the gates, the bonus and the write weight wants one."""
+    q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
+    w, floor = (None if x is None else x.contiguous() for x in (w, floor))
+    call = _Call(q, v, g, gv, u, cu_host, scale, piece)
+    H, K, V, pieces = call.H, call.K, call.V, len(bounds.S)
+    gates = gates and any(x is not None for x in (g, gv, u, w))
+    new = bounds.S.new_empty
+
+    lw = dx = None  # by what the late tokens are weighted, and the normaliser's gradient over that
+    if x is not None:
+        lw, dx = torch.empty_like(x), torch.empty_like(x)
+        rows, wide = 16, min(128, max(16, _power_of_2(V)))
+        norm_kernel[(_cdiv(x.numel(), rows),)](
+            do, o, x, floor, lw, dx, eps, x.numel(), V, ROWS=rows, BV=wide, FLOOR=floor is not None
+        )
+
+    # Where gates lie between tokens channel by channel, or reading is exclusive, a token's own pair goes apart.
+    key_apart, value_apart = call.key is not None or u is not None, call.value is not None
+    late, early, own = call.prepare(call.key, q, k, u=call.u, own=u is not None or value_apart)
+    d_late, values, own_value = call.prepare(call.value, do, v, own=value_apart)
+    if own_value is None and key_apart:
+        own_value = new(call.B, call.T, H)
     dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), torch.empty_like(v)
-    row, col, cross = None, None, None
-    if gate_grad:  # one partial sum for each block of the payload's channels
-        tiles = [launch_settings(V, K, layout.chunk, q.dtype, True, grad)["BP"] for grad in (1, 2)]
-        inner, outer = (triton.cdiv(K, tile) for tile in tiles)
-        row, col, cross = (dS.new_empty(n, H, layout.B * layout.T) for n in (inner, inner, outer))
-    common: dict[str, Any] = {"H": H, "scale": scale}
-    _walk(
-        layout,
-        do,
-        v,
-        k,
-        gate,
-        split=True,
-        transposed=True,
-        start=bounds,
+    scalar = gates and call.key is None and call.value is None and (g is not None or w is not None)
+    row = col = cross = None
+    inner = outer = 0
+    if scalar:  # one partial sum for each block of the payload's channels
+        inner, outer = (_cdiv(K, launch_settings(V, K, call.chunk, q.dtype, True, n)["BP"]) for n in (1, 2))
+        row, col, cross = (new(n, H, call.tokens) for n in (inner, inner, outer))
+
+    dv_own: dict[str, Any] = {"diag": 1} if value_apart else {"diag": 0 if own is None else 2, "own": own}
+    d_bounds, d_first = call.read_along(
+        early, late, d_late, d_state.S, pieces, reverse=True, out=dv, wr=w, ws=lw, **dv_own
+    )
+    dz_bounds = dz_first = None
+    if d_state.z is not None and dx is not None:
+        sums = call.read_along(early, late, _ones(v), d_state.z[..., None], pieces, reverse=True, ws=dx * lw)
+        dz_bounds, dz_first = (x[..., 0] for x in sums)
+    norm = 0 if x is None else 2
+    keys: dict[str, Any] = {"transposed": True, "split": True, "norm": norm, "x": dx, "diag": int(key_apart)}
+    call.walk(
+        values,
+        d_late,
+        late,
+        start=d_bounds,
+        z=dz_bounds,
+        out=dk,
+        grad=2 * int(scalar),
+        dot=k if scalar else None,
+        col=cross,
+        reverse=True,
+        wr=w,
+        ws=lw,
+        **keys,
+    )
+    call.walk(
+        d_late,
+        values,
+        early,
+        start=bounds.S,
+        z=bounds.z,
         out=dq,
+        wr=lw,
         ws=w,
-        grad=int(gate_grad),
-        dot=q if gate_grad else None,
+        own=own_value if call.value is None and key_apart else None,
+        grad=int(scalar),
+        dot=q if scalar else None,
         row=row,
         col=col,
-        **common,
+        **keys,
     )
-    if _splits(layout, K, V, H, q.dtype):
-        d_bounds, dS0 = _chain(layout, q, do, gate, None, dS, H, len(bounds), reverse=True, scale=scale)
-        _walk(layout, k, q, do, gate, reverse=True, split=True, start=d_bounds, out=dv, wr=w, **common)
-    else:
-        d_bounds, dS0 = torch.empty_like(bounds), torch.empty_like(dS)
-        _walk(
-            layout,
-            k,
-            q,
-            do,
-            gate,
-            reverse=True,
-            split=False,
-            start=dS,
-            out=dv,
-            wr=w,
-            edges=d_bounds,
-            last=dS0,
-            **common,
-        )
-    _walk(
-        layout,
-        v,
-        do,
-        q,
-        gate,
-        reverse=True,
-        split=True,
-        transposed=True,
-        start=d_bounds,
-        out=dk,
-        wr=w,
-        grad=2 * int(gate_grad),
-        dot=k if gate_grad else None,
-        col=cross,
-        **common,
-    )
+
+    found: dict[str, Tensor | None] = {}
+    sides = (bounds.S, d_bounds, d_first, bounds.z, dz_bounds, dz_first)
+    if key_apart:
+        dg = torch.empty_like(call.key.values) if gates and call.key is not None else None
+        du = new(pieces, H, K) if gates and u is not None else None
+        call.finish(call.key, q, k, dq, dk, own_value, by_key=True, dg=dg, du=du, sides=sides)  # type: ignore[arg-type]
+        found = {"g": dg, "u": None if du is None or u is None else du.sum(0).to(u.dtype)}
+    if call.value is not None:  # the late tokens of a value gate are those of the reading, whose pairs are walked again
+        o = torch.empty_like(v)
+        call.walk(late, early, values, split=True, start=bounds.S, out=o, diag=1)
+        dgv = torch.empty_like(call.value.values)
+        call.finish(call.value, do, v, o, dv, own, by_key=False, dg=dgv, du=None, sides=sides)  # type: ignore[arg-type]
+        found["gv"] = dgv
     heads = q.shape[2]
     if heads != H:
         dq, dk = (x.unflatten(2, (heads, -1)).sum(3) for x in (dq, dk))
-    grads = {"q": dq, "k": dk, "v": dv, "S": dS0}
-    if gate_grad:
-        dg = None if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device)
-        dw = None if w is None else torch.empty_like(w)
-        gate_kernel[(layout.pieces * H,)](
+    found |= {"q": dq, "k": dk, "v": dv, "S": d_first, "z": dz_first}
+    if scalar:
+        found["g"] = None if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        found["w"] = None if w is None else torch.empty_like(w)
+        gate_kernel[(call.pieces * H,)](
             row,
             col,
             cross,
             w,
-            bounds,
-            d_bounds,
-            dS0,
-            dg,
-            dw,
-            layout.cu,
-            layout.table,
-            layout.T,
-            layout.B * layout.T,
-            layout.piece,
+            *sides,
+            found["g"],
+            found["w"],
+            call.cu,
+            call.table,
+            call.T,
+            call.tokens,
+            call.piece,
             H,
             K * V,
+            K,
             inner,
             outer,
-            LENGTH=triton.next_power_of_2(layout.piece),
+            LENGTH=_power_of_2(call.piece),
             BLOCK=1024,
             WS=w is not None,
             GATED=g is not None,
-            PACKED=layout.packed,
+            NORM=x is not None,
+            BONUS=u is not None,
+            PACKED=call.packed,
         )
-        grads |= {name: x for name, x in (("g", dg), ("w", dw)) if x is not None}
-    return grads
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    u: Tensor | None,
+    w: Tensor | None,
+    state: State,
+    floor: Tensor | None,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, State]:
+    """One token for every row, without gradients: reading and the new state."""
+    q, k, v, gv, u, w, floor = (None if x is None else x.contiguous() for x in (q, k, v, gv, u, w, floor))
+    (N, _, H, V), (HQ, K) = v.shape, q.shape[2:]  # type: ignore[union-attr]
+    gate, row = 0, 0
+    if g is not None:
+        gate = 2 if g.dim() == 4 else 1
+        if gate == 2 or g.stride(0) != 0 or g.stride(2) != 1:  # a constant gate came expanded over the rows
+            g = g.contiguous()
+        row = g.stride(0) if N > 1 else 0
+    S, z = (None if x is None else x.contiguous() for x in state)
+    o = torch.empty_like(v)
+    after = State(torch.empty_like(S), None if z is None else torch.empty_like(z))  # type: ignore[arg-type]
+    BK = max(16, _power_of_2(K))
+    BV = min(max(16, _power_of_2(V)), max(16, 4096 // BK))
+    step_kernel[(N * H * _cdiv(V, BV),)](
+        q, k, v, g, gv, u, w, S, z, floor, o, *after, scale, eps, H, HQ, K, V, row, BK=BK, BV=BV, GATE=gate
+    )
+    return o, after  # type: ignore[return-value]
+
+
+def stabilizer(
+    i: Tensor, f: Tensor, m: Tensor, cu_host: Tensor | None, least: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-decay, write weight and least denominator ``[B, T, H]`` of the mLSTM, and the stabiliser ``[N, H]`` after the
+    last token, from its gates' pre-activations and the stabiliser before the first."""
+    i, f, m = i.contiguous(), f.contiguous(), m.contiguous()
+    (_, T, H), rows = i.shape, len(m)
+    g, w, floor = (torch.empty(i.shape, dtype=torch.float32, device=i.device) for _ in range(3))
+    last = torch.empty(rows, H, dtype=torch.float32, device=i.device)
+    cu = None if cu_host is None else cu_host.to(i.device)
+    stabilizer_kernel[(rows * H,)](
+        i, f, m, g, w, floor, last, cu, T, H, least, BLOCK=4096, PACKED=cu is not None, num_warps=16
+    )
+    return g, w, floor, last

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Segments, Shapes, check_floating, check_segments, common_dtype
+from ..core import (
+    Segments,
+    Shapes,
+    check_floating,
+    check_segments,
+    common_dtype,
+    differentiable,
+    resolve_backend,
+)
 from ..core.chunks import accumulate_dtype
 from .state import DecayState, MLSTMState
 
@@ -58,7 +66,7 @@ def mlstm(
 
     Source: xLSTM (arXiv 2405.04517), TFLA (arXiv 2503.14376) section 2.
     """
-    from . import _check, run
+    from . import BACKENDS, _check, kernels_cover, run
 
     shapes = Shapes()
     shapes("q", q, "B T Hq K")
@@ -77,36 +85,90 @@ def mlstm(
         raise ValueError(f"state: expected an MLSTMState, got {type(state).__name__}")
     Shapes(N=rows, H=v.shape[2])("state.m", state.m, "N H")
     check_floating("state.m", state.m, q.device)
-    lf, i = F.logsigmoid(f.to(acc)), i.to(acc)
-    before, m = _stabilizer(lf.detach(), i.detach(), state.m.detach(), segments)
-    g = lf + (before - m).to(acc)
-    g = g - g.detach().clamp(min=0)  # rounding above 0; a plain clamp would also cut the gradient there
-    w = (i - m.to(acc)).exp()
-    last = m[0, segments.cu_seqlens[1:].long() - 1] if segments is not None else m[:, -1]
-    if segments is not None:  # an empty segment has no last token: its row passes through
-        last = torch.where((segments.cu_seqlens.diff() > 0)[:, None], last, state.m.detach().to(last.dtype))
+    kernel = resolve_backend(backend, BACKENDS if kernels_cover(q, v) else BACKENDS[:2], q) == "triton"
+    packing = (None,) * 3 if segments is None else (segments.cu_seqlens, segments.ids, segments.cu_seqlens_host)
+    g, w, floor, m = _gates(i.to(acc), f.to(acc), state.m.detach().to(acc), *packing, kernel)
     inner = DecayState(state.S, state.z)
     q, k, v, g, _, _, w, S, z, scale = _check(q, k, v, g, None, None, w, scale, True, inner, segments)
-    num, x, S, z = run(q, k, v, g, None, None, w, S, z, segments, scale, chunk_size, backend)
-    # exp(-m) is the cell's 1; below -80 it would leave fp32, and a larger floor changes nothing next to |x|.
-    floor = (-m).clamp(min=-80).exp().to(acc)
-    h = num / (torch.maximum(x.abs(), floor) + eps)[..., None]  # type: ignore[union-attr]
-    return h.to(v.dtype), MLSTMState(S, z, last.to(acc))  # type: ignore[arg-type]
+    h, S, z = run(q, k, v, g, None, None, w, S, z, floor, segments, scale, eps, chunk_size, backend)
+    return h, MLSTMState(S, z, m)  # type: ignore[arg-type]
 
 
-def _stabilizer(lf: Tensor, i: Tensor, m0: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
+def _stabilizer(
+    lf: Tensor, i: Tensor, m0: Tensor, cu_seqlens: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """m before and after every token, ``m_t = max(lf_t + m_{t-1}, i_t)``, as a running maximum of ``i_j - b_j`` with
     ``b`` the cumulative log-forget gate. float64, because b grows with T while m does not."""
     lf, i, m0 = (x.double().clamp(min=_FLOOR) for x in (lf, i, m0))
     b = lf.cumsum(1)
     relative = i - b
-    if segments is None:
+    if cu_seqlens is None or ids is None:
         m = b + torch.maximum(relative.cummax(1).values, m0[:, None])
         return torch.cat([m0[:, None], m[:, :-1]], 1), m
-    ids = segments.ids.long()
-    start = torch.cat([torch.zeros_like(b[:, :1]), b], 1).index_select(1, segments.cu_seqlens[:-1].long())[0]
+    ids, starts = ids.long(), cu_seqlens[:-1].long()
+    start = torch.cat([torch.zeros_like(b[:, :1]), b], 1).index_select(1, starts)[0]
     relative = torch.maximum(relative, (m0 - start)[ids][None])  # start: b before each segment's first token
     lift = ids[None, :, None] * (2 * (relative.abs().amax() + 1))  # so that no maximum reaches across a boundary
     m = b + (relative + lift).cummax(1).values - lift
-    first = (segments.positions == 0)[None, :, None]
+    first = (torch.arange(len(ids), device=ids.device) == starts[ids])[None, :, None]
     return torch.where(first, m0[ids][None], torch.cat([m0[ids[:1]][None], m[:, :-1]], 1)), m
+
+
+# The gates as one op: log-decay, write weight, least denominator, and the stabiliser after the last token. That is a
+# constant of differentiation, so the gradients are those of logsigmoid and exp.
+
+
+def _forward(
+    i: Tensor,
+    f: Tensor,
+    m0: Tensor,
+    cu_seqlens: Tensor | None,
+    ids: Tensor | None,
+    cu_host: Tensor | None,
+    kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if kernel:
+        from .launch import stabilizer
+
+        return stabilizer(i, f, m0, cu_host, _FLOOR)
+    lf = F.logsigmoid(f)
+    before, m = _stabilizer(lf, i, m0, cu_seqlens, ids)
+    g = (lf + (before - m).to(lf.dtype)).clamp(max=0)  # above 0 by rounding
+    m_t = m.to(lf.dtype)
+    last = m_t[:, -1].clone()
+    if cu_seqlens is not None:  # an empty segment has no last token: its row passes through
+        last = torch.where((cu_seqlens.diff() > 0)[:, None], m_t[0, cu_seqlens[1:].long() - 1], m0)
+    # exp(-m) is the cell's 1; below -80 it would leave fp32, and a larger floor changes nothing next to |x|.
+    return g, (i - m_t).exp(), (-m_t).clamp(min=-80).exp(), last
+
+
+def _forward_fake(i, f, m0, cu_seqlens, ids, cu_host, kernel):
+    return (*(torch.empty_like(i, memory_format=torch.contiguous_format) for _ in range(3)), torch.empty_like(m0))
+
+
+def _backward(f: Tensor, w: Tensor, dg: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
+    return dw * w, dg * torch.sigmoid(-f)
+
+
+def _backward_fake(f, w, dg, dw):
+    return torch.empty_like(dw), torch.empty_like(dg)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1], output[1])
+
+
+def _gradients(run, ctx, dg, dw, _floor, _last):
+    f, w = ctx.saved_tensors
+    return *run(f, w, dg.contiguous(), dw.contiguous()), *(None,) * 5
+
+
+_gates = differentiable(
+    "mlstm_gates",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)

@@ -1,0 +1,329 @@
+"""Other libraries' kernels for the same ops, as they are called. Each is imported when it first runs.
+
+A peer gets the inputs of a workload in its own layout and dtypes, converted once before anything is timed. It has no
+settings of ours: block sizes, chunk lengths and autotuning are its own defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .workloads import Inputs
+
+__all__ = ["Peer", "peers"]
+
+Run = Callable[[Inputs, "Tensor | None"], Tensor]
+
+
+class Peer(NamedTuple):
+    """An implementation of a workload.
+
+    Attributes:
+        name: the ``impl`` of a row.
+        package: distribution it comes from.
+        module: what must be importable.
+        run: ``run(inputs, cu_seqlens)`` -> output.
+        convert: linnet's inputs -> its own; on tensors [B, T, ...].
+        restore: its output -> [B, T, H, V].
+        packed: whether it takes packed sequences.
+        cpu: whether it runs without a GPU.
+    """
+
+    name: str
+    package: str
+    module: str
+    run: Run
+    convert: Callable[[Inputs], Inputs]
+    restore: Callable[[Tensor], Tensor]
+    packed: bool = True
+    cpu: bool = False
+
+    def obstacle(self, device: torch.device, packed: bool) -> str | None:
+        """Why it cannot run there, on packed sequences or not; None when it can."""
+        if device.type == "cpu" and not self.cpu:
+            return "runs on GPUs only"
+        if packed and not self.packed:
+            return "does not take packed sequences"
+        return None if find_spec(self.module) is not None else f"{self.package} is not installed"
+
+    @property
+    def version(self) -> str:
+        """Of its package."""
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return ""
+
+
+_peers: dict[str, list[Peer]] = {}
+
+
+def peers(workload: str) -> list[Peer]:
+    """All known implementations of a workload, installed or not."""
+    return list(_peers.get(workload, ()))
+
+
+def _peer(
+    workload: str,
+    name: str,
+    package: str,
+    module: str,
+    *,
+    convert: Callable[[Inputs], Inputs] = lambda x: x,
+    restore: Callable[[Tensor], Tensor] = lambda o: o,
+    packed: bool = True,
+) -> Callable[[Run], Run]:
+    def add(run: Run) -> Run:
+        _peers.setdefault(workload, []).append(Peer(name, package, module, run, convert, restore, packed))
+        return run
+
+    return add
+
+
+def _swapped(inputs: Inputs) -> Inputs:
+    """[B, T, H, ...] -> [B, H, T, ...]."""
+    return {name: x.transpose(1, 2).contiguous() for name, x in inputs.items()}
+
+
+def _swap(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+# flash-linear-attention: the chunked kernel of every op, and the fused one where there is one.
+
+_fla = partial(_peer, package="fla-core", module="fla")
+
+
+@_fla("linear_attn", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    return chunk_linear_attn(x["q"], x["k"], x["v"], normalize=False, cu_seqlens=cu)[0]
+
+
+@_fla("linear_attn", "fla-fused")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.linear_attn import fused_chunk_linear_attn
+
+    return fused_chunk_linear_attn(x["q"], x["k"], x["v"], normalize=False, cu_seqlens=cu)[0]
+
+
+@_fla("retention", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.retention import chunk_retention
+
+    return chunk_retention(x["q"], x["k"], x["v"], cu_seqlens=cu)[0]
+
+
+@_fla("retention", "fla-fused")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.retention import fused_chunk_retention
+
+    return fused_chunk_retention(x["q"], x["k"], x["v"], cu_seqlens=cu)[0]
+
+
+@_fla("simple_gla", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(x["q"], x["k"], x["v"], g=x["g"], cu_seqlens=cu)[0]
+
+
+@_fla("simple_gla", "fla-fused")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.simple_gla import fused_chunk_simple_gla
+
+    return fused_chunk_simple_gla(x["q"], x["k"], x["v"], g=x["g"], cu_seqlens=cu)[0]
+
+
+@_fla("gla", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(x["q"], x["k"], x["v"], x["g"], cu_seqlens=cu)[0]
+
+
+@_fla("rwkv6", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.rwkv6 import chunk_rwkv6
+
+    return chunk_rwkv6(x["q"], x["k"], x["v"], x["g"], x["u"], cu_seqlens=cu)[0]
+
+
+@_fla("delta_rule", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    return chunk_delta_rule(x["q"], x["k"], x["v"], x["beta"], cu_seqlens=cu)[0]
+
+
+@_fla("gated_delta_rule", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], cu_seqlens=cu)[0]
+
+
+@_fla("kda", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.kda import chunk_kda
+
+    return chunk_kda(x["q"], x["k"], x["v"], x["g"], x["beta"], cu_seqlens=cu)[0]
+
+
+@_fla("gdn2", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.gdn2 import chunk_gdn2
+
+    return chunk_gdn2(x["q"], x["k"], x["v"], x["g"], x["beta"], x["w"], cu_seqlens=cu)[0]
+
+
+@_fla("deltaproduct", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.gated_delta_product import chunk_gated_delta_product
+
+    steps = x["k"].shape[1] // x["q"].shape[1]
+    return chunk_gated_delta_product(x["q"], x["k"], x["v"], x["g"], x["beta"], steps, cu_seqlens=cu)[0]
+
+
+@_fla("rwkv7", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    return chunk_rwkv7(x["q"], x["g"], x["k"], x["v"], x["a"], x["b"], cu_seqlens=cu)[0]
+
+
+@_fla("rwkv7", "fla-bounded")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    # RWKV-7's decays stay above -0.607, which its model says to the kernel; that one is faster.
+    return chunk_rwkv7(x["q"], x["g"], x["k"], x["v"], x["a"], x["b"], cu_seqlens=cu, lower_bound=-0.61)[0]
+
+
+@_fla("gated_scan", "fla", convert=lambda x: {"x": x["b"], "g": x["a"].log()}, packed=False)
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.hgrn import chunk_hgrn
+
+    return chunk_hgrn(x["x"], x["g"])[0]
+
+
+@_fla("gated_scan", "fla-recurrent", convert=lambda x: {"x": x["b"], "g": x["a"].log()})
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.hgrn import fused_recurrent_hgrn
+
+    return fused_recurrent_hgrn(x["x"], x["g"], cu_seqlens=cu)[0]
+
+
+# FlashQLA (TileLang).
+
+
+@_peer("gated_delta_rule", "flash-qla", "flash-qla", "flash_qla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from flash_qla import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], cu_seqlens=cu)[0]
+
+
+# mlstm_kernels (tiled flash linear attention).
+
+_mlstm = partial(_peer, package="mlstm-kernels", module="mlstm_kernels", convert=_swapped, restore=_swap, packed=False)
+
+
+@_mlstm("mlstm_exp", "mlstm-kernels")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from mlstm_kernels.torch.chunkwise import registry
+
+    kernel: Any = registry["triton_xl_chunk"]
+    return kernel(x["q"], x["k"], x["v"], x["i"], x["f"], autocast_kernel_dtype=x["q"].dtype)
+
+
+@_mlstm("mlstm_exp", "mlstm-kernels-limit")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from mlstm_kernels.torch.chunkwise import registry
+
+    kernel: Any = registry["triton_limit_chunk"]
+    return kernel(x["q"], x["k"], x["v"], x["i"], x["f"], autocast_kernel_dtype=x["q"].dtype)
+
+
+def _preactivations(x: Inputs) -> Inputs:
+    """Of the gates, which this kernel takes before their sigmoid."""
+    f = x["g"].double().exp().logit().to(x["g"].dtype)
+    return _swapped({"q": x["q"], "k": x["k"], "v": x["v"], "i": x["w"].double().logit().to(x["w"].dtype), "f": f})
+
+
+@_peer(
+    "mlstm_sig",
+    "mlstm-kernels",
+    "mlstm-kernels",
+    "mlstm_kernels",
+    convert=_preactivations,
+    restore=_swap,
+    packed=False,
+)
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from mlstm_kernels.torch.chunkwise import registry
+
+    kernel: Any = registry["triton_xl_chunk_siging"]
+    inputs = x["q"], x["k"], x["v"], x["i"], x["f"]
+    return kernel(*inputs, normalize=False, autocast_kernel_dtype=x["q"].dtype)
+
+
+@_fla("mlstm_sig", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    # fla has no write weight: what a user of it does is scale the keys.
+    return chunk_simple_gla(x["q"], x["k"] * x["w"][..., None].to(x["k"].dtype), x["v"], g=x["g"], cu_seqlens=cu)[0]
+
+
+# accelerated-scan: [B, C, T].
+
+_accelerated = partial(
+    _peer,
+    "gated_scan",
+    package="accelerated-scan",
+    module="accelerated_scan",
+    convert=_swapped,
+    restore=_swap,
+    packed=False,
+)
+
+
+@_accelerated("accelerated-scan")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from accelerated_scan.scalar import scan
+
+    return scan(x["a"], x["b"])
+
+
+@_accelerated("accelerated-scan-warp")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from accelerated_scan.warp import scan
+
+    return scan(x["a"], x["b"])
+
+
+# PyTorch's own softmax attention: on the same shapes, what the linear ops are up against.
+
+
+def _sdpa(x: Inputs, backend: Any) -> Tensor:
+    with torch.nn.attention.sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(x["q"], x["k"], x["v"], is_causal=True)
+
+
+@_peer("attention", "torch-cudnn", "torch", "torch", convert=_swapped, restore=_swap, packed=False)
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    return _sdpa(x, torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
+
+
+@_peer("attention", "torch-flash", "torch", "torch", convert=_swapped, restore=_swap, packed=False)
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    return _sdpa(x, torch.nn.attention.SDPBackend.FLASH_ATTENTION)

@@ -1,0 +1,249 @@
+"""What is compared: one entry per op and mode, on inputs as layers produce them, over grids of shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linnet.ops.core import Cost, Segments, get_op
+
+__all__ = ["GRIDS", "SUITES", "Shape", "Workload", "grid", "suite"]
+
+Inputs = dict[str, Tensor]
+
+
+class Shape(NamedTuple):
+    """``B`` sequences of ``T`` tokens, ``H`` heads of ``K`` key and ``V`` value channels; with ``lengths`` one packed
+    row (``B`` = 1, ``T`` their sum)."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, sizes: Sequence[Any]) -> Shape:
+        """From a plain list, as JSON has it."""
+        B, T, H, K, V, *rest = sizes
+        return cls(B, T, H, K, V, tuple(rest[0]) if rest else ())
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of the call."""
+        return self.B * self.T
+
+    def segments(self, device: torch.device) -> Segments | None:
+        """The packing, or None."""
+        return Segments.from_lengths(self.lengths, device) if self.lengths else None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One op in one mode.
+
+    Attributes:
+        name: the ``op`` of a row.
+        engine: the registered op that runs it.
+        make: ``make(draw, shape)`` -> arguments by name; ``draw(*shape)`` is standard normal in the dtype of the run.
+        options: further arguments of linnet's op.
+        cost: arguments of the op's cost function beside shape, itemsize and direction.
+        constants: inputs that a layer does not train, which ask for no gradient.
+    """
+
+    name: str
+    engine: str
+    make: Callable[[Callable[..., Tensor], Shape], Inputs]
+    options: dict[str, Any]
+    cost: dict[str, Any]
+    constants: tuple[str, ...] = ()
+
+    def inputs(self, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
+        """Random inputs, as leaves of the autograd graph."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+        with torch.no_grad():
+            made = self.make(draw, shape)
+        return self.leaves(made)
+
+    def leaves(self, inputs: Inputs) -> Inputs:
+        """The same inputs cut from the graph, all but the constants asking for gradients."""
+        return {k: x.detach().contiguous().requires_grad_(k not in self.constants) for k, x in inputs.items()}
+
+    def run(self, inputs: Inputs, segments: Segments | None, backend: str = "auto") -> Tensor:
+        """linnet's output."""
+        return get_op(self.engine).function(**inputs, **self.options, segments=segments, backend=backend)[0]
+
+    def floor(self, shape: Shape, itemsize: int, backward: bool) -> Cost:
+        """Operations and bytes that the call needs at least, after the op's own account."""
+        sizes = self._sizes(shape)
+        cost = get_op(self.engine).cost(*sizes, itemsize=itemsize, backward=backward, **self.cost)
+        if shape.lengths:  # that account counts one state a row; packing has one a sequence, read and written
+            more = cost.state_bytes * (len(shape.lengths) - 1)
+            cost = Cost(cost.flops, cost.bytes + 2 * more, cost.state_bytes + more)
+        return cost
+
+    def _sizes(self, shape: Shape) -> tuple[int, ...]:
+        B, T, H, K, V, _ = shape
+        return (B, T, H * V) if self.engine == "scan" else (B, T, H, K, V)
+
+
+def _qkv(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    return {"q": draw(s.B, s.T, s.H, s.K), "k": draw(s.B, s.T, s.H, s.K), "v": draw(s.B, s.T, s.H, s.V)}
+
+
+def _unit_keys(draw: Callable[..., Tensor], s: Shape, per_token: int = 1) -> Inputs:
+    rows = s.T * per_token
+    q, k = F.normalize(draw(s.B, s.T, s.H, s.K), dim=-1), F.normalize(draw(s.B, rows, s.H, s.K), dim=-1)
+    return {"q": q, "k": k, "v": draw(s.B, rows, s.H, s.V), "beta": draw(s.B, rows, s.H).float().sigmoid()}
+
+
+def _scalar_decay(draw: Callable[..., Tensor], s: Shape) -> Tensor:
+    return F.logsigmoid(draw(s.B, s.T, s.H).float() + 3)
+
+
+def _vector_decay(draw: Callable[..., Tensor], s: Shape) -> Tensor:
+    """Of the activations' dtype and about -1/20 a token, as GLA's layer makes it."""
+    return F.logsigmoid(draw(s.B, s.T, s.H, s.K)) / 16
+
+
+def _bounded_decay(draw: Callable[..., Tensor], s: Shape) -> Tensor:
+    """RWKV-7's: never below exp(-0.607) a token."""
+    return -math.exp(-0.5) * draw(s.B, s.T, s.H, s.K).sigmoid()
+
+
+def _retention(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    rates = torch.arange(s.H, dtype=torch.float32, device=draw(1).device)
+    return {**_qkv(draw, s), "g": torch.log1p(-torch.exp2(-5 - rates))}
+
+
+def _rwkv7(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    key = F.normalize(draw(s.B, s.T, s.H, s.K), dim=-1)
+    rate = draw(s.B, s.T, s.H, s.K).sigmoid()
+    return {**_qkv(draw, s), "a": -key, "b": key * rate, "g": _bounded_decay(draw, s)}
+
+
+def _gates(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    return {"i": draw(s.B, s.T, s.H).float(), "f": draw(s.B, s.T, s.H).float() + 3}
+
+
+def _sigmoid_gates(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    gates = _gates(draw, s)
+    return {"g": F.logsigmoid(gates["f"]), "w": gates["i"].sigmoid()}
+
+
+def _gdn2(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    inputs = _unit_keys(draw, s) | {"g": _vector_decay(draw, s)}
+    return inputs | {"beta": draw(s.B, s.T, s.H, s.K).sigmoid(), "w": draw(s.B, s.T, s.H, s.V).sigmoid()}
+
+
+def _elementwise(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    width = s.H * s.V
+    return {"a": (draw(s.B, s.T, width) + 3).sigmoid(), "b": draw(s.B, s.T, width)}
+
+
+# Suites are lists of workloads; a workload's peers are in peers.py under its name.
+SUITES: dict[str, tuple[Workload, ...]] = {
+    "decay": (
+        Workload("linear_attn", "decay", _qkv, {}, {"gate": "none"}),
+        Workload("retention", "decay", _retention, {}, {"gate": "constant"}, ("g",)),
+        Workload("simple_gla", "decay", lambda d, s: {**_qkv(d, s), "g": _scalar_decay(d, s)}, {}, {"gate": "scalar"}),
+        Workload("gla", "decay", lambda d, s: {**_qkv(d, s), "g": _vector_decay(d, s)}, {}, {"gate": "vector"}),
+        Workload(
+            "rwkv6",
+            "decay",
+            lambda d, s: {**_qkv(d, s), "g": _vector_decay(d, s), "u": d(s.H, s.K)},
+            {},
+            {"gate": "vector"},
+        ),
+    ),
+    "mlstm": (
+        Workload("mlstm_exp", "mlstm", lambda d, s: {**_qkv(d, s), **_gates(d, s)}, {"eps": 1e-6}, {}),
+        Workload("mlstm_sig", "decay", lambda d, s: {**_qkv(d, s), **_sigmoid_gates(d, s)}, {}, {"gate": "scalar"}),
+    ),
+    "delta": (
+        Workload("delta_rule", "delta", _unit_keys, {}, {"gate": "none"}),
+        Workload(
+            "gated_delta_rule",
+            "delta",
+            lambda d, s: {**_unit_keys(d, s), "g": _scalar_decay(d, s)},
+            {},
+            {"gate": "scalar"},
+        ),
+        Workload("kda", "delta", lambda d, s: {**_unit_keys(d, s), "g": _vector_decay(d, s)}, {}, {"gate": "vector"}),
+        Workload("gdn2", "delta", _gdn2, {}, {"gate": "vector", "channelwise": True}),
+        Workload(
+            "deltaproduct",
+            "delta",
+            lambda d, s: {**_unit_keys(d, s, 2), "g": _scalar_decay(d, s)},
+            {"substeps": 2},
+            {"gate": "scalar", "substeps": 2},
+        ),
+        Workload("rwkv7", "dplr", _rwkv7, {}, {}),
+    ),
+    "scan": (Workload("gated_scan", "scan", _elementwise, {}, {}),),
+    "attention": (Workload("attention", "attention", _qkv, {}, {}),),
+}
+
+_TOKENS = 32768
+
+
+def _lengths(count: int, total: int, seed: int) -> tuple[int, ...]:
+    """``count`` lengths of very different size that add up to ``total``; none is a round number."""
+    draw = torch.Generator().manual_seed(seed)
+    share = torch.randn(count, generator=draw).mul(1.2).exp()
+    ends = (share.cumsum(0) / share.sum() * (total - count)).round().long() + torch.arange(1, count + 1)
+    return tuple(torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long)).tolist())
+
+
+def _packed(count: int, H: int, K: int, V: int, total: int = _TOKENS) -> Shape:
+    return Shape(1, total, H, K, V, _lengths(count, total, count))
+
+
+GRIDS: dict[str, tuple[Shape, ...]] = {
+    "main": (
+        Shape(4, 8192, 16, 128, 128),
+        Shape(16, 2048, 16, 128, 128),
+        Shape(1, 32768, 16, 128, 128),
+        Shape(4, 8192, 32, 64, 64),
+        Shape(4, 8192, 4, 256, 512),
+    ),
+    "wide": tuple(
+        Shape(_TOKENS // T, T, H, K, V)
+        for K, V in ((64, 64), (128, 128), (128, 256), (256, 512))
+        for H in (4, 8, 16, 32)
+        for T in (1024, 2048, 8192, 32768)
+    ),
+    "packed": (
+        _packed(8, 16, 128, 128),
+        _packed(64, 16, 128, 128),
+        _packed(256, 16, 128, 128),
+        _packed(64, 32, 64, 64),
+        _packed(64, 4, 256, 512),
+    ),
+    "tiny": (Shape(2, 128, 2, 16, 16), _packed(5, 2, 16, 16, 200)),
+}
+
+
+def suite(name: str) -> tuple[Workload, ...]:
+    """The workloads of a suite; ValueError with the known names otherwise."""
+    if name not in SUITES:
+        raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
+    return SUITES[name]
+
+
+def grid(name: str) -> tuple[Shape, ...]:
+    """The shapes of a grid; ValueError with the known names otherwise."""
+    if name not in GRIDS:
+        raise ValueError(f"grid: expected one of {', '.join(GRIDS)}, got {name!r}")
+    return GRIDS[name]

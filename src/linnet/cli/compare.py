@@ -1,0 +1,125 @@
+"""`linnet compare`: mixers on one synthetic task, on equal terms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .show import console, number, size
+
+if TYPE_CHECKING:
+    from linnet.training import Comparison
+    from linnet.training.report import Row
+
+_WHAT, _BUDGET, _RUN = "What", "Budget", "Run"
+
+
+def compare(
+    task: Annotated[
+        str,
+        typer.Option(help="Task: `parity`, \"group(group='S3')\", …; `linnet list --tasks`.", rich_help_panel=_WHAT),
+    ] = "flipflop",
+    mixers: Annotated[
+        str,
+        typer.Option(
+            help='Mixers: "gla, mamba2, retnet + attention(window=32)"; `+` alternates over the layers.',
+            rich_help_panel=_WHAT,
+        ),
+    ] = "gla, mamba2, retnet, attention",
+    sizes: Annotated[str, typer.Option(help='Widths: "32, 64".', rich_help_panel=_WHAT)] = "64",
+    layers: Annotated[int, typer.Option(min=1, help="Number of layers.", rich_help_panel=_WHAT)] = 2,
+    length: Annotated[
+        str | None,
+        typer.Option(help='Positions of a training row; several take turns: "8, 16, 32".', rich_help_panel=_WHAT),
+    ] = None,
+    test_lengths: Annotated[
+        str | None, typer.Option(help='Lengths to test at: "64, 256". Default: the task\'s.', rich_help_panel=_WHAT)
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Initialisations of each.", rich_help_panel=_BUDGET)] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_BUDGET)] = 300,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.", rich_help_panel=_BUDGET)] = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_BUDGET)] = 3e-3,
+    test_rows: Annotated[int, typer.Option(min=1, help="Rows of a test.", rich_help_panel=_BUDGET)] = 256,
+    device: Annotated[
+        str, typer.Option(help="`auto` (a GPU if there is one) or `cpu`.", rich_help_panel=_RUN)
+    ] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder. Default: runs/compare- and the task.", rich_help_panel=_RUN, show_default=False),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the comparison in --out, with its settings.", rich_help_panel=_RUN),
+    ] = False,
+) -> None:
+    """Train mixers on a synthetic task in the same decoder and compare their accuracy by length.
+
+    Ends with a table, plots and a page to open in a browser. Ctrl-C saves and stops; `--resume` goes on.
+    """
+    from linnet.mixers import parse_spec, split_specs
+    from linnet.training import Comparison, load_comparison
+    from linnet.training import compare as run_comparison
+    from linnet.training.report import write_report
+
+    folder = out or Path("runs", f"compare-{parse_spec(task, 'task')[0]}")
+    screen = console()
+    if resume:
+        comparison = load_comparison(folder)[0]
+    else:
+        tests = {} if test_lengths is None else {str(n): (task, n) for n in _numbers("test_lengths", test_lengths)}
+        rows = None if length is None else _numbers("length", length)
+        comparison = Comparison(
+            task,
+            split_specs(mixers),
+            _numbers("sizes", sizes),
+            seeds=seeds,
+            length=rows if rows is None or len(rows) > 1 else rows[0],
+            tests=tests,
+            layers=layers,
+            training={"steps": steps, "lr": lr, "device": device},
+            batch_size=batch_size,
+            test_rows=test_rows,
+        )
+    screen.print(f"{len(list(comparison.cells()))} runs on {escape(comparison.task)}. Ctrl-C saves and stops.")
+    cells = run_comparison(comparison, out=folder, resume=resume, console=screen)
+    if cells is None:
+        screen.print(f"\nStopped; everything is saved. Go on:  [bold]linnet compare --resume --out {folder}[/bold]")
+        return
+    screen.print(_table(comparison, write_report(folder, comparison, cells)))
+    screen.print(
+        f"Saved in [bold]{folder}[/bold]: index.html (all of it), accuracy.png, training.png, results.json, cells/"
+    )
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: expected whole numbers separated by commas, got {text!r}") from None
+
+
+def _table(comparison: Comparison, rows: list[Row]) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, caption="accuracy: mean, and the range over initialisations", caption_justify="left"
+    )
+    table.add_column("mixer", style="bold")
+    for name in comparison.tests:
+        table.add_column(name, justify="right")
+    for name in ("parameters", "state", "at longest", "tokens/s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        reached = [_reached(values, row.seeds) for values in row.accuracy.values()]
+        held = [size(n) for n in row.state_bytes]
+        cells: list[Any] = [escape(row.label), *reached, number(row.parameters), *held, number(round(row.tokens_per_s))]
+        table.add_row(*cells)
+    return table
+
+
+def _reached(values: tuple[float, float, float], seeds: int) -> str:
+    mean, low, high = values
+    return f"{mean:.3f}" if seeds == 1 else f"{mean:.3f} [dim]{low:.2f}-{high:.2f}[/dim]"

@@ -1,0 +1,143 @@
+"""`linnet eval RUN`: what a trained language model can do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .show import console, number
+
+if TYPE_CHECKING:
+    from linnet.models import Decoder
+    from linnet.tasks import Tokenizer
+
+
+def eval(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run of `linnet train`, finished or not.", show_default=False)
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="Another text, as in `linnet train`. Default: what the run held out.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Longest context, in tokens. Default: eight times that of the training.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Windows and pieces of text that are read.")] = 16,
+    questions: Annotated[int, typer.Option(min=0, help="Questions of each kind; 0 leaves them out.")] = 8,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, ... or `auto`.")] = "auto",
+) -> None:
+    """Measure a trained language model: loss by context length, copying, recall and state tracking.
+
+    The figures go to RUN/evaluation, which is replaced.
+    """
+    import torch
+
+    from linnet.evaluation import plot_curves
+    from linnet.models import Decoder
+    from linnet.tasks import load_corpus, load_tokenizer
+    from linnet.training import find_model
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = find_model(run)
+    options = _options(run)
+    if data is None and "data" not in options:
+        raise ValueError(f"data: {run} does not say what it was trained on; name a text with --data")
+    text = load_corpus(
+        data or options["data"], held_out=options.get("held_out", 0.05), max_bytes=options.get("max_bytes")
+    )
+    model, tokenizer = Decoder.load(folder, device=device), load_tokenizer(folder)
+    trained = int(options.get("context", 256))
+    results = _measure(model, tokenizer, text.held_out, trained, context or 8 * trained, rows, questions)
+    results["text"], results["model"] = text.name, str(folder)
+
+    out = run / "evaluation"
+    out.mkdir(exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    points = [(float(b["last"]), b["bits_per_byte"]) for b in results["by_position"]]
+    plot_curves(
+        out / "context.png",
+        {run.name: points},
+        x=f"tokens read before (trained with {trained})",
+        y="bits per byte",
+        title=f"{run.name}: loss by context length on {text.name}",
+        log_x=True,
+    )
+    _show(results, trained)
+    console().print(f"Saved in [bold]{out}[/bold]: results.json, context.png")
+
+
+def _options(run: Path) -> dict[str, Any]:
+    file = run / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("options", {}) if file.is_file() else {}
+
+
+def _measure(
+    model: Decoder, tokenizer: Tokenizer, held_out: list[bytes], trained: int, context: int, rows: int, questions: int
+) -> dict[str, Any]:
+    import numpy as np
+
+    from linnet.evaluation.language import by_position, copy_bits, question_score, swap_accuracy
+    from linnet.tasks.ruler import FAMILIES
+
+    ids = np.concatenate([np.array([tokenizer.end, *tokenizer.encode(text)], dtype=np.int64) for text in held_out])
+    size = sum(map(len, held_out))
+    context = min(context, len(ids) - 1)
+    results: dict[str, Any] = {
+        "parameters": model.num_parameters(),
+        "trained_context": trained,
+        "by_position": [b._asdict() for b in by_position(model, ids, size, length=context, rows=rows)],
+        "copying": [],
+        "questions": {},
+        "swaps": {},
+    }
+    length = 8
+    while 2 * length <= context:
+        first, again = copy_bits(model, ids, length=length, rows=rows)
+        results["copying"].append({"tokens": length, "first": first, "again": again})
+        length *= 4
+    if questions:
+        results["swaps"] = swap_accuracy(model, tokenizer, questions=4 * questions)
+        for family in FAMILIES:
+            try:
+                score = question_score(model, tokenizer, family, budget=context, questions=questions)
+            except ValueError:
+                score = None  # no question of this family is that short
+            results["questions"][family] = score
+    return results
+
+
+def _show(results: dict[str, Any], trained: int) -> None:
+    out = console()
+    table = Table(box=box.SIMPLE_HEAD, title=f"held-out text of {escape(results['text'])}", title_justify="left")
+    for name in ("tokens read before", "bits per byte", "perplexity of a token"):
+        table.add_column(name, justify="right")
+    for b in results["by_position"]:
+        beyond = " [dim]beyond training[/dim]" if b["first"] > trained else ""
+        places = f"{number(b['first'] - 1)}-{number(b['last'] - 1)}{beyond}"
+        table.add_row(places, f"{b['bits_per_byte']:.3f}", f"{b['perplexity']:.2f}")
+    out.print(table)
+    table = Table(box=box.SIMPLE_HEAD, title="copying: a piece of text, and the same again", title_justify="left")
+    for name in ("tokens", "bits per token", "again"):
+        table.add_column(name, justify="right")
+    for c in results["copying"]:
+        table.add_row(number(c["tokens"]), f"{c['first']:.2f}", f"{c['again']:.2f}")
+    out.print(table)
+    if results["swaps"]:
+        table = Table(box=box.SIMPLE_HEAD, title="variables and swaps (guessing: 0.333)", title_justify="left")
+        for count in results["swaps"]:
+            table.add_column(f"{count} swaps", justify="right")
+        table.add_row(*(f"{value:.3f}" for value in results["swaps"].values()))
+        out.print(table)
+        table = Table(box=box.SIMPLE_HEAD, title="questions about a text (RULER, made up here)", title_justify="left")
+        table.add_column("family")
+        table.add_column("answered", justify="right")
+        for family, score in results["questions"].items():
+            table.add_row(family, "needs a longer context" if score is None else f"{score:.3f}")
+        out.print(table)

@@ -1,0 +1,62 @@
+"""Ops with a hand-written backward: one node in a compiled graph, a direct call in eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["differentiable"]
+
+
+def differentiable(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    forward_fake: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+    setup: Callable[[Any, tuple[Any, ...], Any], None],
+    gradients: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Register ``linnet::name`` and ``linnet::name_backward`` and return what calls them.
+
+    ``torch.library`` dispatches every call through Python layers that cost more than a small kernel takes; only graph
+    capture, fake tensors and tensor subclasses need them. Any other call runs ``forward`` itself inside an
+    ``autograd.Function``.
+
+    Args:
+        forward, backward: typed as ``torch.library.custom_op`` wants them; the first positional argument is a tensor.
+        forward_fake, backward_fake: their results for fake tensors.
+        setup: ``setup(ctx, inputs, output)`` keeps what the backward needs.
+        gradients: ``gradients(run, ctx, *output_gradients)`` returns a gradient for every input of ``forward``, where
+            ``run`` takes the arguments of ``backward``.
+    """
+    op: Any = torch.library.custom_op(f"linnet::{name}", forward, mutates_args=())
+    op.register_fake(forward_fake)
+    op_backward: Any = torch.library.custom_op(f"linnet::{name}_backward", backward, mutates_args=())
+    op_backward.register_fake(backward_fake)
+    op.register_autograd(lambda ctx, *grads: gradients(op_backward, ctx, *grads), setup_context=setup)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return forward(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradients(backward, ctx, *grads)
+
+    def call(x: Tensor, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta":
+            return op(x, *args)
+        return Eager.apply(x, *args)
+
+    return call

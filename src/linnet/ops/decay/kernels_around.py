@@ -1,0 +1,452 @@
+"""Triton kernels around the passes: plans and sums of the gates, boundary states, normaliser and gate gradients."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels import _piece_bounds
+
+
+@triton.jit
+def chain_kernel(
+    start_ptr,
+    piece_ptr,
+    total_ptr,
+    edge_ptr,
+    last_ptr,
+    first_ptr,  # [rows + 1] pieces before each sequence (PACKED)
+    per_row,
+    H,
+    R,
+    P,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    GATED: tl.constexpr,  # 0 no gate, 1 a scalar, 2 a vector over the rows of the state [R, P], 3 over its columns
+):
+    """Boundary states of the pieces, one after another: ``S <- exp(total) S + piece``."""
+    size = R * P
+    blocks = tl.cdiv(size, BLOCK)
+    pid = tl.program_id(0)
+    block = pid % blocks
+    h = (pid // blocks) % H
+    n = pid // (blocks * H)
+    if PACKED:
+        first = tl.load(first_ptr + n)
+        count = tl.load(first_ptr + n + 1) - first
+    else:
+        first = n * per_row
+        count = per_row
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * size + at, mask=mask, other=0.0)
+    for it in range(0, count):
+        if REVERSE:
+            piece = first + count - 1 - it
+        else:
+            piece = first + it
+        slot = piece.to(tl.int64) * H + h
+        tl.store(edge_ptr + slot * size + at, S, mask=mask)
+        if GATED == 1:
+            S = S * tl.exp2(tl.load(total_ptr + slot))
+        if GATED == 2:
+            S = S * tl.exp2(tl.load(total_ptr + slot * R + at // P, mask=mask, other=0.0))
+        if GATED == 3:
+            S = S * tl.exp2(tl.load(total_ptr + slot * P + at % P, mask=mask, other=0.0))
+        S += tl.load(piece_ptr + slot * size + at, mask=mask, other=0.0)
+    tl.store(last_ptr + (n.to(tl.int64) * H + h) * size + at, S, mask=mask)
+
+
+@triton.jit
+def _log2_gate(g_ptr, rows, heads, h, width, cols, mask):
+    """Log2-decays of a tile of tokens, resets cut at -80."""
+    at = (rows.to(tl.int64) * heads + h)[:, None] * width + cols[None, :]
+    g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return tl.maximum(g, -80.0) * 1.4426950408889634
+
+
+@triton.jit
+def prepare_kernel(
+    late_ptr,
+    early_ptr,
+    g_ptr,
+    u_ptr,
+    late_out_ptr,
+    early_out_ptr,
+    own_ptr,
+    half_ptr,
+    slow_ptr,
+    cu_ptr,
+    table_ptr,
+    limit,
+    T,
+    PIECE,
+    H,
+    HQ,
+    D,
+    BD: tl.constexpr,
+    C: tl.constexpr,
+    GATED: tl.constexpr,
+    BONUS: tl.constexpr,
+    OWN: tl.constexpr,
+    SLOW: tl.constexpr,  # which chunks are walked token by token: 0 decide, 1 decide with another gate, 2 as decided
+    PACKED: tl.constexpr,
+):
+    """One chunk of a head: multiply the factors of a vector gate into the late (where given) and the early tokens, and
+    pair every token with itself (through the bonus ``u`` where there is one)."""
+    pid = tl.program_id(0)
+    h = pid % H
+    chunk = pid // H
+    per_piece = PIECE // C
+    first, stop, _n, _origin = _piece_bounds(chunk // per_piece, cu_ptr, table_ptr, T, PIECE, PACKED)
+    t0 = first + (chunk % per_piece) * C
+    if t0 < stop:
+        steps, cols = tl.arange(0, C), tl.arange(0, BD)
+        rows = t0 + steps
+        mask = (rows < stop)[:, None] & (cols < D)[None, :]
+        at = (rows.to(tl.int64) * HQ + h // (H // HQ))[:, None] * D + cols[None, :]
+        out = (rows.to(tl.int64) * H + h)[:, None] * D + cols[None, :]
+        if SLOW != 1:
+            early = tl.load(early_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            if late_ptr is not None:
+                late = tl.load(late_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            g = _log2_gate(g_ptr, rows, H, h, D, cols, mask)
+            front = (steps < C // 2)[:, None]
+            g0 = tl.sum(tl.where(front, g, 0.0), 0)
+            if SLOW != 2:
+                g1 = tl.sum(tl.where(front, 0.0, g), 0)
+                half = half_ptr + pid.to(tl.int64) * 2 * D + cols
+                tl.store(half, g0, mask=cols < D)
+                tl.store(half + D, g1, mask=cols < D)
+                slow = tl.minimum(tl.min(g0, 0), tl.min(g1, 0)) < -limit
+            if SLOW == 1:
+                slow = slow | (tl.load(slow_ptr + pid) != 0)
+            if SLOW == 2:
+                slow = tl.load(slow_ptr + pid) != 0
+            else:
+                tl.store(slow_ptr + pid, slow.to(tl.int8))
+            if SLOW != 1:
+                sums = tl.where(slow, 0.0, tl.cumsum(g, 0) - g0[None, :])
+                type = early_out_ptr.dtype.element_ty
+                tl.store(early_out_ptr + out, (early * tl.exp2(-sums)).to(type), mask=mask)
+                if late_ptr is not None:
+                    to = tl.where(slow, 0.0, sums - g) if BONUS else sums
+                    tl.store(late_out_ptr + out, (late * tl.exp2(to)).to(type), mask=mask)
+        if OWN:
+            pair = late * early
+            if u_ptr is not None:
+                pair = pair * tl.load(u_ptr + h * D + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+            tl.store(own_ptr + rows.to(tl.int64) * H + h, tl.sum(pair, 1), mask=rows < stop)
+
+
+@triton.jit
+def finish_kernel(
+    late_ptr,
+    early_ptr,
+    g_ptr,
+    u_ptr,
+    d_late_ptr,  # late tokens' gradient without their own pair, multiplied by 1 / factor; replaced by the gradient
+    d_early_ptr,
+    own_ptr,  # weight of each token's own pair, to be scaled
+    half_ptr,
+    slow_ptr,
+    edge_ptr,
+    d_edge_ptr,
+    d_first_ptr,
+    z_edge_ptr,
+    dz_edge_ptr,
+    dz_first_ptr,
+    dg_ptr,
+    du_ptr,
+    cu_ptr,
+    table_ptr,
+    scale,
+    T,
+    PIECE,
+    H,
+    HQ,
+    D,
+    E,  # channels of the state's other side
+    st_d,
+    st_e,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    C: tl.constexpr,
+    GATED: tl.constexpr,
+    BONUS: tl.constexpr,
+    GRAD: tl.constexpr,  # gradient of the gate, and of the bonus where there is one
+    LATE: tl.constexpr,  # write the late tokens' gradient
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Gradients of late and early tokens from the passes', and of the vector gate between them, over one piece.
+
+    A gate collects from all pairs on whose two sides it lies: at the first token of the piece <S, dS> of the state
+    before it; from token to token the pairs it wrote come in and those it read go out.
+    """
+    blocks = tl.cdiv(D, BD)
+    pid = tl.program_id(0)
+    block = pid % blocks
+    h = (pid // blocks) % H
+    unit = pid // (blocks * H)
+    first, stop, n, origin = _piece_bounds(unit, cu_ptr, table_ptr, T, PIECE, PACKED)
+    cols = block * BD + tl.arange(0, BD)
+    steps = tl.arange(0, C)
+    slot = unit.to(tl.int64) * H + h
+    reach = tl.zeros([BD], dtype=tl.float32)
+    du = tl.zeros([BD], dtype=tl.float32)
+    if GRAD and GATED:
+        if first == origin:
+            dS_at = d_first_ptr + (n.to(tl.int64) * H + h) * D * E
+        else:
+            dS_at = d_edge_ptr + (slot - H) * D * E
+        acc = tl.zeros([BD, BE], dtype=tl.float32)
+        for e in range(0, E, BE):
+            others = e + tl.arange(0, BE)
+            at = cols[:, None] * st_d + others[None, :] * st_e
+            mask = (cols < D)[:, None] & (others < E)[None, :]
+            S = tl.load(edge_ptr + slot * D * E + at, mask=mask, other=0.0)
+            acc += S * tl.load(dS_at + at, mask=mask, other=0.0)
+        reach = tl.sum(acc, 1)
+        if NORM:
+            if first == origin:
+                dz_at = dz_first_ptr + (n.to(tl.int64) * H + h) * D
+            else:
+                dz_at = dz_edge_ptr + (slot - H) * D
+            z = tl.load(z_edge_ptr + slot * D + cols, mask=cols < D, other=0.0)
+            reach += z * tl.load(dz_at + cols, mask=cols < D, other=0.0)
+    if u_ptr is not None:
+        u = tl.load(u_ptr + h * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+    for t0 in range(first, stop, C):
+        rows = t0 + steps
+        mask = (rows < stop)[:, None] & (cols < D)[None, :]
+        at = (rows.to(tl.int64) * HQ + h // (H // HQ))[:, None] * D + cols[None, :]
+        out = (rows.to(tl.int64) * H + h)[:, None] * D + cols[None, :]
+        late = tl.load(late_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        early = tl.load(early_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        d_late = tl.load(d_late_ptr + out, mask=mask, other=0.0).to(tl.float32)
+        d_early = tl.load(d_early_ptr + out, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            chunk = unit.to(tl.int64) * (PIECE // C) + (t0 - first) // C
+            slow = tl.load(slow_ptr + chunk * H + h) != 0
+            g0 = tl.load(half_ptr + (chunk * H + h) * 2 * D + cols, mask=cols < D, other=0.0)
+            g = _log2_gate(g_ptr, rows, H, h, D, cols, mask)
+            sums = tl.where(slow, 0.0, tl.cumsum(g, 0) - g0[None, :])
+            to = tl.where(slow, 0.0, sums - g) if BONUS else sums
+            d_late = d_late * tl.exp2(to)
+            d_early = d_early * tl.exp2(-sums)
+            if GRAD:
+                wrote = early * d_early
+                change = wrote - late * d_late
+                dg = (tl.cumsum(change, 0) - (wrote if BONUS else change)) + reach[None, :]
+                reach += tl.sum(change, 0)
+                tl.store(dg_ptr + out, dg.to(dg_ptr.dtype.element_ty), mask=mask)
+        own = scale * tl.load(own_ptr + rows.to(tl.int64) * H + h, mask=rows < stop, other=0.0)[:, None]
+        if u_ptr is not None:
+            du += tl.sum(own * late * early, 0)
+            own = own * u[None, :]
+        if LATE:
+            tl.store(d_late_ptr + out, (d_late + own * early).to(d_late_ptr.dtype.element_ty), mask=mask)
+        tl.store(d_early_ptr + out, (d_early + own * late).to(d_early_ptr.dtype.element_ty), mask=mask)
+    if GRAD and u_ptr is not None:
+        tl.store(du_ptr + slot * D + cols, du, mask=cols < D)
+
+
+@triton.jit
+def read_kernel(
+    o_ptr,
+    v_ptr,
+    own_ptr,
+    g_ptr,
+    half_ptr,
+    slow_ptr,
+    cu_ptr,
+    table_ptr,
+    scale,
+    T,
+    PIECE,
+    H,
+    D,
+    BD: tl.constexpr,
+    C: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Multiply the late factors of a value gate into a reading, one chunk of a head. Where reading is exclusive the
+    token's own pair comes in afterwards: its factors are not each other's inverse."""
+    pid = tl.program_id(0)
+    h = pid % H
+    chunk = pid // H
+    per_piece = PIECE // C
+    first, stop, _n, _origin = _piece_bounds(chunk // per_piece, cu_ptr, table_ptr, T, PIECE, PACKED)
+    t0 = first + (chunk % per_piece) * C
+    if t0 < stop:
+        rows, cols = t0 + tl.arange(0, C), tl.arange(0, BD)
+        mask = (rows < stop)[:, None] & (cols < D)[None, :]
+        at = (rows.to(tl.int64) * H + h)[:, None] * D + cols[None, :]
+        g = _log2_gate(g_ptr, rows, H, h, D, cols, mask)
+        to = tl.cumsum(g, 0) - tl.load(half_ptr + pid.to(tl.int64) * 2 * D + cols, mask=cols < D, other=0.0)[None, :]
+        if own_ptr is not None:
+            to -= g
+        to = tl.where(tl.load(slow_ptr + pid) != 0, 0.0, to)
+        o = tl.load(o_ptr + at, mask=mask, other=0.0).to(tl.float32) * tl.exp2(to)
+        if own_ptr is not None:
+            own = scale * tl.load(own_ptr + rows.to(tl.int64) * H + h, mask=rows < stop, other=0.0)
+            o += own[:, None] * tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_kernel(
+    do_ptr,
+    o_ptr,
+    x_ptr,
+    floor_ptr,
+    inverse_ptr,
+    dx_ptr,
+    eps,
+    N,
+    V,
+    ROWS: tl.constexpr,
+    BV: tl.constexpr,
+    FLOOR: tl.constexpr,
+):
+    """From the gradient of a normalised reading ``o = num / den``: 1 / den, by which the passes weight the late tokens,
+    and the gradient of the normaliser x divided by it, so that the same weight serves both."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = rows < N
+    acc = tl.zeros([ROWS], dtype=tl.float32)
+    for column in range(0, V, BV):
+        cols = column + tl.arange(0, BV)
+        at = rows.to(tl.int64)[:, None] * V + cols[None, :]
+        inside = mask[:, None] & (cols < V)[None, :]
+        do = tl.load(do_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        acc += tl.sum(do * tl.load(o_ptr + at, mask=inside, other=0.0).to(tl.float32), 1)
+    x = tl.load(x_ptr + rows, mask=mask, other=1.0)
+    if FLOOR:
+        low = tl.load(floor_ptr + rows, mask=mask, other=1.0)
+        den = tl.maximum(tl.abs(x), low) + eps
+        slope = tl.where(tl.abs(x) > low, tl.where(x > 0, 1.0, -1.0), 0.0)
+    else:
+        den = x + eps
+        slope = 1.0
+    tl.store(inverse_ptr + rows, 1.0 / den, mask=mask)
+    tl.store(dx_ptr + rows, -slope * acc, mask=mask)
+
+
+@triton.jit
+def sums_kernel(
+    g_ptr,
+    seen_ptr,
+    left_ptr,
+    cu_ptr,
+    table_ptr,
+    T,
+    n_rows,
+    PIECE,
+    H,
+    LENGTH: tl.constexpr,
+    C: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Sums of the log2-decays of each chunk up to a token and after it, laid out ``[H, tokens]``. The second is summed
+    from its own gates: a difference would lose what follows a reset."""
+    pid = tl.program_id(0)
+    h = pid % H
+    first, stop, _n, _origin = _piece_bounds(pid // H, cu_ptr, table_ptr, T, PIECE, PACKED)
+    at = tl.arange(0, LENGTH // C)[:, None] * C + tl.arange(0, C)[None, :]
+    rows = first + at
+    valid = (rows < stop) & (at < PIECE)
+    g = tl.load(g_ptr + rows.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
+    inner = valid & (rows + 1 < stop) & (at % C + 1 < C)
+    after = tl.load(g_ptr + (rows + 1).to(tl.int64) * H + h, mask=inner, other=0.0).to(tl.float32)
+    line = h.to(tl.int64) * n_rows + rows
+    log2e = 1.4426950408889634
+    tl.store(seen_ptr + line, tl.cumsum(tl.maximum(g, -80.0) * log2e, 1), mask=valid)
+    tl.store(left_ptr + line, tl.cumsum(tl.maximum(after, -80.0) * log2e, 1, reverse=True), mask=valid)
+
+
+@triton.jit
+def gate_kernel(
+    row_ptr,
+    col_ptr,
+    cross_ptr,
+    w_ptr,
+    edge_ptr,
+    d_edge_ptr,
+    d_first_ptr,
+    z_edge_ptr,
+    dz_edge_ptr,
+    dz_first_ptr,
+    dg_ptr,
+    dw_ptr,
+    cu_ptr,
+    table_ptr,
+    T,
+    n_rows,
+    PIECE,
+    H,
+    SIZE,
+    K,
+    n_blocks,
+    n_cross,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WS: tl.constexpr,
+    GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    BONUS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Gradients of the scalar log-gates and write weights of one piece from the sums of the dq and dk passes.
+
+    With E_ij the contribution of the pair (reader i, writer j), a gate t collects all pairs j < t <= i (j < t < i when
+    reading is exclusive). At the first token of the piece that is <S, dS> of the state before it; from token to token
+    the pairs it wrote come in and those it read go out.
+    """
+    pid = tl.program_id(0)
+    h = pid % H
+    piece = pid // H
+    first, stop, n, origin = _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED)
+    rows = first + tl.arange(0, LENGTH)
+    valid = (rows < stop) & (tl.arange(0, LENGTH) < PIECE)
+    at = rows.to(tl.int64) * H + h
+    line = h.to(tl.int64) * n_rows + rows
+    row = tl.zeros([LENGTH], dtype=tl.float32)
+    col = tl.zeros([LENGTH], dtype=tl.float32)
+    for _ in range(0, n_blocks):
+        row += tl.load(row_ptr + line, mask=valid, other=0.0)
+        col += tl.load(col_ptr + line, mask=valid, other=0.0)
+        row_ptr += n_rows * H
+        col_ptr += n_rows * H
+    for _ in range(0, n_cross):
+        col += tl.load(cross_ptr + line, mask=valid, other=0.0)
+        cross_ptr += n_rows * H
+    if WS:
+        tl.store(dw_ptr + at, col.to(dw_ptr.dtype.element_ty), mask=valid)
+        col = col * tl.load(w_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    if GATED:
+        slot = piece.to(tl.int64) * H + h
+        row_slot = n.to(tl.int64) * H + h
+        if first == origin:
+            dS_at = d_first_ptr + row_slot * SIZE
+        else:
+            dS_at = d_edge_ptr + (slot - H) * SIZE
+        acc = tl.zeros([BLOCK], dtype=tl.float32)
+        for k in range(0, SIZE, BLOCK):
+            cols = k + tl.arange(0, BLOCK)
+            S = tl.load(edge_ptr + slot * SIZE + cols, mask=cols < SIZE, other=0.0)
+            acc += S * tl.load(dS_at + cols, mask=cols < SIZE, other=0.0)
+        if NORM:
+            if first == origin:
+                dz_at = dz_first_ptr + row_slot * K
+            else:
+                dz_at = dz_edge_ptr + (slot - H) * K
+            cols = tl.arange(0, BLOCK)
+            z = tl.load(z_edge_ptr + slot * K + cols, mask=cols < K, other=0.0)
+            acc += z * tl.load(dz_at + cols, mask=cols < K, other=0.0)
+        row, col = row.to(tl.float64), col.to(tl.float64)  # what is left may be far smaller than the terms
+        change = tl.cumsum(col - row, 0) - (col if BONUS else col - row)  # first: it may be far larger than its sum
+        dg = tl.sum(acc.to(tl.float64), 0) + change
+        tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=valid)

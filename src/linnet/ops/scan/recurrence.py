@@ -1,0 +1,257 @@
+"""Linear and minmax scans: the public functions, their checks and the registered op behind them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import (
+    Cost,
+    Segments,
+    Shapes,
+    check_floating,
+    check_segments,
+    common_dtype,
+    no_autocast,
+    resolve_backend,
+)
+from . import chunked, reference
+from .state import ScanState
+
+__all__ = ["BACKENDS", "check_chunk", "check_state", "cost", "is_step", "minmax_scan", "scan"]
+
+BACKENDS = ("reference", "chunked")
+
+
+def scan(
+    a: Tensor,
+    b: Tensor,
+    *,
+    reverse: bool = False,
+    state: ScanState | None = None,
+    segments: Segments | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, ScanState]:
+    """Linear recurrence of independent channels, all states of it::
+
+        h_t = a_t h_{t-1} + b_t          (reverse: h_t = a_t h_{t+1} + b_t)
+
+    where ``a_t`` is a number, a complex number or a 2x2 block. It is given as a factor, not as a logarithm: it may be
+    negative or complex, 0 is an exact reset and 1 keeps exactly. Factors close to 1 want fp32 (bf16 ends at 0.996).
+
+    Args:
+        a: factors: ``[B, T, D]``, or ``[D]`` when constant over time; complex ones as pairs ``[B, T, D, 2]`` or
+            ``[D, 2]`` (the layout of `torch.view_as_real`); blocks ``[B, T, D, 2, 2]`` (row,
+            column). Any floating dtype.
+        b: inputs ``[B, T, D]``; pairs ``[B, T, D, 2]`` for complex factors and blocks.
+        reverse: run from the last token of every sequence to its first; the state then comes in behind the last one and
+            the returned state is that at the first.
+        state: state before the first token, zeros when None; one row a sequence, or a segment.
+        segments: packing of ``[1, total, ...]`` inputs.
+        chunk_size: tokens of a chunk; never changes the result beyond rounding.
+        backend: "auto", "reference" (token by token) or "chunked" (vectorised PyTorch).
+
+    Complex tensors may be given instead of pairs, and give complex states.
+
+    Returns:
+        ``h``, of b's shape and dtype, and ``ScanState(h)`` ``[N, D]`` or ``[N, D, 2]`` in fp32 (float64 for float64
+        inputs). Differentiable in a, b and the state, and through the returned state.
+
+    Raises:
+        ValueError: on shapes, dtypes or devices; the message names the argument.
+
+    Source: the recurrence of S5 (arXiv 2208.04933), HGRN (2311.04823) and RG-LRU (2402.19427); blocks as in ParaRNN
+    (2510.21450).
+    """
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.is_complex() or b.is_complex()):
+        pairs = [torch.view_as_real(x if x.is_complex() else torch.complex(x, torch.zeros_like(x))) for x in (a, b)]
+        if state is not None and isinstance(state, ScanState) and state.h.is_complex():
+            state = ScanState(torch.view_as_real(state.h))
+        h, after = scan(*pairs, reverse=reverse, state=state, segments=segments, chunk_size=chunk_size,
+                        backend=backend)  # fmt: skip
+        return torch.view_as_complex(h), ScanState(torch.view_as_complex(after.h))
+    shapes = Shapes(P=2)
+    single = shapes("b", b, "B T D", "B T D P") == "B T D"
+    layout = shapes("a", a, *(("B T D", "D") if single else ("B T D P", "D P", "B T D P P")))
+    (b,) = common_dtype(b=b)
+    check_floating("a", a, b.device)
+    if not layout.startswith("B"):
+        a = a.expand(*b.shape[:2], *a.shape)
+    algebra = "real" if single else "block" if layout.endswith("P P") else "complex"
+    return _run(algebra, a, b, reverse, state, segments, chunk_size, backend)
+
+
+def minmax_scan(
+    r: Tensor,
+    s: Tensor,
+    *,
+    state: ScanState | None = None,
+    segments: Segments | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, ScanState]:
+    """Memory cells of the (max, min) algebra, all states of them::
+
+        x_t = max(min(x_{t-1}, r_t), s_t)
+
+    Between the bounds a cell keeps its value, outside it takes the bound; the lower bound wins where they cross. Every
+    operation is a selection, so every backend gives the same bits, and every gradient goes to exactly one input (to
+    the past on a tie). A NaN stays.
+
+    Args:
+        r: upper bounds ``[B, T, D]``; infinity keeps whatever is large.
+        s: lower bounds ``[B, T, D]``.
+        state: state before the first token, zeros when None; one row a sequence, or a segment.
+        segments: packing of ``[1, total, D]`` inputs.
+        chunk_size: tokens of a chunk.
+        backend: "auto", "reference" (token by token) or "chunked" (vectorised PyTorch).
+
+    Returns:
+        ``x`` ``[B, T, D]`` in the inputs' dtype and ``ScanState(h [N, D])`` in fp32 (float64 for float64 inputs).
+        Differentiable in r, s and the state, and through the returned state.
+
+    Raises:
+        ValueError: on shapes, dtypes or devices; the message names the argument.
+
+    Source: MinMax recurrent neural cascades (arXiv 2605.06384).
+    """
+    shapes = Shapes()
+    shapes("r", r, "B T D")
+    shapes("s", s, "B T D")
+    r, s = common_dtype(r=r, s=s)
+    return _run("minmax", r, s, False, state, segments, chunk_size, backend)
+
+
+def _run(
+    algebra: str,
+    a: Tensor,
+    b: Tensor,
+    reverse: bool,
+    state: ScanState | None,
+    segments: Segments | None,
+    chunk_size: int | None,
+    backend: str,
+) -> tuple[Tensor, ScanState]:
+    """A scan whose shapes fit: the initial state and the backend."""
+    if b.shape[1] < 1:
+        raise ValueError(f"b: expected at least one token, got shape {list(b.shape)}")
+    rows = check_segments(segments, b.shape[0], b.shape[1])
+    acc = reference.accumulate_dtype(b)
+    if state is None:
+        h = b.new_zeros(rows, *b.shape[2:], dtype=acc)
+    else:
+        h = check_state(state, rows, b.shape[2:], b.device).to(acc)
+    name = resolve_backend(backend, BACKENDS, b)
+    if name == "reference" or is_step(b, segments, backend):
+        with no_autocast(b):
+            y, h = reference.recurrent(algebra, a, b, h, reverse, segments)
+        return y, ScanState(h)
+    host = None if segments is None else segments.cu_seqlens_host
+    y, h = _scan(a, b, h, host, algebra, reverse, check_chunk(chunk_size), name)
+    return y, ScanState(h)
+
+
+def is_step(x: Tensor, segments: Segments | None, backend: str) -> bool:
+    """One token is one step of the recurrence: nothing to scan, and no registration overhead on the decode path."""
+    return x.shape[1] == 1 and segments is None and backend == "auto"
+
+
+def check_state(state: object, rows: int, tail: tuple[int, ...], device: torch.device) -> Tensor:
+    """The tensor of a ScanState ``[rows, *tail]``."""
+    if not isinstance(state, ScanState):
+        raise ValueError(f"state: expected a ScanState, got {type(state).__name__}")
+    letters = ("N", "D", "S")[: 1 + len(tail)]
+    Shapes(**dict(zip(letters, (rows, *tail), strict=True)))("state.h", state.h, " ".join(letters))
+    check_floating("state.h", state.h, device)
+    return state.h
+
+
+def check_chunk(chunk_size: int | None) -> int:
+    """0 leaves the choice to the backend."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    return chunk_size or 0
+
+
+# The registered op.
+
+
+@torch.library.custom_op("linnet::scan", mutates_args=())
+def _scan(
+    a: Tensor, b: Tensor, h: Tensor, cu_host: Tensor | None, algebra: str, reverse: bool, chunk: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(b.device.type, enabled=False):
+        return chunked.forward(algebra, a, b, h, cu_host, reverse, chunk)
+
+
+@_scan.register_fake
+def _(a, b, h, cu_host, algebra, reverse, chunk, backend):
+    return torch.empty_like(b, memory_format=torch.contiguous_format), h.new_empty(h.shape)
+
+
+@torch.library.custom_op("linnet::scan_backward", mutates_args=())
+def _scan_backward(
+    a: Tensor,
+    b: Tensor,
+    h: Tensor,
+    cu_host: Tensor | None,
+    algebra: str,
+    reverse: bool,
+    chunk: int,
+    backend: str,
+    dy: Tensor,
+    dh: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(b.device.type, enabled=False):
+        return chunked.backward(algebra, a, b, h, cu_host, reverse, chunk, dy, dh)
+
+
+@_scan_backward.register_fake
+def _(a, b, h, cu_host, algebra, reverse, chunk, backend, dy, dh):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b, h))
+
+
+def _setup(ctx, inputs, output):
+    a, b, h, cu_host, *options = inputs
+    ctx.save_for_backward(a, b, h, cu_host)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dh):
+    a, b, h, cu_host = ctx.saved_tensors
+    dy = torch.zeros_like(b) if dy is None else dy
+    dh = torch.zeros_like(h) if dh is None else dh
+    return *_scan_backward(a, b, h, cu_host, *ctx.options, dy, dh), None, None, None, None, None
+
+
+_scan.register_autograd(_backward, setup_context=_setup)
+
+
+def cost(
+    B: int,
+    T: int,
+    D: int,
+    *,
+    algebra: str = "real",
+    itemsize: int = 2,
+    gate_itemsize: int | None = None,
+    backward: bool = False,
+) -> Cost:
+    """Floor of one call of :func:`scan` or :func:`minmax_scan`: every input read once, every output written once.
+
+    ``algebra`` is "real", "complex", "block" or "minmax"; ``itemsize`` the bytes of an element of b, ``gate_itemsize``
+    of a (the same when None). With ``backward``, of forward and backward together: factors, states and the output's
+    gradient are read and two gradients written.
+    """
+    sizes = {"real": (1, 1, 2), "complex": (2, 2, 8), "block": (4, 2, 8), "minmax": (1, 1, 2)}
+    if algebra not in sizes:
+        raise ValueError(f"algebra: expected one of {sorted(sizes)}, got {algebra!r}")
+    factors, channels, flops = sizes[algebra]
+    gate = factors * (itemsize if gate_itemsize is None else gate_itemsize)
+    moved = gate + 2 * channels * itemsize
+    if backward:
+        moved += 2 * gate + 3 * channels * itemsize
+    state = 4 * B * D * channels
+    return Cost(B * T * D * flops * (3 if backward else 1), B * T * D * moved + 2 * state, state)

@@ -1,0 +1,238 @@
+"""Recall: multi-query associative recall, recall with overwriting, induction heads, selective copying, latching."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import IGNORE, Sample, Task, register_task
+
+__all__ = ["MQAR", "InductionHeads", "Latching", "Recall", "SelectiveCopy", "distinct"]
+
+
+def distinct(rows: int, count: int, high: int, generator: torch.Generator) -> Tensor:
+    """``count`` different numbers below ``high`` in each row, in random order."""
+    return torch.rand(rows, high, generator=generator).topk(count, 1).indices
+
+
+@register_task(
+    "mqar",
+    "Arora et al. 2023, Zoology (arXiv 2312.04927): multi-query associative recall, with its power-law distances",
+)
+class MQAR(Task):
+    """Pairs of a key and a value, then the keys again at power-law distances among fill; each asks for its value.
+
+    Keys are 1 … V/2-1, values V/2 … V-1, both without repetition. Of the ``(T - 2n) / 2`` slots after the context,
+    query slots are drawn without replacement with probability proportional to ``i^(power - 1)``.
+
+    Args:
+        pairs: n.
+        vocab_size: V; 8192 in the paper.
+        power: 0.01 in the paper, which puts most queries right behind the context; 1 is uniform.
+        fill: fill the rest with random tokens; otherwise with token 0.
+        updates: so many of the keys come again in the context with a new value; the last one counts.
+    """
+
+    lengths = (64, 128, 256)
+    examples = ({"vocab_size": 512}, {"vocab_size": 64, "pairs": 6, "updates": 4, "fill": False, "power": 1.0})
+
+    def __init__(
+        self, *, pairs: int = 4, vocab_size: int = 8192, power: float = 0.01, fill: bool = True, updates: int = 0
+    ):
+        self.expect(pairs >= 1, "pairs", "at least 1", pairs)
+        fits = vocab_size % 2 == 0 and pairs + updates < vocab_size // 2
+        self.expect(fits, "vocab_size", f"an even number above {2 * (pairs + updates)}", vocab_size)
+        self.expect(0 <= updates <= pairs, "updates", f"0 to pairs={pairs}", updates)
+        self.expect(power > 0, "power", "more than 0", power)
+        self.pairs, self.vocab_size, self.power, self.fill, self.updates = pairs, vocab_size, power, fill, updates
+        self.chance = 2 / vocab_size
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        half, n = self.vocab_size // 2, self.pairs + self.updates
+        slots = (length - 2 * n) // 2
+        self.expect(slots >= self.pairs, "length", f"at least {2 * n + 2 * self.pairs}", length)
+        keys = 1 + distinct(rows, self.pairs, half - 1, generator)
+        again = keys.gather(1, distinct(rows, self.updates, self.pairs, generator))
+        values = half + distinct(rows, n, half, generator)
+        context = torch.stack([torch.cat([keys, again], 1), values], 2).flatten(1)
+        # Successive draws without replacement: the largest of log p + Gumbel noise.
+        rank = torch.arange(1, slots + 1, dtype=torch.float64)
+        noise = -torch.rand(rows, slots, generator=generator, dtype=torch.float64).log().neg().log()
+        at = ((self.power - 1) * rank.log() + noise).topk(self.pairs, 1).indices
+        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        if self.fill:
+            tokens = torch.randint(self.vocab_size, (rows, length), generator=generator)
+        tokens[:, : 2 * n] = context
+        targets = torch.full_like(tokens, IGNORE)
+        tokens.scatter_(1, 2 * n + 2 * at, keys)
+        return Sample(tokens, targets.scatter_(1, 2 * n + 2 * at, self._look_up(context, keys)))
+
+    def _look_up(self, context: Tensor, keys: Tensor) -> Tensor:
+        """The value last paired with each key of ``[B, N]``; 0 for other tokens."""
+        known, values = context[:, 0::2], context[:, 1::2]
+        hit = keys.unsqueeze(2) == known.unsqueeze(1)
+        last = torch.where(hit, torch.arange(1, known.shape[1] + 1), 0).amax(2)
+        return F.pad(values, (1, 0)).gather(1, last)
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        return self._look_up(tokens[:, : 2 * (self.pairs + self.updates)], tokens)
+
+
+@register_task(
+    "recall",
+    "key and value in one token, in the manner of Yang et al. 2024, Parallelizing Linear Transformers with the Delta "
+    "Rule (arXiv 2406.06484): the last value written to a key",
+)
+class Recall(Task):
+    """Each writing position holds a key and a value at once (the sum of their embeddings), then some keys are asked
+    for.
+
+    Ids: the values, an "ask" token, the keys; with ``separate`` the keys once more, as questions without "ask".
+
+    Args:
+        keys, values: how many there are.
+        queries: questions at the end of a row; a row of T positions writes T - queries times.
+        unique: no key is written twice (and none asked twice); otherwise keys are uniform, and so are overwritten.
+        separate: questions have embeddings of their own.
+    """
+
+    lengths = (40,)
+    examples = ({}, {"keys": 64, "unique": True}, {"keys": 64, "values": 64, "unique": True, "separate": True})
+
+    def __init__(
+        self, *, keys: int = 12, values: int = 16, queries: int = 8, unique: bool = False, separate: bool = False
+    ):
+        self.expect(min(keys, values, queries) >= 1, "keys, values, queries", "at least 1", (keys, values, queries))
+        self.keys, self.values, self.queries, self.unique, self.separate = keys, values, queries, unique, separate
+        self.vocab_size = values + 1 + keys * (1 + separate)
+        self.chance = 1 / values
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        writes = length - self.queries
+        self.expect(writes >= 1, "length", f"more than queries={self.queries}", length)
+        if self.unique:
+            fits = self.queries <= writes <= self.keys
+            self.expect(fits, "length", f"{2 * self.queries} to {self.keys + self.queries} (unique keys)", length)
+            keys = distinct(rows, writes, self.keys, generator)
+            asked = keys.gather(1, distinct(rows, self.queries, writes, generator))
+        else:
+            keys = torch.randint(self.keys, (rows, writes), generator=generator)
+            asked = keys.gather(1, torch.randint(writes, (rows, self.queries), generator=generator))
+        values = torch.randint(self.values, (rows, writes), generator=generator)
+        offset = self.values + 1
+        written = F.one_hot(values, self.vocab_size) + F.one_hot(offset + keys, self.vocab_size)
+        questions = F.one_hot(asked + offset + self.keys * self.separate, self.vocab_size)
+        if not self.separate:
+            questions[..., self.values] = 1
+        tokens = torch.cat([written, questions], 1).float()
+        targets = torch.full((rows, length), IGNORE)
+        hit = asked.unsqueeze(2) == keys.unsqueeze(1)
+        targets[:, writes:] = values.gather(1, torch.where(hit, torch.arange(writes), -1).amax(2))
+        return Sample(tokens, targets)
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        answers = torch.zeros(tokens.shape[:2], dtype=torch.int64)
+        for row, found in zip(tokens, answers, strict=True):
+            memory: dict[int, int] = {}
+            for t, position in enumerate(row):
+                here = position.nonzero().flatten().tolist()
+                key = (here[-1] - self.values - 1) % self.keys
+                if here[0] < self.values:
+                    memory[key] = here[0]
+                found[t] = memory[key]
+        return answers
+
+
+@register_task("induction_heads", "Gu & Dao 2023, Mamba (arXiv 2312.00752): what followed the special token")
+class InductionHeads(Task):
+    """Random tokens; a special one (the last id) stands once among them and again at the end: what followed it?
+
+    Args:
+        vocab_size: ids, the special one included; 16 in the paper.
+    """
+
+    lengths = (64, 128, 256, 512)
+    chance: float
+
+    def __init__(self, *, vocab_size: int = 16):
+        self.expect(vocab_size >= 2, "vocab_size", "at least 2", vocab_size)
+        self.vocab_size, self.chance = vocab_size, 1 / (vocab_size - 1)
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        self.expect(length >= 3, "length", "at least 3", length)
+        tokens = torch.randint(self.vocab_size - 1, (rows, length), generator=generator)
+        at = torch.randint(length - 2, (rows, 1), generator=generator)
+        tokens.scatter_(1, at, self.vocab_size - 1)
+        tokens[:, -1] = self.vocab_size - 1
+        targets = torch.full_like(tokens, IGNORE)
+        targets[:, -1:] = tokens.gather(1, at + 1)
+        return Sample(tokens, targets)
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        answers = torch.zeros_like(tokens)
+        first = (tokens == self.vocab_size - 1).int().argmax(1, keepdim=True)
+        answers[:, -1:] = tokens.gather(1, first + 1)
+        return answers
+
+
+@register_task("selective_copy", "Gu & Dao 2023, Mamba (arXiv 2312.00752): copy the tokens, leave out the blanks")
+class SelectiveCopy(Task):
+    """Data tokens at random places among blanks, then as many markers, at which they are due in order.
+
+    Ids: data, then blank and marker. A row of T positions holds T - copies of content.
+
+    Args:
+        vocab_size: ids; 16 in the paper.
+        copies: data tokens; 16 in the paper.
+    """
+
+    lengths = (64, 128, 256)
+    examples = ({}, {"copies": 4})
+
+    def __init__(self, *, vocab_size: int = 16, copies: int = 16):
+        self.expect(vocab_size >= 3 and copies >= 1, "vocab_size, copies", "at least 3 and 1", (vocab_size, copies))
+        self.vocab_size, self.copies, self.chance = vocab_size, copies, 1 / (vocab_size - 2)
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        content = length - self.copies
+        self.expect(content >= self.copies, "length", f"at least {2 * self.copies}", length)
+        data = torch.randint(self.vocab_size - 2, (rows, self.copies), generator=generator)
+        at = distinct(rows, self.copies, content, generator).sort(1).values
+        tokens = torch.full((rows, length), self.vocab_size - 2)
+        tokens.scatter_(1, at, data)
+        tokens[:, content:] = self.vocab_size - 1
+        targets = torch.full_like(tokens, IGNORE)
+        targets[:, content:] = data
+        return Sample(tokens, targets)
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        answers = torch.zeros_like(tokens)
+        for row, found in zip(tokens, answers, strict=True):
+            found[-self.copies :] = row[row < self.vocab_size - 2]
+        return answers
+
+
+@register_task("latching", "MinMax recurrent neural cascades: the first token, at every position")
+class Latching(Task):
+    """The first token, from a memory set of ``4 · 2^(k-1)``, among ``20 · 2^(k-1)`` others, repeated at every position.
+
+    Args:
+        k: size of the sets, 1 to 8.
+    """
+
+    lengths = (64, 256, 1024)
+    examples = ({}, {"k": 3})
+
+    def __init__(self, *, k: int = 1):
+        self.expect(1 <= k <= 8, "k", "1 to 8", k)
+        self.vocab_size, self.memory = 20 * 2 ** (k - 1), 4 * 2 ** (k - 1)
+        self.chance = 1 / self.memory
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        tokens = torch.randint(self.vocab_size, (rows, length), generator=generator)
+        tokens[:, 0] = torch.randint(self.memory, (rows,), generator=generator)
+        return Sample(tokens, self.solve(tokens))
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        return tokens[:, :1].expand_as(tokens).clone()

@@ -1,0 +1,308 @@
+"""Training several mixers on one synthetic task, in the same decoder with the same budget, and testing them at lengths.
+
+A *cell* is one mixer at one width from one initialisation. Each cell is an ordinary run of
+:func:`linnet.training.train` in a folder of its own, so that a comparison that was interrupted goes on in the middle
+of a cell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from linnet.evaluation import accuracy
+from linnet.mixers import parse_spec, split_specs
+from linnet.models import Compressor, Decoder, DecoderConfig
+from linnet.ops.core import state_bytes
+from linnet.tasks import Task, TaskData, build_task, get_task
+
+from .checkpoint import checkpoints
+from .config import TrainingConfig
+from .loop import train
+
+__all__ = ["Cell", "Comparison", "compare", "load_comparison"]
+
+SETTINGS_FILE, CELL_FILE = "comparison.json", "cell.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one trained model reached.
+
+    Attributes:
+        mixer: its spec; a pattern over the layers is joined by "+".
+        d_model: width.
+        seed: of weights and training rows.
+        parameters: number of parameters.
+        state_bytes: fp32 state of a row after each tested length (growing caches grow).
+        tokens_per_s: training throughput, median.
+        seconds: of training.
+        loss: of the last training step.
+        accuracy: for every test :class:`linnet.evaluation.Accuracy` as a mapping.
+        curve: [step, accuracy at the first test] during training.
+    """
+
+    mixer: str
+    d_model: int
+    seed: int
+    parameters: int
+    state_bytes: dict[str, int]
+    tokens_per_s: float
+    seconds: float
+    loss: float
+    accuracy: dict[str, dict[str, float]]
+    curve: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared. Fields that make no sense raise a ValueError.
+
+    Attributes:
+        task: spec of the task to train on.
+        mixers: mixer specs; "gla + attention" repeats the two over the layers.
+        sizes: widths.
+        seeds: initialisations of each, counted from 0.
+        length: positions of a training row; several are gone through in turn.
+        tests: name to (task spec, length); by default the task at its own lengths. The first is followed in training.
+        layers: number of layers.
+        model: further fields of :class:`linnet.DecoderConfig`.
+        training: fields of :class:`linnet.training.TrainingConfig`.
+        batch_size: rows of a step.
+        test_rows: rows of a test.
+    """
+
+    task: str
+    mixers: Sequence[str]
+    sizes: Sequence[int] = (64,)
+    seeds: int = 2
+    length: int | Sequence[int] | None = None
+    tests: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    layers: int = 2
+    model: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 32
+    test_rows: int = 256
+
+    def __post_init__(self) -> None:
+        task = build_task(self.task)
+        for name in ("mixers", "sizes"):
+            values = list(getattr(self, name))
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}: expected at least one, none twice, got {values}")
+            object.__setattr__(self, name, values)
+        for name in ("seeds", "batch_size", "test_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.length is None:
+            object.__setattr__(self, "length", task.lengths[0])
+        elif not isinstance(self.length, int):
+            object.__setattr__(self, "length", list(self.length))
+        tests = self.tests or {str(n): (self.task, n) for n in task.lengths}
+        object.__setattr__(self, "tests", {name: (spec, n) for name, (spec, n) in tests.items()})
+        for spec, n in self.tests.values():  # complain before anything is trained
+            TaskData(build_task(spec), length=n, batch_size=1).sample(0)
+        self.data(0).sample(0)
+        assert self.vocab_size  # its grammars are built outside of the meta device
+        with torch.device("meta"):
+            for mixer, size, _ in self.cells():
+                self.frame(self.config(mixer, size))
+        self.training_config(0)
+
+    def cells(self) -> Iterator[tuple[str, int, int]]:
+        """(mixer, width, seed) in the order of training: every mixer once before any is repeated."""
+        for seed in range(self.seeds):
+            for size in self.sizes:
+                for mixer in self.mixers:
+                    yield mixer, size, seed
+
+    def config(self, mixer: str, size: int) -> DecoderConfig:
+        """The decoder of a cell."""
+        defaults = {"init_std": size**-0.5, "mlp_hidden": 2 * size}
+        shape = {"vocab_size": self.vocab_size, "d_model": size, "num_layers": self.layers}
+        return DecoderConfig.from_dict({**defaults, **self.model, **shape, "mixers": split_specs(mixer, "+")})
+
+    @property
+    def frame(self) -> type[Decoder]:
+        """The class of the models."""
+        return Compressor if get_task(parse_spec(self.task, "task")[0]).compressed else Decoder
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Of the task and its tests."""
+        return max(build_task(spec).vocab_size for spec in (self.task, *(spec for spec, _ in self.tests.values())))
+
+    def data(self, seed: int) -> TaskData:
+        """The training rows."""
+        assert self.length is not None
+        return TaskData(build_task(self.task), length=self.length, batch_size=self.batch_size, seed=seed)
+
+    def training_config(self, seed: int) -> TrainingConfig:
+        """The settings of a run."""
+        steps = self.training.get("steps", 400)
+        defaults = {"steps": steps, "lr": 3e-3, "warmup_steps": steps // 10, "weight_decay": 0.01, "final_lr": 0.0}
+        defaults |= {"log_every": max(1, steps // 20), "keep_last": 1, "save_every": max(1, steps // 2)}
+        return TrainingConfig.from_dict({**defaults, **self.training, "seed": seed})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``Comparison(**values)`` restores them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def compare(
+    comparison: Comparison, *, out: str | Path, resume: bool = False, console: Console | None = None
+) -> list[Cell] | None:
+    """Train and test every cell, in ``out/cells``.
+
+    Args:
+        comparison: what to compare.
+        out: folder, which must be new or empty unless ``resume`` is set.
+        resume: go on with the same comparison in ``out``: finished cells are read, the others trained to their end.
+        console: where a line about each cell goes.
+
+    Returns:
+        The cells in order; None when a run was stopped (Ctrl-C, or its minutes), to be resumed.
+
+    Raises:
+        FileExistsError: ``out`` holds something and ``resume`` is false.
+        FileNotFoundError: ``resume`` is true and there is no comparison in ``out``.
+        ValueError: ``resume`` with other settings.
+    """
+    out, console = Path(out), console or Console(quiet=True)
+    wanted = comparison.to_dict()
+    if resume:
+        stored = load_comparison(out)[0].to_dict()
+        if _fixed(stored) != _fixed(wanted):
+            changed = sorted(k for k in wanted if _fixed(wanted).get(k) != _fixed(stored).get(k))
+            raise ValueError(f"resume: the comparison in {out} has other settings ({', '.join(changed)})")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out: {out} is not empty and nothing in it is overwritten; resume or choose another one")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SETTINGS_FILE).write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+    found: list[Cell] = []
+    every = list(comparison.cells())
+    for number, (mixer, size, seed) in enumerate(every, start=1):
+        folder = out / "cells" / f"{_slug(mixer)}-{comparison.mixers.index(mixer)}-d{size}-seed{seed}"
+        cell = _read_cell(folder)
+        if cell is None:
+            cell = _run_cell(comparison, mixer, size, seed, folder)
+        if cell is None:
+            return None
+        found.append(cell)
+        reached = "  ".join(f"{name}: {values['answers']:.3f}" for name, values in cell.accuracy.items())
+        console.print(
+            f"{number}/{len(every)}  {mixer}  d={size}  seed {seed}  {cell.seconds:.0f} s  {reached}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    return found
+
+
+def load_comparison(out: str | Path) -> tuple[Comparison, list[Cell]]:
+    """What lies in the folder of a comparison: its settings and the cells that are finished.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    file = Path(out, SETTINGS_FILE)
+    if not file.is_file():
+        raise FileNotFoundError(f"out: no comparison in {out} ({SETTINGS_FILE} is missing)")
+    comparison = Comparison(**json.loads(file.read_text(encoding="utf-8")))
+    folders = sorted(Path(out, "cells").glob("*")) if Path(out, "cells").is_dir() else []
+    return comparison, [cell for cell in map(_read_cell, folders) if cell is not None]
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed comparison has in common with its beginning: all but where and how long it runs."""
+    free = {"device", "minutes", "log_every"}
+    return settings | {"training": {k: v for k, v in settings["training"].items() if k not in free}}
+
+
+def _slug(mixer: str) -> str:
+    return re.sub(r"\W+", "-", mixer).strip("-")[:60]
+
+
+def _read_cell(folder: Path) -> Cell | None:
+    file = folder / CELL_FILE
+    return Cell(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _run_cell(comparison: Comparison, mixer: str, size: int, seed: int, folder: Path) -> Cell | None:
+    going_on = bool(checkpoints(folder))
+    if folder.exists() and not going_on:  # stopped before its first checkpoint
+        shutil.rmtree(folder)
+    torch.manual_seed(seed)
+    model = comparison.frame(comparison.config(mixer, size))
+    tests = {name: (build_task(spec), n) for name, (spec, n) in comparison.tests.items()}
+    first, length = next(iter(tests.values()))
+
+    def follow(model: Any, *, part: int, parts: int, **_: Any) -> dict[str, float]:
+        return {"accuracy": accuracy(model, first, length, rows=min(64, comparison.test_rows)).answers / parts}
+
+    if (folder / "model").is_dir():  # trained, and stopped while it was tested
+        model = comparison.frame.load(folder / "model")
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        seconds = json.loads((checkpoints(folder)[-1] / "trainer.json").read_text(encoding="utf-8"))["seconds"]
+    else:
+        result = train(
+            model,
+            comparison.data(seed),
+            comparison.training_config(seed),
+            out=folder,
+            resume=going_on,
+            evaluate=follow,
+            console=Console(quiet=True),
+        )
+        if not result.finished:
+            return None
+        records, seconds = result.records, result.seconds
+    cell = _test(model.eval(), tests, comparison.test_rows, records, seconds, (mixer, size, seed))
+    partial = folder / f".{CELL_FILE}.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(cell), indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / CELL_FILE)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing goes on from them
+    return cell
+
+
+def _test(
+    model: Decoder,
+    tests: Mapping[str, tuple[Task, int]],
+    rows: int,
+    records: Sequence[Mapping[str, Any]],
+    seconds: float,
+    key: tuple[str, int, int],
+) -> Cell:
+    held, reached = {}, {}
+    device = model.embed_tokens.weight.device
+    for name, (task, length) in tests.items():
+        with torch.no_grad():
+            one = TaskData(task, length=length, batch_size=1, split="test").sample(0).tokens.to(device)
+            held[name] = state_bytes(model(one).state)
+        reached[name] = accuracy(model, task, length, rows=rows)._asdict()
+    speeds = [r["perf/tokens_per_s"] for r in records if "perf/tokens_per_s" in r]
+    curve = [[r["step"], r["held_out/accuracy"]] for r in records if "held_out/accuracy" in r]
+    losses = [r["train/loss"] for r in records if "train/loss" in r]
+    return Cell(
+        *key,
+        parameters=model.num_parameters(),
+        state_bytes=held,
+        tokens_per_s=round(statistics.median(speeds), 1),
+        seconds=round(seconds, 2),
+        loss=round(losses[-1], 5),
+        accuracy=reached,
+        curve=curve,
+    )

@@ -1,0 +1,78 @@
+"""Compiling the kernels of a call ahead of time, for GPUs that are not here.
+
+:func:`launches` runs a launcher on CPU tensors with Triton's launch replaced by a record, so what is compiled is what
+the library would launch: the same arguments, flags, tile sizes and warps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+HOPPER, BLACKWELL, MI300 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), GPUTarget("hip", "gfx942", 64)
+SHARED_MEMORY = {HOPPER: 227 * 1024, BLACKWELL: 227 * 1024, MI300: 64 * 1024}
+_NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+class Launch(NamedTuple):
+    """One recorded launch."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+def launches(call: Callable[[], Any]) -> list[Launch]:
+    """The kernels that ``call`` would launch."""
+    found = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
+        found.append(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
+
+    with mock.patch.object(JITFunction, "run", record):
+        call()
+    return found
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + _NAMES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_NAMES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if abs(value) < 2**31 else "i64"
+    return "fp32"
+
+
+def build(launch: Launch, target: GPUTarget) -> Any:
+    """Compile a recorded launch; the result has the assembly (``asm``) and the metadata."""
+    signature, constants, attributes = {}, {}, {}
+    flags = {p.name for p in launch.kernel.params if p.is_constexpr}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        if name in flags or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        signature[name] = _kind(value)
+        if isinstance(value, (Tensor, TensorDescriptor)) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return compile(ASTSource(launch.kernel, signature, constants, attributes), target=target, options=launch.options)

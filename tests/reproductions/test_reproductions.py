@@ -1,0 +1,93 @@
+"""Every reproduction runs; what is recorded holds together; one is run for real."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from linnet.reproductions import Bar, reproduce, reproductions
+from linnet.reproductions.tfla import gains, half_gain
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "reproductions" / "results").glob("*.json"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are tiny: more threads only get into each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", reproductions())
+def test_quick(name: str, tmp_path: Path) -> None:
+    result = reproduce(name, folder=tmp_path / name, quick=True)
+    assert result["quick"]
+    assert json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8")) == result
+    assert (tmp_path / name / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert all(row["measured"] is not None for row in result["measured"])
+    assert all(len(points) > 1 for points in result["plot"]["curves"].values())
+    with pytest.raises(FileExistsError, match="nothing in it is overwritten"):
+        reproduce(name, folder=tmp_path / name, quick=True)
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_recorded(file: Path) -> None:
+    """A recorded result belongs to a reproduction as it is now, was not a quick one, and judges itself correctly."""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    about = reproductions(missing=True)[file.stem]
+    assert result["name"] == file.stem
+    for field in ("title", "paper", "claim", "published", "setup"):
+        assert result[field] == getattr(about, field), field
+    assert not result["quick"]
+    assert result["budget"] in about.budgets
+    assert result["passed"] == all(row["passed"] for row in result["measured"])
+    assert any(not row["bar"].startswith("none") for row in result["measured"])
+    assert result["passed"] or result["tried"], "a miss says what was tried"
+    if result["budget"] == "cpu":
+        assert result["cpu_seconds"] < 240
+
+
+def test_page_is_up_to_date() -> None:
+    """docs/reproductions.md says what the results say; `scripts/reproductions.py` renews it."""
+    found = subprocess.run(
+        [sys.executable, "scripts/reproductions.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_bars() -> None:
+    assert Bar("x", 0.5, at_least=0.5).passed
+    assert Bar("x", 0.5, at_most=0.5).passed
+    assert not Bar("x", 0.4, at_least=0.5).passed
+    assert not Bar("x", 0.6, 0.1, 0.5).passed
+    assert not Bar("x", math.nan).passed
+    assert Bar("x", 0.6, 0.1, 0.9).bar() == "≥ 0.1, ≤ 0.9"
+    assert Bar("x", 0.6).bar().startswith("none")
+
+
+def test_transfer_behaviour() -> None:
+    """The claim of TFLA that needs no training: after the norm both gates pass the same, and the epsilon shifts
+    where."""
+    fine, coarse = gains(1e-6, 64), gains(1e-2, 64)
+    for found in (fine, coarse):
+        for a, b in zip(*found.values(), strict=True):
+            assert a == pytest.approx(b, abs=0.03)
+    shift = half_gain(coarse["sigmoid gate"]) - half_gain(fine["sigmoid gate"])
+    assert shift == pytest.approx(math.log(100), rel=0.1)
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name: expected one of"):
+        reproduce("nope", folder=tmp_path / "x")
+    with pytest.raises(ValueError, match="budget: expected one of"):
+        reproduce("gla", folder=tmp_path / "x", budget="tpu")

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+
+import pytest
+
+from linnet.models import Compressor, Decoder
+from linnet.tasks import TaskData
+from linnet.training import Comparison, compare, load_comparison
+from linnet.training.report import summarise, write_report
+
+SMALL = {
+    "mixers": ["gla(num_heads=2)", "attention(num_heads=2) + gla(num_heads=2)"],
+    "sizes": [16],
+    "seeds": 1,
+    "length": 8,
+    "tests": {"8": ("parity", 8), "20": ("parity", 20)},
+    "training": {"steps": 4, "save_every": 2, "device": "cpu"},
+    "batch_size": 4,
+    "test_rows": 8,
+}
+
+
+def small(**changes) -> Comparison:
+    return Comparison("parity", **{**SMALL, **changes})
+
+
+def test_trains_tests_and_reports(tmp_path):
+    comparison = small()
+    out = tmp_path / "out"
+    cells = compare(comparison, out=out)
+    assert cells is not None
+    assert [c.mixer for c in cells] == comparison.mixers
+    for cell in cells:
+        assert set(cell.accuracy) == {"8", "20"}
+        assert 0 <= cell.accuracy["20"]["answers"] <= 1
+        assert cell.tokens_per_s > 0
+        assert cell.curve[-1][0] == 4
+    gla, hybrid = cells
+    assert gla.state_bytes["8"] == gla.state_bytes["20"]  # a recurrent state does not grow, a cache does
+    assert hybrid.state_bytes["8"] < hybrid.state_bytes["20"]
+    pattern = Decoder(comparison.config(hybrid.mixer, 16))
+    assert [type(layer.mixer).__name__ for layer in pattern.layers] == ["Attention", "GLA"]
+    assert hybrid.parameters == pattern.num_parameters()
+
+    rows = write_report(out, comparison, cells)
+    assert rows == summarise(comparison, cells)
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r'(src|href)="(?!data:)', page)  # it needs nothing beside it
+    assert "attention(num_heads=2) + gla(num_heads=2)" in page
+    assert json.loads((out / "results.json").read_text())["rows"][0]["label"] == "gla(num_heads=2)"
+    with pytest.raises(FileExistsError, match="is not empty and nothing in it is overwritten"):
+        compare(comparison, out=out)
+    assert compare(comparison, out=out, resume=True) == cells
+    again, found = load_comparison(out)
+    assert again == comparison
+    assert sorted(c.mixer for c in found) == sorted(comparison.mixers)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    comparison, real, calls = small(), TaskData.batch, []
+
+    def batch(self, step, *rest):
+        calls.append(step)
+        if len(calls) == 8:  # the first call of each run is a check; this is in the middle of the second run
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, step, *rest)
+
+    monkeypatch.setattr(TaskData, "batch", batch)
+    out = tmp_path / "out"
+    assert compare(comparison, out=out) is None
+    assert len(load_comparison(out)[1]) == 1
+    with pytest.raises(ValueError, match=r"other settings \(batch_size\)"):
+        compare(small(batch_size=2), out=out, resume=True)
+    cells = compare(comparison, out=out, resume=True)
+    whole = compare(comparison, out=tmp_path / "whole")
+    assert cells is not None
+    assert whole is not None
+    for cell, other in zip(cells, whole, strict=True):
+        assert (cell.accuracy, cell.loss, cell.curve[-1]) == (other.accuracy, other.loss, other.curve[-1])
+
+
+def test_stopped_before_or_while_it_was_tested(tmp_path, monkeypatch):
+    comparison = small(mixers=["gla(num_heads=2)"])
+
+    def cut(*_: object) -> None:
+        raise RuntimeError("power cut")
+
+    for function in ("_test", "train"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"linnet.training.comparison.{function}", lambda *_, **__: cut())
+            with pytest.raises(RuntimeError, match="power cut"):
+                compare(comparison, out=tmp_path / function)
+        cells = compare(comparison, out=tmp_path / function, resume=True)
+        assert cells is not None
+        assert cells[0].seconds > 0
+
+
+def test_compression_is_read_from_the_last_output(tmp_path):
+    comparison = Comparison("mad_compression", **{**SMALL, "mixers": ["gla(num_heads=2)"], "tests": {}, "length": 8})
+    assert comparison.frame is Compressor
+    assert compare(comparison, out=tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixers": []}, "mixers: expected at least one, none twice"),
+        ({"mixers": ["gla", "gla"]}, "mixers: expected at least one, none twice"),
+        ({"mixers": ["nope"]}, "mixer: expected one of"),
+        ({"seeds": 0}, "seeds: expected at least 1"),
+        ({"sizes": [15]}, "num_heads"),
+        ({"tests": {"x": ("mqar", 4)}}, "length: expected at least 16"),
+        ({"training": {"stepps": 3}}, "unknown setting 'stepps'"),
+        ({"model": {"mpl": 3}}, "unknown field 'mpl'"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no comparison in"):
+        compare(small(), out=tmp_path, resume=True)
