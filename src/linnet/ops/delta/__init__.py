@@ -232,7 +232,7 @@ def _(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, 
     o = v.new_empty(*q.shape[:2], *v.shape[2:])
     if backend != "triton" or not training:
         return o, S.new_empty(S.shape), S.new_empty(0), S.new_empty(0)
-    matrices, rows = kept(q, v, w is not None, substeps, cu_host)
+    matrices, rows = kept(q, v, substeps, cu_host)
     return o, S.new_empty(S.shape), q.new_empty(matrices), S.new_empty(rows)
 
 

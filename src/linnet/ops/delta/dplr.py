@@ -133,7 +133,7 @@ def _(q, k, v, a, b, g, S, cu_host, scale, chunk, backend, training):
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if backend != "triton" or not training:
         return o, S.new_empty(S.shape), S.new_empty(0), S.new_empty(0)
-    matrices, rows = kept(q, v, False, 2, cu_host)
+    matrices, rows = kept(q, v, 2, cu_host)
     return o, S.new_empty(S.shape), q.new_empty(matrices), S.new_empty(rows)
 
 

@@ -14,7 +14,7 @@ def chunk_rows(K: int, dtype: torch.dtype) -> int:
 
 
 def kept(
-    q: Tensor, v: Tensor, write: bool, substeps: int, cu_host: Tensor | None
+    q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of what the kernels keep for the backward pass, for as many chunks as a call has at most: matrices in q's
     dtype and numbers of each row in fp32, by chunk and head."""
@@ -22,4 +22,4 @@ def kept(
     rows = chunk_rows(q.shape[3], q.dtype)
     tokens = rows // substeps
     chunks = B * -(-T // tokens) if cu_host is None else T // tokens + cu_host.shape[0] - 1
-    return (chunks, H, 2 if write else 3, rows, rows), (chunks, H, 8, rows)
+    return (chunks, H, 2, rows, rows), (chunks, H, 8, rows)

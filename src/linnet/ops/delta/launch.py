@@ -6,64 +6,64 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..core import chunk_table
 from .kept import chunk_rows, kept
 from .kernels import local_kernel, state_kernel
+from .kernels_around import finish_kernel, hard_gradient_kernel, hard_kernel, prepare_kernel
 from .kernels_backward import adjoint_kernel, gradient_kernel, pairs_kernel
 from .kernels_step import step_kernel
 
+# log2 of what half a chunk may forget in a channel for its rows to have one factor each; factors and their inverses
+# reach it, gradients of operands its square. fp16 has little range; fp32 takes every channel exactly.
+LIMITS = {torch.bfloat16: 48.0, torch.float16: 6.0, torch.float32: -1.0}
 
-def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: bool) -> dict[str, int]:
-    """Tile sizes, warps and pipeline depth, by the sizes of keys and values; T never enters."""
-    BK, widest = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
-    fp32 = dtype == torch.float32
-    if kernel == "local":
-        return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": 1 if fp32 else 2}
-    BV = min(32 if fp32 else 64, widest)
-    if kernel == "pairs":
-        return {"BV": BV, "num_warps": 4, "num_stages": 1 if fp32 else 2}
-    if kernel == "gradient":
-        BK = min(BK, 32 if fp32 or vector else 128)
-        warps = 8 if BK == 128 else 4
-        return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 1 if fp32 else 2}
-    C = chunk_rows(K, dtype)
-    stage = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV)  # bytes that a chunk's tiles take, of about 225 KB
-    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 1 if fp32 else max(1, min(3, 225_000 // stage))}
+# A scalar beta below this is as good as none, and a divisor.
+LEAST = {torch.bfloat16: 2.0**-40, torch.float16: 2.0**-14, torch.float32: 2.0**-40}
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _block(n: int) -> int:
+    """Least tile that holds n channels."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
 @cache
-def selections(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros and ones ``[step, 3, C, C]``: for each step in which the kernels take pairs of rows (r, s), s before r, the
-    rows whose log-decays lie between a row and the one where its pairs are parted; the same without the row's own when
-    it is the later of the pair; and the pairs. Steps 0..5 take, within blocks of 2 << step rows, a row of the second
-    half with one of the first; 6, 7 and 8 whole blocks (of the chunk, of 16 rows, of one), parted at their first row.
-    Entry 9: rows up to a row, before it, after it."""
-    r, i = torch.arange(C)[:, None], torch.arange(C)[None, :]
-    table = []
-    for b in (1, 2, 4, 8, 16, 32):
-        same, late = r // b == i // b, r // b % 2 == 1
-        near = [same & torch.where(late, inner, i > r) for inner in (i <= r, i < r)]
-        table += [*near, (r // b == i // b + 1) & late]
-    for b in (C, 16, 1):
-        same = (r // b == i // b) & (i % b != 0)
-        table += [same & (i <= r), same & (i < r), (r // b == i // b) & (i <= r)]
-    table += [i <= r, i < r, i > r]
-    return torch.stack(table).unflatten(0, (-1, 3)).to(device, torch.float32 if dtype == torch.float32 else torch.bfloat16)
+def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: bool) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth, by the sizes of keys and values; T never enters."""
+    BK, BV = _block(K), min(32 if dtype == torch.float32 else 64, _block(V))
+    fp32 = dtype == torch.float32
+    stages = 1 if fp32 else 2
+    if kernel in ("prepare", "finish"):
+        return {"BK": min(BK, 64 if kernel == "prepare" else 32), "num_warps": 4, "num_stages": 2}
+    if kernel == "hard":
+        return {"BK": BK, "num_warps": 8, "num_stages": 1}
+    if kernel == "local":
+        return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": stages}
+    if kernel == "pairs":
+        return {"BV": BV, "num_warps": 4, "num_stages": stages}
+    if kernel == "gradient":
+        return {"BK": min(BK, 32 if fp32 or vector else 64), "BV": min(BV, 32), "num_warps": 4, "num_stages": 1 if fp32 else 3}
+    C = chunk_rows(K, dtype)
+    BV = min(BV, 32) if BK > 128 else BV
+    stage = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV)  # bytes that a chunk's tiles take, of about 225 KB
+    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 1 if fp32 else max(1, min(3, 225_000 // stage))}
 
 
 class _Layout:
     """Sequences and chunks of one call."""
 
-    def __init__(self, q: Tensor, v: Tensor, write: bool, substeps: int, cu_host: Tensor | None):
+    def __init__(self, q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None):
         self.B, self.T = q.shape[:2]
         self.H, self.heads, self.K, self.V = v.shape[2], q.shape[2], q.shape[3], v.shape[3]
         self.substeps, self.C = substeps, chunk_rows(self.K, q.dtype)
         self.tokens = self.C // substeps
         self.packed = cu_host is not None
-        self.kept = kept(q, v, write, substeps, cu_host)
+        self.kept = kept(q, v, substeps, cu_host)
         if cu_host is None:
             self.rows, self.chunks = self.B, self.B * -(-self.T // self.tokens)
             self.cu = self.table = self.first = None
@@ -75,8 +75,8 @@ class _Layout:
             counts[1:] = (-(-cu_host.diff() // self.tokens)).cumsum(0)
             self.cu, self.first = cu_host.to(q.device), counts.to(q.device)
 
-    def sizes(self, scale: float) -> tuple[float, int, int, int, int, int]:
-        return scale, self.T, self.tokens, self.H, self.heads, self.K
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.T, self.tokens, self.H, self.heads, self.K
 
 
 class _Modes:
@@ -91,6 +91,51 @@ class _Modes:
         self.vector = self.gate == 2 or self.erase or self.untied
 
 
+def _prepare(
+    layout: _Layout,
+    modes: _Modes,
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    ab: tuple[Tensor, Tensor] | None,
+) -> dict[str, Any]:
+    """What the passes read: q and k as they are, or operands with their decays in them."""
+    local: dict[str, Any] = {"decays": None, "operands": (k, q, k)}
+    if not modes.vector:
+        return local
+    slots = layout.chunks, layout.H
+    local["rows"] = q.new_empty(layout.kept[1], dtype=torch.float32)
+    local["decays"] = q.new_empty(*slots, 3, layout.K, dtype=torch.float32) if modes.gate else None
+    local["operands"] = tuple(q.new_empty(*slots, layout.C, layout.K) for _ in range(3))
+    prepare_kernel[(layout.chunks * layout.H,)](
+        q,
+        k,
+        beta,
+        *(ab or (None, None)),
+        g,
+        local["rows"],
+        local["decays"],
+        *local["operands"],
+        layout.cu,
+        layout.table,
+        scale,
+        LIMITS[q.dtype],
+        *layout.sizes(),
+        C=layout.C,
+        SUB=layout.substeps,
+        GATE=modes.gate,
+        ERASE=modes.erase,
+        UNTIED=modes.untied,
+        NORM=l2norm,
+        PACKED=layout.packed,
+        **launch_settings("prepare", layout.K, layout.V, q.dtype, True),
+    )
+    return local
+
+
 def _local(
     layout: _Layout,
     modes: _Modes,
@@ -100,46 +145,60 @@ def _local(
     g: Tensor | None,
     scale: float,
     l2norm: bool,
-    scores: bool,
-    ab: tuple[Tensor, Tensor] | None = None,
+    ab: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Any]:
-    """What each chunk holds by itself: A and P (``scores``), row and chunk decays, operands of the serial passes."""
-    C, K, H = layout.C, layout.K, layout.H
-    slots = layout.chunks, H
-    fp32 = {"dtype": torch.float32, "device": q.device}
-    local: dict[str, Any] = {"rows": torch.empty(layout.kept[1], **fp32)}
-    local["fade"] = torch.empty(*slots, K, **fp32) if modes.gate and modes.vector else None
-    local["matrices"] = q.new_empty(layout.kept[0]) if scores else None
-    operands = [q.new_empty(*slots, C, K) if modes.vector else None for _ in range(3)]
-    local_kernel[(layout.chunks * H,)](
+    """What each chunk holds by itself: A and P, row and chunk decays, operands of the serial passes."""
+    local = _prepare(layout, modes, q, k, beta, g, scale, l2norm, ab)
+    if not modes.vector:
+        local["rows"] = q.new_empty(layout.kept[1], dtype=torch.float32)
+    local["matrices"] = q.new_empty(layout.kept[0])
+    if modes.vector and modes.gate:
+        hard_kernel[(layout.chunks * layout.H,)](
+            q,
+            k,
+            beta,
+            *(ab or (None, None)),
+            g,
+            local["rows"],
+            local["decays"],
+            local["matrices"],
+            layout.cu,
+            layout.table,
+            scale,
+            *layout.sizes(),
+            C=layout.C,
+            SUB=layout.substeps,
+            GATE=modes.gate,
+            ERASE=modes.erase,
+            UNTIED=modes.untied,
+            PACKED=layout.packed,
+            **launch_settings("hard", layout.K, layout.V, q.dtype, True),
+        )
+    local_kernel[(layout.chunks * layout.H,)](
         q,
         k,
         beta,
-        *(ab or (None, None)),
         g,
         local["rows"],
-        local["fade"],
+        local["decays"],
         local["matrices"],
-        *operands,
-        selections(C, q.dtype, q.device),
+        *(local["operands"] if modes.vector else (None, None, None)),
         layout.cu,
         layout.table,
-        *layout.sizes(scale),
-        C=C,
-        LEVELS=C.bit_length() - 1,
+        scale,
+        LEAST[q.dtype],
+        *layout.sizes(),
+        C=layout.C,
+        LEVELS=layout.C.bit_length() - 1,
         SUB=layout.substeps,
         GATE=modes.gate,
-        ERASE=modes.erase,
-        W=modes.write,
         VECTOR=modes.vector,
-        UNTIED=modes.untied,
         NORM=l2norm,
-        SCORES=scores,
         PACKED=layout.packed,
         EXACT=q.dtype == torch.float32,
-        **launch_settings("local", K, layout.V, q.dtype, modes.vector),
+        FINE=q.dtype == torch.float16,
+        **launch_settings("local", layout.K, layout.V, q.dtype, modes.vector),
     )
-    local["operands"] = operands if modes.vector else [k, q, k]
     return local
 
 
@@ -159,14 +218,14 @@ def _walk(
     """The serial pass: the reading and the final state, or (``kept``) entering states and writes of every chunk."""
     settings = launch_settings("state", layout.K, layout.V, v.dtype, modes.vector)
     erase, read, write = local["operands"]
-    state_kernel[(layout.rows * layout.H * triton.cdiv(layout.V, settings["BV"]),)](
+    state_kernel[(layout.rows * layout.H * _cdiv(layout.V, settings["BV"]),)](
         erase,
         write,
         read,
         v,
         w,
         local["rows"],
-        local["fade"],
+        local["decays"],
         local["matrices"],
         S,
         last,
@@ -174,7 +233,8 @@ def _walk(
         *(kept or (None, None)),
         layout.cu,
         layout.first,
-        *layout.sizes(scale),
+        scale,
+        *layout.sizes(),
         layout.V,
         C=layout.C,
         SUB=layout.substeps,
@@ -210,8 +270,8 @@ def forward(
     q, k, v, S = (x.contiguous() for x in (q, k, v, S))
     beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
-    layout, modes = _Layout(q, v, w is not None, substeps, cu_host), _Modes(beta, g, w)
-    local = _local(layout, modes, q, k, beta, g, scale, l2norm, True, ab)
+    layout, modes = _Layout(q, v, substeps, cu_host), _Modes(beta, g, w)
+    local = _local(layout, modes, q, k, beta, g, scale, l2norm, ab)
     o, last = v.new_empty(layout.B, layout.T, layout.H, layout.V), torch.empty_like(S)
     _walk(layout, modes, local, v, w, S, scale, o=o, last=last)
     return (o, last, local["matrices"], local["rows"]) if training else (o, last, None, None)
@@ -243,10 +303,10 @@ def step(
     (B, T, heads, K), (H, V) = q.shape, v.shape[2:]
     out = torch.empty_like(S) if index is None else S
     o = v.new_empty(B, T, H, V)
-    BV = max(16, triton.next_power_of_2(V))
-    while BV > 32 or (BV > 8 and B * H * triton.cdiv(V, BV) < 256):  # enough programs to fill the memory's pipes
+    BV = _block(V)
+    while BV > 32 or (BV > 8 and B * H * _cdiv(V, BV) < 256):  # enough programs to fill the memory's pipes
         BV //= 2
-    step_kernel[(B * H * triton.cdiv(V, BV),)](
+    step_kernel[(B * H * _cdiv(V, BV),)](
         q,
         k,
         v,
@@ -265,7 +325,7 @@ def step(
         heads,
         K,
         V,
-        BK=max(16, triton.next_power_of_2(K)),
+        BK=_block(K),
         BV=BV,
         SUB=substeps,
         GATE=modes.gate,
@@ -301,27 +361,26 @@ def backward(
     q, k, v, S, do, dS = (x.contiguous() for x in (q, k, v, S, do, dS))
     beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
-    layout, modes = _Layout(q, v, w is not None, substeps, cu_host), _Modes(beta, g, w)
+    layout, modes = _Layout(q, v, substeps, cu_host), _Modes(beta, g, w)
     H, K, V, C = layout.H, layout.K, layout.V, layout.C
-    if modes.vector:
-        local = _local(layout, modes, q, k, beta, g, scale, l2norm, False, ab)
-    else:
-        local = {"rows": rows, "fade": None, "operands": [k, q, k]}
+    local = _prepare(layout, modes, q, k, beta, g, scale, l2norm, ab)
+    if not modes.vector:
+        local["rows"] = rows
     local["matrices"] = matrices
 
     entering, leaving = (q.new_empty(layout.chunks, H, V, K) for _ in range(2))
-    R, L = (q.new_empty(layout.chunks, H, V, C) for _ in range(2))
+    R, L = q.new_empty(layout.chunks, H, V, C), q.new_empty(layout.B, layout.T * substeps, H, V)
     _walk(layout, modes, local, v, w, S, scale, kept=(entering, R))
 
     settings = launch_settings("state", K, V, v.dtype, modes.vector)
     erase, read, write = local["operands"]
     dS0 = torch.empty_like(S)
-    adjoint_kernel[(layout.rows * H * triton.cdiv(V, settings["BV"]),)](
+    adjoint_kernel[(layout.rows * H * _cdiv(V, settings["BV"]),)](
         erase,
         write,
         read,
         local["rows"],
-        local["fade"],
+        local["decays"],
         matrices,
         do,
         dS,
@@ -330,25 +389,24 @@ def backward(
         L,
         layout.cu,
         layout.first,
-        *layout.sizes(scale),
+        scale,
+        *layout.sizes(),
         V,
         C=C,
         SUB=substeps,
         GATE=modes.gate,
-        MATRICES=matrices.shape[2],
         VECTOR=modes.vector,
         PACKED=layout.packed,
         **settings,
     )
-    del local["operands"], erase, read, write
-
     dq, dk = q.new_empty(*q.shape[:2], H, K), k.new_empty(*k.shape[:2], H, K)
     a, b = ab or (None, None)
-    wanted = {"v": v, "beta": beta, "g": g, "w": w, "a": a, "b": b}
-    grads = {"S": dS0} | {name: torch.empty_like(x) for name, x in wanted.items() if x is not None}
+    wanted = {"beta": beta, "g": g, "w": w, "a": a, "b": b}
+    grads = {"S": dS0, "v": L} | {name: torch.empty_like(x) for name, x in wanted.items() if x is not None}
+    if modes.write or modes.untied:
+        grads["v"] = torch.empty_like(v)
     D1, D2 = (q.new_empty(layout.chunks, H, C, C) for _ in range(2))
-    lv = None if modes.write else S.new_empty(layout.chunks, H, C)
-    settings = launch_settings("pairs", K, V, v.dtype, modes.vector)
+    exact = q.dtype == torch.float32
     pairs_kernel[(layout.chunks * H,)](
         v,
         g,
@@ -359,7 +417,6 @@ def backward(
         L,
         D1,
         D2,
-        lv,
         grads["v"],
         grads.get("w"),
         layout.cu,
@@ -375,17 +432,18 @@ def backward(
         VECTOR=modes.vector,
         UNTIED=modes.untied,
         PACKED=layout.packed,
-        EXACT=q.dtype == torch.float32,
-        **settings,
+        EXACT=exact,
+        **launch_settings("pairs", K, V, v.dtype, modes.vector),
     )
     settings = launch_settings("gradient", K, V, v.dtype, modes.vector)
+    operands = local["operands"] if modes.vector else (None, None, None)
     gradient_kernel[(layout.chunks * H,)](
         q,
         k,
-        beta,
-        *(ab or (None, None)),
         g,
         local["rows"],
+        local["decays"],
+        *operands,
         do,
         entering,
         R,
@@ -393,32 +451,78 @@ def backward(
         L,
         D1,
         D2,
-        lv,
         dq,
         dk,
         grads.get("beta"),
-        grads.get("a"),
-        grads.get("b"),
         grads.get("g"),
-        selections(C, q.dtype, q.device),
         layout.cu,
         layout.table,
-        *layout.sizes(scale),
+        scale,
+        *layout.sizes(),
         V,
         C=C,
-        LEVELS=C.bit_length() - 1,
         SUB=substeps,
         GATE=modes.gate,
-        ERASE=modes.erase,
-        W=modes.write,
         VECTOR=modes.vector,
         UNTIED=modes.untied,
         NORM=l2norm,
         WHOLE=settings["BK"] >= K,
         PACKED=layout.packed,
-        EXACT=q.dtype == torch.float32,
+        EXACT=exact,
         **settings,
     )
+    if modes.vector:
+        del entering, leaving, R
+        flags = {
+            "C": C,
+            "SUB": substeps,
+            "GATE": modes.gate,
+            "ERASE": modes.erase,
+            "UNTIED": modes.untied,
+            "PACKED": layout.packed,
+        }
+        if modes.gate:
+            hard_gradient_kernel[(layout.chunks * H,)](
+                q,
+                k,
+                beta,
+                a,
+                b,
+                g,
+                local["rows"],
+                local["decays"],
+                *operands,
+                D1,
+                D2,
+                grads["g"],
+                layout.cu,
+                layout.table,
+                scale,
+                *layout.sizes(),
+                **flags,
+                **launch_settings("hard", K, V, v.dtype, True),
+            )
+        finish_kernel[(layout.chunks * H,)](
+            q,
+            k,
+            beta,
+            g,
+            local["rows"],
+            local["decays"],
+            *operands,
+            dq,
+            dk,
+            grads.get("beta"),
+            grads.get("a"),
+            grads.get("b"),
+            layout.cu,
+            layout.table,
+            scale,
+            *layout.sizes(),
+            NORM=l2norm,
+            **flags,
+            **launch_settings("finish", K, V, v.dtype, True),
+        )
     if layout.heads != H:
         dq, dk = (x.unflatten(2, (layout.heads, -1)).sum(3) for x in (dq, dk))
     return grads | {"q": dq, "k": dk}
