@@ -47,11 +47,15 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     if kernel == "pairs":
         return {"BV": BV, "num_warps": 4, "num_stages": stages}
     if kernel == "gradient":
-        return {"BK": min(BK, 32 if fp32 or vector else 64), "BV": min(BV, 32), "num_warps": 4, "num_stages": 1 if fp32 else 3}
+        BK = min(BK, 32 if fp32 or vector else 64)
+        return {"BK": BK, "BV": min(BV, 32), "num_warps": 4, "num_stages": 1 if fp32 else 3}
+    if fp32:
+        return {"BK": BK, "BV": min(BV, 32 if BK <= 128 else 16), "num_warps": 8, "num_stages": 1}
+    if BK > 128:
+        return {"BK": BK, "BV": BV, "num_warps": 8, "num_stages": 1 if vector else 2}
     C = chunk_rows(K, dtype)
-    BV = min(BV, 32) if BK > 128 else BV
     stage = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV)  # bytes that a chunk's tiles take, of about 225 KB
-    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 1 if fp32 else max(1, min(3, 225_000 // stage))}
+    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": max(1, min(3, 225_000 // stage))}
 
 
 class _Layout:
