@@ -17,6 +17,7 @@ from ..core import (
     check_log_decay,
     check_segments,
     common_dtype,
+    differentiable,
     resolve_backend,
 )
 from ..core.chunks import accumulate_dtype
@@ -199,8 +200,7 @@ def _check(q, k, v, beta, g, w, scale, substeps, state, segments):
 # form recomputes everything and returns them empty.
 
 
-@torch.library.custom_op("linnet::delta", mutates_args=())
-def _delta(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -221,14 +221,14 @@ def _delta(
         if backend == "triton":
             from . import launch
 
-            o, S_out, matrices, rows = launch.forward(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, training)
+            given = (q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps)
+            o, S_out, matrices, rows = launch.forward(*given, training)
         else:
             o, S_out = chunked.forward(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk)
     return o, S_out, *(S.new_empty(0) if y is None else y for y in (matrices, rows))  # type: ignore[return-value]
 
 
-@_delta.register_fake
-def _(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, training):
+def _forward_fake(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, training):
     o = v.new_empty(*q.shape[:2], *v.shape[2:])
     if backend != "triton" or not training:
         return o, S.new_empty(S.shape), S.new_empty(0), S.new_empty(0)
@@ -239,8 +239,7 @@ def _(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, 
 _GRADS = ("q", "k", "v", "beta", "g", "w", "S")
 
 
-@torch.library.custom_op("linnet::delta_backward", mutates_args=())
-def _delta_backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -270,8 +269,7 @@ def _delta_backward(
     return [grads[name].contiguous() if name in grads else none.clone() for name in _GRADS]
 
 
-@_delta_backward.register_fake
-def _(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, matrices, rows, do, dS):
+def _backward_fake(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, matrices, rows, do, dS):
     given = (q, k, v, beta, g, w, S)
     return [S.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
@@ -283,17 +281,25 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, dS, *_):
+def _gradients(run, ctx, do, dS, *_):
     *given, cu_host, matrices, rows = ctx.saved_tensors
     q, v, S = given[0], given[2], given[6]
     do = v.new_zeros(*q.shape[:2], *v.shape[2:]) if do is None else do.contiguous()
     dS = torch.zeros_like(S) if dS is None else dS.contiguous()
-    grads = _delta_backward(*given, cu_host, *ctx.options, matrices, rows, do, dS)
+    grads = run(*given, cu_host, *ctx.options, matrices, rows, do, dS)
     wanted = zip(grads, given, ctx.needs_input_grad[: len(given)], strict=True)
     return *(d if needed and x is not None else None for d, x, needed in wanted), *[None] * 7
 
 
-_delta.register_autograd(_backward, setup_context=_setup)
+_delta = differentiable(
+    "delta",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(

@@ -13,6 +13,7 @@ from ..core import (
     check_log_decay,
     check_segments,
     common_dtype,
+    differentiable,
     resolve_backend,
 )
 from . import chunked, reference
@@ -101,8 +102,7 @@ def _check(q, k, v, a, b, g, state, segments):
     return q, k, v, a, b, initial_state(state, rows, q.shape[2], q.shape[3], v.shape[3], q)
 
 
-@torch.library.custom_op("linnet::dplr", mutates_args=())
-def _dplr(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -128,8 +128,7 @@ def _dplr(
     return o, S_out, *(S.new_empty(0) if y is None else y for y in (matrices, rows))  # type: ignore[return-value]
 
 
-@_dplr.register_fake
-def _(q, k, v, a, b, g, S, cu_host, scale, chunk, backend, training):
+def _forward_fake(q, k, v, a, b, g, S, cu_host, scale, chunk, backend, training):
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if backend != "triton" or not training:
         return o, S.new_empty(S.shape), S.new_empty(0), S.new_empty(0)
@@ -140,8 +139,7 @@ def _(q, k, v, a, b, g, S, cu_host, scale, chunk, backend, training):
 _GRADS = ("q", "k", "v", "a", "b", "g", "S")
 
 
-@torch.library.custom_op("linnet::dplr_backward", mutates_args=())
-def _dplr_backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -169,8 +167,7 @@ def _dplr_backward(
     return [grads[name].contiguous() for name in _GRADS]
 
 
-@_dplr_backward.register_fake
-def _(q, k, v, a, b, g, S, cu_host, scale, chunk, backend, matrices, rows, do, dS):
+def _backward_fake(q, k, v, a, b, g, S, cu_host, scale, chunk, backend, matrices, rows, do, dS):
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, a, b, g, S)]
 
 
@@ -181,16 +178,24 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, dS, *_):
+def _gradients(run, ctx, do, dS, *_):
     *given, matrices, rows = ctx.saved_tensors
     v, S = given[2], given[6]
     do = torch.zeros_like(v) if do is None else do.contiguous()
     dS = torch.zeros_like(S) if dS is None else dS.contiguous()
-    grads = _dplr_backward(*given, *ctx.options, matrices, rows, do, dS)
+    grads = run(*given, *ctx.options, matrices, rows, do, dS)
     return *(d if needed else None for d, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 5
 
 
-_dplr.register_autograd(_backward, setup_context=_setup)
+_dplr = differentiable(
+    "dplr",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(B: int, T: int, H: int, K: int, V: int, *, itemsize: int = 2, chunk: int = 64, backward: bool = False) -> Cost:

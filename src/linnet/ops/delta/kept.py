@@ -13,9 +13,7 @@ def chunk_rows(K: int, dtype: torch.dtype) -> int:
     return 64
 
 
-def kept(
-    q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def kept(q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of what the kernels keep for the backward pass, for as many chunks as a call has at most: matrices in q's
     dtype and numbers of each row in fp32, by chunk and head."""
     B, T, H = q.shape[0], q.shape[1], v.shape[2]

@@ -231,7 +231,7 @@ def hard_kernel(
     UNTIED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Pairs of rows in channels that forget too much for one factor a row, left for local_kernel in place of A and P."""
+    """Pairs of rows in channels that forget too much for one factor a row, left to local_kernel where A and P go."""
     pid = tl.program_id(0)
     h = pid % H
     hq = h // (H // HQ)
@@ -451,9 +451,7 @@ def finish_kernel(
             k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32) * r_k[:, None]
             if ERASE:
                 b = tl.load(tile_at(beta_ptr, s0, h, H, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
-                tl.store(
-                    tile_at(dbeta_ptr, s0, h, H, K, row, keys), (de * k).to(dbeta_ptr.dtype.element_ty), mask=k_in
-                )
+                tl.store(tile_at(dbeta_ptr, s0, h, H, K, row, keys), (de * k).to(dbeta_ptr.dtype.element_ty), mask=k_in)
                 dk = de * b + dw
             else:
                 dbeta += tl.sum(k * dw, 1)
