@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Log-decays are cut at -80: exp of it is 2e-35, a reset.
+# Log-decays are cut at -104, where fp32 has nothing left of their exponential: a reset.
 
 
 @triton.jit
@@ -82,26 +82,28 @@ def row_gates(g_ptr, t0, h, H, r, valid, SUB: tl.constexpr):
     """log2-decay of each row; the substeps of a token share the one before its first."""
     at = tile_at(g_ptr, t0, h, H, 1, r // SUB, 0)
     g = tl.load(at, mask=valid & (r % SUB == 0), other=0.0).to(tl.float32)
-    return tl.maximum(g, -80.0) * 1.4426950408889634
+    return tl.maximum(g, -104.0) * 1.4426950408889634
 
 
 @triton.jit
-def after(g, r, C: tl.constexpr, EXACT: tl.constexpr):
-    """Decay of the rows after each row."""
-    if EXACT:
-        return tl.sum(tl.where(r[:, None] < r[None, :], g[None, :], 0.0), 1)
-    else:
-        return tl.cumsum(g, 0, reverse=True) - g
+def gate_sums(g):
+    """Sums of log2-decays over the rows up to each, in two parts: multiples of 2^-10, which fp32 adds without error,
+    and rests that stay below 1/16. A difference of sums is as exact as if only the rows between had been added."""
+    coarse = tl.floor(g * 1024.0) * 0.0009765625
+    return tl.cumsum(coarse, 0), tl.cumsum(g - coarse, 0)
 
 
 @triton.jit
-def between(g, seen, C: tl.constexpr, EXACT: tl.constexpr):
+def after(sums, C: tl.constexpr):
+    """Decay of the rows after each row, from one part of :func:`gate_sums`."""
+    return tl.sum(tl.where(tl.arange(0, C) == C - 1, sums, 0.0), 0) - sums
+
+
+@triton.jit
+def between(coarse, fine, C: tl.constexpr):
     """Decay from after row s to row r, ``[r, s]``, zero above the diagonal."""
     r = tl.arange(0, C)
-    if EXACT:
-        pair = tl.cumsum(tl.where(r[:, None] > r[None, :], g[:, None], 0.0), 0)
-    else:
-        pair = seen[:, None] - seen[None, :]
+    pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     return tl.exp2(tl.where(r[:, None] >= r[None, :], pair, float("-inf")))
 
 
@@ -113,15 +115,7 @@ def channel_gates(g_ptr, t0, h, H, K: tl.constexpr, r, valid, cols, wide, SUB: t
         g = tl.load(tile_at(g_ptr, t0, h, H, K, row, col), mask=mask, other=0.0).to(tl.float32)
     else:
         g = tl.load(tile_at(g_ptr, t0, h, H, 1, row, col * 0), mask=mask, other=0.0).to(tl.float32)
-    return tl.maximum(g, -80.0) * 1.4426950408889634
-
-
-@triton.jit
-def gate_sums(g):
-    """Sums of log2-decays over the rows up to each, in two parts: multiples of 2^-10, which fp32 adds without error,
-    and rests that stay below 1/16. A difference of sums is as exact as if only the rows between had been added."""
-    coarse = tl.floor(g * 1024.0) * 0.0009765625
-    return tl.cumsum(coarse, 0), tl.cumsum(g - coarse, 0)
+    return tl.maximum(g, -104.0) * 1.4426950408889634
 
 
 @triton.jit
@@ -270,9 +264,9 @@ def local_kernel(
         left = seen
         if GATE != 0:
             g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
-            seen = tl.cumsum(g, 0)
-            left = after(g, r, C, EXACT)
-            decay = between(g, seen, C, EXACT)
+            coarse, fine = gate_sums(g)
+            seen, left = coarse + fine, after(coarse, C) + after(fine, C)
+            decay = between(coarse, fine, C)
             T_ = T_ * decay
             P = P * decay
             tl.store(rows_ptr + 6 * C, seen)

@@ -18,6 +18,8 @@ import triton.language as tl
 
 from .kernels import (
     _span,
+    after,
+    between,
     channel_gates,
     erase_keys,
     gate_sums,
@@ -192,15 +194,15 @@ def channel(
         g = column(g_ptr, t0, h, H, K, r // SUB, c, first)
     else:
         g = column(g_ptr, t0, h, H, 1, r // SUB, 0, first)
-    g = tl.maximum(g, -80.0) * 1.4426950408889634
+    g = tl.maximum(g, -104.0) * 1.4426950408889634
     coarse, fine = gate_sums(g)
-    row, col = r[:, None], r[None, :]
-    pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-    decay = tl.exp2(tl.where(row >= col, pair, float("-inf")))
+    decay = between(coarse, fine, C)
+    before = r[:, None] > r[None, :]
     if UNTIED:
-        erased = tl.exp2(tl.where(row > col, pair - g[:, None], float("-inf")))
+        pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+        erased = tl.exp2(tl.where(before, pair - g[:, None], float("-inf")))
     else:
-        erased = tl.where(row > col, decay, 0.0)
+        erased = tl.where(before, decay, 0.0)
     return q, e, w, g, coarse, fine, decay, erased
 
 
@@ -332,8 +334,7 @@ def hard_gradient_kernel(
                 change = w - q - e
                 dg = tl.cumsum(change, 0) - change
                 seen = coarse + fine
-                last = tl.sum(tl.where(r == C - 1, coarse, 0.0), 0)
-                left = (last - coarse) + (tl.sum(tl.where(r == C - 1, fine, 0.0), 0) - fine)
+                left = after(coarse, C) + after(fine, C)
                 dq += tl.exp2(seen) * tl.load(read_ptr + at + c).to(tl.float32)
                 dw += tl.exp2(left) * tl.load(write_ptr + at + c).to(tl.float32)
                 if UNTIED:

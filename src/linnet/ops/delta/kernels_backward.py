@@ -21,6 +21,7 @@ from .kernels import (
     _span,
     between,
     factors,
+    gate_sums,
     key_tile,
     row_gates,
     sequence,
@@ -28,7 +29,7 @@ from .kernels import (
     within,
 )
 
-RESET = tl.constexpr(-115.0)  # log2-decays below it were cut: a reset passes no gradient
+RESET = tl.constexpr(-150.0)  # log2-decays below it were cut: a reset passes no gradient
 
 
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
@@ -153,7 +154,6 @@ def pairs_kernel(
     VECTOR: tl.constexpr,
     UNTIED: tl.constexpr,
     PACKED: tl.constexpr,
-    EXACT: tl.constexpr,
 ):
     pid = tl.program_id(0)
     h = pid % H
@@ -193,7 +193,8 @@ def pairs_kernel(
     if not VECTOR:
         if GATE != 0:
             g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
-            kept = between(g, tl.load(rows_ptr + 6 * C), C, EXACT)
+            coarse, fine = gate_sums(g)
+            kept = between(coarse, fine, C)
             dP, dT = dP * kept, dT * kept
         beta = tl.load(rows_ptr + 3 * C)
         dP, dT = dP * beta[None, :], dT * beta[None, :]

@@ -436,7 +436,6 @@ def backward(
         VECTOR=modes.vector,
         UNTIED=modes.untied,
         PACKED=layout.packed,
-        EXACT=exact,
         **launch_settings("pairs", K, V, v.dtype, modes.vector),
     )
     settings = launch_settings("gradient", K, V, v.dtype, modes.vector)
