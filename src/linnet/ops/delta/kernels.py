@@ -86,11 +86,18 @@ def row_gates(g_ptr, t0, h, H, r, valid, SUB: tl.constexpr):
 
 
 @triton.jit
-def gate_sums(g):
-    """Sums of log2-decays over the rows up to each, in two parts: multiples of 2^-10, which fp32 adds without error,
-    and rests that stay below 1/16. A difference of sums is as exact as if only the rows between had been added."""
+def gate_parts(g):
+    """Log2-decays as multiples of 2^-10, which fp32 adds without error, and rests of which the sums stay below 1/16."""
     coarse = tl.floor(g * 1024.0) * 0.0009765625
-    return tl.cumsum(coarse, 0), tl.cumsum(g - coarse, 0)
+    return coarse, g - coarse
+
+
+@triton.jit
+def gate_sums(g):
+    """Sums of log2-decays over the rows up to each, in two parts. A difference of sums is as exact as if only the rows
+    between had been added."""
+    coarse, fine = gate_parts(g)
+    return tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
 
 
 @triton.jit

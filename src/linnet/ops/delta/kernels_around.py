@@ -22,6 +22,7 @@ from .kernels import (
     between,
     channel_gates,
     erase_keys,
+    gate_parts,
     gate_sums,
     power_of_2,
     tile_at,
@@ -134,7 +135,9 @@ def prepare_kernel(
             seen = tl.exp2(late)
             q = q * seen
             if UNTIED:
-                e = e * tl.exp2(late - g)
+                own_coarse, own_fine = gate_parts(g)
+                late = (coarse - own_coarse - a_coarse[None, :]) + (fine - own_fine - a_fine[None, :])
+                e = e * tl.exp2(late)
             else:
                 e = e * seen
         tl.store(write_ptr + out, w.to(dtype), mask=fits)
@@ -199,8 +202,10 @@ def channel(
     decay = between(coarse, fine, C)
     before = r[:, None] > r[None, :]
     if UNTIED:
-        pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-        erased = tl.exp2(tl.where(before, pair - g[:, None], float("-inf")))
+        own_coarse, own_fine = gate_parts(g)
+        pair = (coarse - own_coarse)[:, None] - coarse[None, :]
+        pair += (fine - own_fine)[:, None] - fine[None, :]
+        erased = tl.exp2(tl.where(before, pair, float("-inf")))
     else:
         erased = tl.where(before, decay, 0.0)
     return q, e, w, g, coarse, fine, decay, erased
@@ -339,7 +344,8 @@ def hard_gradient_kernel(
                 dw += tl.exp2(left) * tl.load(write_ptr + at + c).to(tl.float32)
                 if UNTIED:
                     dg -= e
-                    seen -= g
+                    own_coarse, own_fine = gate_parts(g)
+                    seen = (coarse - own_coarse) + (fine - own_fine)
                 de += tl.exp2(seen) * tl.load(erase_ptr + at + c).to(tl.float32)
                 tl.store(read_ptr + at + c, dq.to(read_ptr.dtype.element_ty))
                 tl.store(write_ptr + at + c, dw.to(write_ptr.dtype.element_ty))
@@ -436,7 +442,9 @@ def finish_kernel(
             seen = tl.exp2(tl.where(hard, 0.0, late))
             dq = dq * seen
             if UNTIED:
-                de = de * tl.exp2(tl.where(hard, 0.0, late - g))
+                own_coarse, own_fine = gate_parts(g)
+                late = (coarse - own_coarse - (end + n)[None, :]) + (rest - own_fine)
+                de = de * tl.exp2(tl.where(hard, 0.0, late))
             else:
                 de = de * seen
         if NORM:
