@@ -153,7 +153,7 @@ def _pieces(q: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, cu_host: 
     tokens that the states stay below a tenth of the activations, fewer when the pieces are needed to fill the GPU."""
     B, T, H, K, V = *q.shape[:2], v.shape[2], q.shape[3], v.shape[3]
     if q.dtype == torch.float32:  # for accuracy: the gates' gradient is a running sum that starts afresh at each piece
-        return 32, B * -(-T // 32) if cu_host is None else T // 32 + cu_host.shape[0] - 1
+        return 16, B * -(-T // 16) if cu_host is None else T // 16 + cu_host.shape[0] - 1
     piece = 512 if K * V <= 8192 else 1024 if K * V <= 32768 else 2048
     if gv is not None or (g is not None and g.dim() == 4):  # the running sum of a vector gate has no exact pairs
         piece = min(piece, 512)

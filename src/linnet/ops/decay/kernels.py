@@ -28,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Log-decays are cut at -80: exp of it is 2e-35, a reset, and sums over a chunk keep four digits of its neighbours.
+# Log-decays are cut at -104: exp of it is 0 in fp32, a reset, and sums over a chunk keep four digits of its neighbours.
 
 
 @triton.jit
@@ -152,6 +152,7 @@ def pass_kernel(
     WS: tl.constexpr,
     NORM: tl.constexpr,  # 1 the reading is divided by the normaliser; 2 its gradient comes in, keys as payload
     FLOOR: tl.constexpr,
+    ONES: tl.constexpr,  # the payload is one channel of ones: sums in fp32 in place of products
     START: tl.constexpr,
     SPLIT: tl.constexpr,
     STATE_ONLY: tl.constexpr,
@@ -198,7 +199,7 @@ def pass_kernel(
     line_base = h.to(tl.int64) * n_rows
     steps = tl.arange(0, C)
     if GATE == 1:
-        constant = tl.maximum(tl.load(g_ptr + h).to(tl.float32), -80.0) * 1.4426950408889634
+        constant = tl.maximum(tl.load(g_ptr + h).to(tl.float32), -104.0) * 1.4426950408889634
     total_all = 0.0
     total_r = tl.zeros([BR], dtype=tl.float32)
     total_p = tl.zeros([BP], dtype=tl.float32)
@@ -241,7 +242,8 @@ def pass_kernel(
                 at_rows = rows.to(tl.int64) * H + h
 
                 s = _load(s_ptr, h // (H // HS), HS, DR, t0, 0, valid, C, BR, FULL_R, TMA)
-                p = _load(p_ptr, h // (H // HP), HP, DP, t0, column, valid, C, BP, FULL_P, TMA)
+                if not ONES:
+                    p = _load(p_ptr, h // (H // HP), HP, DP, t0, column, valid, C, BP, FULL_P, TMA)
 
                 # Gates: what a reader has kept of the entering state, what the leaving state keeps of a writer.
                 if GATE == 1:
@@ -304,7 +306,7 @@ def pass_kernel(
                         if EXACT and GATE == 2:  # each pair sums its own gates: no cancellation
                             shift: tl.constexpr = 1 if BONUS else 0
                             one = tl.load(g_ptr + at_rows - shift * H, mask=valid & (steps >= shift), other=0.0)
-                            one = tl.maximum(one.to(tl.float32), -80.0) * 1.4426950408889634
+                            one = tl.maximum(one.to(tl.float32), -104.0) * 1.4426950408889634
                             if REVERSE:
                                 pair = tl.cumsum(tl.where(apart > shift, one[None, :], 0.0), 1)
                             else:
@@ -326,14 +328,19 @@ def pass_kernel(
                     plain = A
                     if WS:
                         A = A * ws[None, :]
-                    inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
+                    if ONES:
+                        inter = tl.sum(r.to(tl.float32) * tl.sum(S, 1)[None, :], 1)[:, None]
+                    else:
+                        inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
                     if NORM == 2 and REVERSE:
                         inter += z[None, :]
                     if NORM == 2 and not REVERSE:
                         inter += dx[:, None] * z[None, :]
                     if GATE != 0:
                         inter = inter * read[:, None]
-                    if GRAD == 0:
+                    if ONES:
+                        o = inter + tl.sum(A, 1)[:, None]
+                    elif GRAD == 0:
                         o = tl.dot(A.to(p.dtype), p, inter, input_precision="ieee")
                     else:
                         o = inter + tl.dot(A.to(p.dtype), p, input_precision="ieee")
@@ -352,7 +359,11 @@ def pass_kernel(
                             own = own * wr
                         if column == 0:
                             tl.store(own_ptr + at_rows, own, mask=valid)
-                    if TMA and FULL_P and not RAGGED:
+                    if ONES:
+                        tl.store(
+                            out_raw + at_rows[:, None] + p_cols[None, :], o, mask=valid[:, None] & (p_cols < 1)[None, :]
+                        )
+                    elif TMA and FULL_P and not RAGGED:
                         out_ptr.store([t0, h * DP + column], o.to(p.dtype))
                     else:
                         _store(out_raw, h, H, DP, t0, column, valid, o, C, BP)
@@ -387,13 +398,16 @@ def pass_kernel(
                     weight = weight * ws
                 if RAGGED:  # what lies behind the sequence's end is another's
                     weight = tl.where(valid, weight, 0.0)
-                heavy = p
-                if GATE != 0 or WS or REVERSE or RAGGED:
-                    heavy = p * weight[:, None]
-                    if RAGGED:
-                        heavy = tl.where(valid[:, None], heavy, 0.0)
-                    heavy = heavy.to(p.dtype)
-                S = tl.dot(tl.trans(s), heavy, S, input_precision="ieee")
+                if ONES:
+                    S += tl.where((p_cols == 0)[None, :], tl.sum(s.to(tl.float32) * weight[:, None], 0)[:, None], 0.0)
+                else:
+                    heavy = p
+                    if GATE != 0 or WS or REVERSE or RAGGED:
+                        heavy = p * weight[:, None]
+                        if RAGGED:
+                            heavy = tl.where(valid[:, None], heavy, 0.0)
+                        heavy = heavy.to(p.dtype)
+                    S = tl.dot(tl.trans(s), heavy, S, input_precision="ieee")
                 if NORM == 2:
                     z += tl.sum(p.to(tl.float32) * (weight * dx if REVERSE else weight)[:, None], 0)
                 if HALF_R:
@@ -420,11 +434,11 @@ def pass_kernel(
                     keep_r = tl.zeros([BR], dtype=tl.float32) + 1.0
                     keep_p = tl.zeros([BP], dtype=tl.float32) + 1.0
                     if HALF_R:
-                        g = tl.maximum(_row(gr_ptr, h, H, DR, t, r_cols), -80.0) * 1.4426950408889634
+                        g = tl.maximum(_row(gr_ptr, h, H, DR, t, r_cols), -104.0) * 1.4426950408889634
                         total_r += g
                         keep_r = tl.exp2(g)
                     if HALF_P:
-                        g = tl.maximum(_row(gp_ptr, h, H, DP, t, p_cols), -80.0) * 1.4426950408889634
+                        g = tl.maximum(_row(gp_ptr, h, H, DP, t, p_cols), -104.0) * 1.4426950408889634
                         total_p += g
                         keep_p = tl.exp2(g)
                     # A token's own gate comes before its reading, or behind it where reading is exclusive; backward

@@ -60,10 +60,10 @@ def chain_kernel(
 
 @triton.jit
 def _log2_gate(g_ptr, rows, heads, h, width, cols, mask):
-    """Log2-decays of a tile of tokens, resets cut at -80."""
+    """Log2-decays of a tile of tokens, resets cut at -104."""
     at = (rows.to(tl.int64) * heads + h)[:, None] * width + cols[None, :]
     g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    return tl.maximum(g, -80.0) * 1.4426950408889634
+    return tl.maximum(g, -104.0) * 1.4426950408889634
 
 
 @triton.jit
@@ -363,8 +363,8 @@ def sums_kernel(
     after = tl.load(g_ptr + (rows + 1).to(tl.int64) * H + h, mask=inner, other=0.0).to(tl.float32)
     line = h.to(tl.int64) * n_rows + rows
     log2e = 1.4426950408889634
-    tl.store(seen_ptr + line, tl.cumsum(tl.maximum(g, -80.0) * log2e, 1), mask=valid)
-    tl.store(left_ptr + line, tl.cumsum(tl.maximum(after, -80.0) * log2e, 1, reverse=True), mask=valid)
+    tl.store(seen_ptr + line, tl.cumsum(tl.maximum(g, -104.0) * log2e, 1), mask=valid)
+    tl.store(left_ptr + line, tl.cumsum(tl.maximum(after, -104.0) * log2e, 1, reverse=True), mask=valid)
 
 
 @triton.jit

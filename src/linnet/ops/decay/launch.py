@@ -41,7 +41,7 @@ def _power_of_2(n: int) -> int:
 def chunk_length(K: int, V: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk, the same in every pass of a call."""
     if dtype == torch.float32:
-        return 32 if max(K, V) <= 128 else 16
+        return 16
     return 64 if max(K, V) <= 256 else 32
 
 
@@ -407,6 +407,7 @@ class _Call:
             WS=ws is not None,
             NORM=norm,
             FLOOR=floor is not None,
+            ONES=payload.shape[2:] == (1, 1),
             START=start is not None,
             SPLIT=split,
             STATE_ONLY=out is None,
@@ -621,7 +622,7 @@ def backward(
         dg = torch.empty_like(call.key.values) if gates and call.key is not None else None
         du = new(pieces, H, K) if gates and u is not None else None
         call.finish(call.key, q, k, dq, dk, own_value, by_key=True, dg=dg, du=du, sides=sides)  # type: ignore[arg-type]
-        found = {"g": dg, "u": None if du is None or u is None else du.sum(0).to(u.dtype)}
+        found = {"g": dg, "u": None if du is None or u is None else du[: call.pieces].sum(0).to(u.dtype)}
     if call.value is not None:  # the late tokens of a value gate are those of the reading, whose pairs are walked again
         o = torch.empty_like(v)
         call.walk(late, early, values, split=True, start=bounds.S, out=o, diag=1)
