@@ -18,11 +18,15 @@ from triton.backends.compiler import GPUTarget
 
 from linnet.ops.delta import launch
 
-CALLS: dict[str, dict[str, Any]] = {
-    "scalar": {"gate": "scalar"},
-    "packed substeps": {"gate": "none", "substeps": 2, "lengths": [100, 300]},
-    "channel-wise": {"gate": "vector", "channelwise": True},
-    "untied": {"gate": "vector", "untied": True},
+SCALAR = ("local_kernel", "state_kernel", "adjoint_kernel", "pairs_kernel", "gradient_kernel")
+VECTOR = ("prepare_kernel", "hard_kernel", "hard_gradient_kernel", "finish_kernel")
+
+# Modes, and the kernels that differ from those of the modes before.
+CALLS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "scalar": ({"gate": "scalar"}, SCALAR),
+    "packed substeps": ({"gate": "none", "substeps": 2, "lengths": [100, 300]}, ("local_kernel", "state_kernel")),
+    "channel-wise": ({"gate": "vector", "channelwise": True}, (*SCALAR, *VECTOR)),
+    "untied": ({"gate": "vector", "untied": True}, ("prepare_kernel", "gradient_kernel", "finish_kernel")),
 }
 
 
@@ -60,29 +64,38 @@ def recorded(
     return launches(call)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_compiles_for_hopper(name: str) -> None:
-    for one in recorded(**CALLS[name]):
-        built = build(one, HOPPER)
-        assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
-        if one.kernel.__name__ in ("local_kernel", "state_kernel", "adjoint_kernel", "pairs_kernel", "gradient_kernel"):
-            assert "wgmma.mma_async" in built.asm["ptx"]
+def one_launch(kernel: str, K: int = 128, V: int = 128, **mode: Any) -> Launch:
+    """The first launch of a kernel in a call."""
+    return next(one for one in recorded(K, V, **mode) if one.kernel.__name__ == kernel)
 
 
 @pytest.mark.parametrize(
-    ("target", "kernel"),
-    [(BLACKWELL, "state_kernel"), (BLACKWELL, "gradient_kernel"), (MI300, "local_kernel"), (MI300, "adjoint_kernel")],
-    ids=["sm_100-state", "sm_100-gradient", "gfx942-local", "gfx942-adjoint"],
+    ("name", "kernel"), [(name, kernel) for name, (_, kernels) in CALLS.items() for kernel in kernels]
+)
+def test_compiles_for_hopper(name: str, kernel: str) -> None:
+    built = build(one_launch(kernel, **CALLS[name][0]), HOPPER)
+    assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
+    if kernel in SCALAR:
+        assert "wgmma.mma_async" in built.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel"), [(BLACKWELL, "state_kernel"), (MI300, "local_kernel")], ids=["sm_100-state", "gfx942-local"]
 )
 def test_compiles_for_other_gpus(target: GPUTarget, kernel: str) -> None:
-    assert build(next(one for one in recorded(gate="scalar") if one.kernel.__name__ == kernel), target).asm
+    assert build(one_launch(kernel, gate="scalar"), target).asm
 
 
 @pytest.mark.parametrize(
-    ("width", "dtype"), [(32, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)], ids=["32", "256", "fp32"]
+    ("kernel", "width", "gate", "dtype"),
+    [
+        ("state_kernel", 256, "scalar", torch.bfloat16),
+        ("state_kernel", 256, "vector", torch.bfloat16),
+        ("adjoint_kernel", 256, "vector", torch.bfloat16),
+        ("state_kernel", 256, "scalar", torch.float32),
+    ],
+    ids=["state-scalar", "state-vector", "adjoint-vector", "state-fp32"],
 )
-@pytest.mark.parametrize("kernel", ["state_kernel", "adjoint_kernel"])
-def test_every_width_fits(width: int, dtype: torch.dtype, kernel: str) -> None:
-    for gate in ("scalar", "vector") if dtype == torch.bfloat16 else ("scalar",):
-        one = next(one for one in recorded(width, width, gate=gate, dtype=dtype) if one.kernel.__name__ == kernel)
-        assert build(one, HOPPER).metadata.shared <= SHARED_MEMORY[HOPPER]
+def test_wide_states_fit(kernel: str, width: int, gate: str, dtype: torch.dtype) -> None:
+    built = build(one_launch(kernel, width, width, gate=gate, dtype=dtype), HOPPER)
+    assert built.metadata.shared <= SHARED_MEMORY[HOPPER]

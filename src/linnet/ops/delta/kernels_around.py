@@ -75,8 +75,7 @@ def prepare_kernel(
     s0 = t0.to(tl.int64) * SUB
     rows_ptr += slot * (8 * C) + r
     if GATE != 0:
-        if GATE != 0:
-            decays_ptr += slot * (3 * K)
+        decays_ptr += slot * (3 * K)
     r_k = tl.zeros([C], dtype=tl.float32) + 1.0
     r_q = tl.zeros([C], dtype=tl.float32) + 1.0
     if NORM:
@@ -303,8 +302,7 @@ def hard_gradient_kernel(
     hq = h // (H // HQ)
     slot = pid.to(tl.int64)
     if GATE != 0:
-        if GATE != 0:
-            decays_ptr += slot * (3 * K)
+        decays_ptr += slot * (3 * K)
     keys = tl.arange(0, BK)
     lift = tl.load(decays_ptr + 2 * K + keys, mask=within(keys, K, BK), other=1.0)
     if tl.sum((lift == 0.0).to(tl.int32), 0) > 0:
@@ -413,8 +411,7 @@ def finish_kernel(
     s0 = t0.to(tl.int64) * SUB
     rows_ptr += slot * (8 * C) + r
     if GATE != 0:
-        if GATE != 0:
-            decays_ptr += slot * (3 * K)
+        decays_ptr += slot * (3 * K)
     beta, r_k, r_q = tl.load(rows_ptr + 3 * C), tl.load(rows_ptr + 4 * C), tl.load(rows_ptr + 5 * C)
     if NORM:
         n_q, n_k = tl.load(rows_ptr), tl.load(rows_ptr + C) + tl.load(rows_ptr + 2 * C)

@@ -203,29 +203,6 @@ def pairs_kernel(
     tl.store(D2_ptr + tile, dT.to(D2_ptr.dtype.element_ty))
 
 
-@triton.jit
-def split(x, EXACT: tl.constexpr):
-    """``x`` as two bfloat16 terms, for sums of it on the tensor cores that keep 16 bits; fp32 as it is with EXACT."""
-    if EXACT:
-        return x, x
-    else:
-        high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
-
-
-@triton.jit
-def sums_before(x, C: tl.constexpr, EXACT: tl.constexpr):
-    """Sums of ``x [C, D]`` over the rows before each."""
-    r = tl.arange(0, C)
-    before = r[:, None] > r[None, :]
-    high, low = split(x, EXACT)
-    if EXACT:
-        return tl.dot(tl.where(before, 1.0, 0.0), high, input_precision="ieee")
-    else:
-        before = before.to(tl.bfloat16)
-        return tl.dot(before, high, tl.dot(before, low))
-
-
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
 def gradient_kernel(
     q_ptr,
@@ -266,7 +243,6 @@ def gradient_kernel(
     NORM: tl.constexpr,
     WHOLE: tl.constexpr,  # whether BK covers all keys
     PACKED: tl.constexpr,
-    EXACT: tl.constexpr,
 ):
     pid = tl.program_id(0)
     h = pid % H
@@ -358,7 +334,9 @@ def gradient_kernel(
             s_e += tl.sum(de, 1)
             s_w += tl.sum(dw, 1)
             if GATE != 0:
-                dg = end[None, :] + sums_before(dw - dq - de, C, EXACT)
+                # Summed by a product with a triangle of ones, Triton 3.6 made accesses out of bounds of it.
+                change = dw - dq - de
+                dg = end[None, :] + (tl.cumsum(change, 0) - change)
                 if UNTIED:
                     dg -= de
                 if GATE == 2:

@@ -410,7 +410,6 @@ def backward(
     if modes.write or modes.untied:
         grads["v"] = torch.empty_like(v)
     D1, D2 = (q.new_empty(layout.chunks, H, C, C) for _ in range(2))
-    exact = q.dtype == torch.float32
     pairs_kernel[(layout.chunks * H,)](
         v,
         g,
@@ -471,7 +470,6 @@ def backward(
         NORM=l2norm,
         WHOLE=settings["BK"] >= K,
         PACKED=layout.packed,
-        EXACT=exact,
         **settings,
     )
     if modes.vector:
