@@ -64,16 +64,17 @@ def catalogue() -> str:
         " and `linnet inspect NAME` print the same. H: heads, K and V: channels of a key and a value head, W: taps of a"
         " short convolution."
     )
-    return "\n\n".join([head, *(entry(name) for name in mixers())]) + "\n"
+    listed = '<div class="filter" markdown>\n\n' + table("") + "\n\n</div>"
+    return "\n\n".join([head, listed, *(entry(name) for name in mixers())]) + "\n"
 
 
-def table() -> str:
-    """The table of the README."""
+def table(page: str) -> str:
+    """One row a mixer, with links into ``page``."""
     lines = ["| mixer | paper | engine | state of a layer | transition |", "|---|---|---|---|---|"]
     for name, cls in mixers().items():
         card = cls.card
         cells = (cite(card.paper), card.engine, card.state, card.expressivity)
-        lines.append(" | ".join([f"| [`{name}`](docs/mixers.md#{name})", *map(cell, cells)]) + " |")
+        lines.append(" | ".join([f"| [`{name}`]({page}#{name})", *map(cell, cells)]) + " |")
     return "\n".join(lines)
 
 
@@ -84,7 +85,7 @@ def main() -> None:
     if not found:
         sys.exit(f"README.md: expected the lines '{START}' and '{END}'")
     wanted = {
-        ROOT / "README.md": f"{before}{START}\n{table()}\n{END}{after}",
+        ROOT / "README.md": f"{before}{START}\n{table('docs/mixers.md')}\n{END}{after}",
         ROOT / "docs" / "mixers.md": catalogue(),
     }
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]

@@ -92,7 +92,7 @@ def test_version_agrees_everywhere() -> None:
 def test_metadata() -> None:
     about = metadata("linnet")
     assert about["License-Expression"] == "Apache-2.0"
-    assert set(about.get_all("Provides-Extra") or ()) == {"hf", "eval", "graph", "bench", "dev"}
+    assert set(about.get_all("Provides-Extra") or ()) == {"hf", "serve", "eval", "graph", "bench", "dev"}
 
 
 def test_catalogue_is_up_to_date() -> None:

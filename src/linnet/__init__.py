@@ -8,26 +8,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from linnet import mixers, models, ops
     from linnet.mixers import build_mixer
-    from linnet.models import Decoder, DecoderConfig, generate
+    from linnet.models import GRU, LSTM, RNN, Decoder, DecoderConfig, generate
     from linnet.ops import (
         Segments,
         attention,
         backend,
+        cell,
+        check_step,
         conv,
         decay,
         lti,
         lti_diagonal,
+        m2rnn,
         minmax_scan,
         mlstm,
+        newton,
+        paragru,
+        paralstm,
         scan,
         selective_scan,
         softmax_scan,
+        unroll,
         value_checks,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "Decoder",
     "DecoderConfig",
     "Segments",
@@ -35,39 +45,53 @@ __all__ = [
     "attention",
     "backend",
     "build_mixer",
+    "cell",
+    "check_step",
     "conv",
     "decay",
     "generate",
     "lti",
     "lti_diagonal",
+    "m2rnn",
     "minmax_scan",
     "mixers",
     "mlstm",
     "models",
+    "newton",
     "ops",
+    "paragru",
+    "paralstm",
     "scan",
     "selective_scan",
     "softmax_scan",
+    "unroll",
     "value_checks",
 ]
 
 # The module each public name lives in. They load on first use, so that `import linnet` stays instant.
 _MODULES = {
     "linnet.mixers": ("build_mixer",),
-    "linnet.models": ("Decoder", "DecoderConfig", "generate"),
+    "linnet.models": ("GRU", "LSTM", "RNN", "Decoder", "DecoderConfig", "generate"),
     "linnet.ops": (
         "Segments",
         "attention",
         "backend",
+        "cell",
+        "check_step",
         "conv",
         "decay",
+        "m2rnn",
         "lti",
         "lti_diagonal",
         "minmax_scan",
         "mlstm",
+        "newton",
+        "paragru",
+        "paralstm",
         "scan",
         "selective_scan",
         "softmax_scan",
+        "unroll",
         "value_checks",
     ),
 }

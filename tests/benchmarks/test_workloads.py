@@ -55,7 +55,7 @@ def test_conversions_are_restored():
             with torch.no_grad():
                 given = peer.convert(inputs)
             like = given.get("v", given.get("b", given.get("x")))
-            assert peer.restore(like).shape == inputs.get("v", inputs.get("b")).shape
+            assert peer.restore(like).shape == inputs.get("v", inputs.get("b", inputs.get("x"))).shape
 
 
 def test_gates_before_their_sigmoid():

@@ -31,7 +31,7 @@ B = 2
 LENGTHS = (1, 2, 3, 15, 16, 17, 39)
 PACKED = (3, 1, 17, 0, 1, 5)
 ENGINES = tuple(name for name in linnet.ops.__all__ if inspect.isfunction(getattr(linnet.ops, name)))
-GATES = ("g", "gv", "w", "i", "f", "beta")
+GATES = ("g", "gv", "w", "i", "f", "beta", "a", "delta", "A")
 LOW = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 each = pytest.mark.parametrize("kind", [pytest.param(cls, id=name) for name, cls in mixers().items()])

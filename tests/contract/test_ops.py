@@ -203,10 +203,12 @@ def _join_states(states: list[Any]) -> Any:
 @every_backend
 def test_matches_reference(op: Op, case: Case, backend: str, device: torch.device) -> None:
     C = _chunk(op)
-    for T in (1, C + 1) if INTERPRETED else (1, 2, 3, C - 1, C, C + 1, 2 * C + 7):
+    for T in (C + 1,) if INTERPRETED else (1, 2, 3, C - 1, C, C + 1, 2 * C + 7):
         sample = Sample(op, case, device, _dtype(backend), T)
         exact, rough = sample.references(backend)
         sample.check(sample.call(backend), exact, rough, backend)
+        if INTERPRETED and case is not op.cases[0]:
+            continue
         sample.state = None
         exact, rough = sample.references(backend)
         sample.check(sample.call(backend), exact, rough, f"{backend}, no initial state")
@@ -373,6 +375,8 @@ def test_causal(op: Op, case: Case, backend: str, device: torch.device) -> None:
 def test_packed_equals_separate(op: Op, case: Case, backend: str, dtype: str, device: torch.device) -> None:
     C = _chunk(op)
     patterns = [[1, 0, C + 1, 5, 1, C], [C], [0, 3, 2 * C + 3], [1, 1, 1]]
+    if INTERPRETED and case is not op.cases[0]:
+        pytest.skip("one case is enough of the interpreter, which takes seconds a token; a GPU runs all")
     if dtype == "bf16" or INTERPRETED:
         patterns = patterns[:1]
     for lengths in patterns:

@@ -269,6 +269,12 @@ def test_dense_layers_before_experts():
     assert model.layers[1].mlp.shared.up_proj.weight.shape == (8, 16)
 
 
+def test_experts_in_every_other_layer():
+    model = decoder(**MOE, dense_layers=1, experts_every=2, num_layers=5)
+    names = [type(layer.mlp).__name__ for layer in model.layers]
+    assert names == ["SwiGLU", "SwiGLU", "MixtureOfExperts", "SwiGLU", "MixtureOfExperts"]
+
+
 def test_default_mlp_width():
     assert config(d_model=768).hidden == 2048
     assert config(d_model=1024).hidden == 2752
@@ -301,7 +307,10 @@ def test_default_mlp_width():
         {"router_scale": 0.0},
         {"router_bias_rate": -1.0},
         {"norm_position": "middle"},
+        {"norm_position": ["pre", "middle"]},
+        {"norm_position": []},
         {"dense_layers": -1},
+        {"experts_every": 0},
         {"balance_loss": -0.1},
         {"router_z_loss": float("nan")},
         {"norm_eps": 0},
@@ -323,6 +332,12 @@ def test_norms_behind_the_mixer_and_the_mlp():
     torch.testing.assert_close(layer(x)[0], h + layer.mlp_norm(layer.mlp(h)[0]))
     torch.nn.init.zeros_(layer.mixer.o_proj.weight)  # a mixer that says nothing: the norm of zero is zero
     torch.testing.assert_close(layer(x)[0], x + layer.mlp_norm(layer.mlp(x)[0]))
+
+
+def test_norms_in_another_place_in_every_layer():
+    model = decoder(norm_position=["pre", "post"], mixers=["gla(num_heads=2)"])
+    assert [layer.post for layer in model.layers] == [False, True, False, True]
+    assert DecoderConfig.from_dict(json.loads(json.dumps(model.config.to_dict()))) == model.config
 
 
 def test_bad_mixers_are_named():
@@ -445,3 +460,12 @@ def test_mixtures_of_tokens() -> None:
     assert torch.allclose(seen[0][0, 0], other, atol=1e-6)
     with pytest.raises(ValueError, match=r"floats \[B, T, W\] with W <= 7"):
         model(torch.zeros(1, 2, 8))
+
+
+def test_mlps_by_layer_are_repeated_over_the_layers_like_mixers():
+    model = decoder(mlp=["none", "swiglu", "none"])
+    assert [layer.mlp is not None for layer in model.layers] == [False, True, False, False]
+    assert DecoderConfig.from_dict(json.loads(json.dumps(model.config.to_dict()))) == model.config
+    assert model(tokens(1, 4)).logits.shape == (1, 4, VOCAB)
+    with pytest.raises(ValueError, match=r"^mlp: expected 'swiglu', 'moe', 'none' or a list of these, got"):
+        config(mlp=["swiglu", "geglu"])

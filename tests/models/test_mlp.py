@@ -28,7 +28,8 @@ def naive(moe, x):
         for e in best:
             out[index] += p[e] / p[best].sum() * expert_output(moe, x[index], e)
         if moe.shared is not None:
-            out[index] += moe.shared(x[index])[0]
+            gate = 1.0 if moe.shared_gate is None else torch.sigmoid(x[index] @ moe.shared_gate.weight[0])
+            out[index] += gate * moe.shared(x[index])[0]
     return out
 
 
@@ -43,10 +44,10 @@ def test_swiglu_is_its_formula():
     assert 0.4 < mlp.gate_proj.weight.std() < 0.6 and 0.08 < mlp.down_proj.weight.std() < 0.12
 
 
-@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize(("shared", "gated"), [(0, False), (2, False), (1, True)])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_every_token_gets_its_experts(k, shared):
-    moe = experts(experts_per_token=k, shared_experts=shared)
+def test_every_token_gets_its_experts(k, shared, gated):
+    moe = experts(experts_per_token=k, shared_experts=shared, shared_gate=gated)
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
     y, _ = moe(x)
     expected = naive(moe, x.flatten(0, 1)).view_as(y)

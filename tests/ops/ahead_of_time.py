@@ -25,6 +25,7 @@ _NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -67,12 +68,14 @@ def build(launch: Launch, target: GPUTarget) -> Any:
     """Compile a recorded launch; the result has the assembly (``asm``) and the metadata."""
     signature, constants, attributes = {}, {}, {}
     flags = {p.name for p in launch.kernel.params if p.is_constexpr}
+    general = {p.name for p in launch.kernel.params if p.do_not_specialize}
     for i, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments[name]
-        if name in flags or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+        number = isinstance(value, int) and not isinstance(value, bool) and name not in general
+        if name in flags or value is None or (number and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         signature[name] = _kind(value)
-        if isinstance(value, (Tensor, TensorDescriptor)) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, (Tensor, TensorDescriptor)) or (number and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return compile(ASTSource(launch.kernel, signature, constants, attributes), target=target, options=launch.options)

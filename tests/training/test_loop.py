@@ -12,7 +12,7 @@ import torch
 from linnet.evaluation import bits_per_byte
 from linnet.models import Decoder
 from linnet.ops import Segments
-from linnet.tasks import Batch, FlipFlop
+from linnet.tasks import Batch, TaskData, build_task
 from linnet.training import TrainingDiverged, checkpoints, find_model, learning_rate
 
 from .conftest import make_data, make_model
@@ -106,7 +106,7 @@ class TestTraining:
 
     def test_loss_is_per_token_whatever_the_micro_batches_hold(self, run):
         # The number of scored tokens differs between micro-batches: a mean of their means would be wrong.
-        data = FlipFlop(length=12, batch_size=8)
+        data = TaskData(build_task("flipflop"), length=12, batch_size=8)
         counts = [data.batch(0, i, 4).count for i in range(4)]
         assert len(set(counts)) > 1
         run(data=data, model=make_model(vocab_size=5), steps=4)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from linnet.ops.core import get_op
+
 from .workloads import Inputs
 
 __all__ = ["Peer", "peers"]
@@ -327,3 +329,18 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 @_peer("attention", "torch-flash", "torch", "torch", convert=_swapped, restore=_swap, packed=False)
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     return _sdpa(x, torch.nn.attention.SDPBackend.FLASH_ATTENTION)
+
+
+# What a cell costs as a loop over tokens in PyTorch: linnet's own definitions, which are written that way.
+
+
+def _loop(workload: str, engine: str, **options: Any) -> None:
+    @_peer(workload, "torch-loop", "torch", "torch", packed=False)
+    def _(x: Inputs, cu: Tensor | None) -> Tensor:
+        return get_op(engine).function(**x, **options, backend="reference")[0]
+
+
+for _kind in ("lstm", "gru", "slstm"):
+    _loop(_kind, "cell", kind=_kind)
+_loop("paragru", "paragru")
+_loop("m2rnn", "m2rnn", clip=1.0)

@@ -95,7 +95,9 @@ class Workload:
 
     def _sizes(self, shape: Shape) -> tuple[int, ...]:
         B, T, H, K, V, _ = shape
-        return (B, T, H * V) if self.engine == "scan" else (B, T, H, K, V)
+        if self.engine in ("scan", "paragru"):
+            return B, T, H * V
+        return (B, T, H, V) if self.engine == "cell" else (B, T, H, K, V)
 
 
 def _qkv(draw: Callable[..., Tensor], s: Shape) -> Inputs:
@@ -152,6 +154,26 @@ def _elementwise(draw: Callable[..., Tensor], s: Shape) -> Inputs:
     return {"a": (draw(s.B, s.T, width) + 3).sigmoid(), "b": draw(s.B, s.T, width)}
 
 
+def _cell(gates: int) -> Callable[[Callable[..., Tensor], Shape], Inputs]:
+    """Inputs of the gates and recurrent weights of a cell, heads of V units (K means nothing)."""
+
+    def make(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+        return {"x": draw(s.B, s.T, s.H, gates * s.V), "R": draw(s.H, s.V, gates * s.V) * s.V**-0.5}
+
+    return make
+
+
+def _paragru(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    width = s.H * s.V
+    return {"x": draw(s.B, s.T, 3, width), "A": (draw(3, width).float() / 5).clamp(-0.5, 0.5)}
+
+
+def _m2rnn(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    q, k = draw(s.B, s.T, 1, s.K) * s.K**-0.5, draw(s.B, s.T, 1, s.K)
+    W = torch.eye(s.V, dtype=q.dtype, device=q.device).repeat(s.H, 1, 1)
+    return {"q": q, "k": k, "v": draw(s.B, s.T, s.H, s.V), "g": _scalar_decay(draw, s), "W": W}
+
+
 # Suites are lists of workloads; a workload's peers are in peers.py under its name.
 SUITES: dict[str, tuple[Workload, ...]] = {
     "decay": (
@@ -192,6 +214,13 @@ SUITES: dict[str, tuple[Workload, ...]] = {
         Workload("rwkv7", "dplr", _rwkv7, {}, {}),
     ),
     "scan": (Workload("gated_scan", "scan", _elementwise, {}, {}),),
+    "cell": (
+        Workload("lstm", "cell", _cell(4), {"kind": "lstm"}, {"kind": "lstm"}),
+        Workload("gru", "cell", _cell(3), {"kind": "gru"}, {"kind": "gru"}),
+        Workload("slstm", "cell", _cell(4), {"kind": "slstm"}, {"kind": "slstm"}),
+        Workload("paragru", "paragru", _paragru, {}, {}),
+        Workload("m2rnn", "m2rnn", _m2rnn, {"clip": 1.0}, {"query_heads": 1}),
+    ),
     "attention": (Workload("attention", "attention", _qkv, {}, {}),),
 }
 
@@ -231,6 +260,7 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
         _packed(64, 32, 64, 64),
         _packed(64, 4, 256, 512),
     ),
+    "cell": (Shape(16, 1024, 12, 64, 64), Shape(16, 1024, 6, 128, 128), Shape(4, 1024, 64, 64, 16)),
     "tiny": (Shape(2, 128, 2, 16, 16), _packed(5, 2, 16, 16, 200)),
 }
 

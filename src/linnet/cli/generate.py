@@ -109,19 +109,13 @@ def continuation(
     """Pieces of text that continue ``prompt``, as soon as each is certain: whole characters that no longer can be the
     beginning of a text to stop at."""
     from linnet.models import stream
+    from linnet.tasks import TextStream
 
     ids = [tokenizer.end, *(int(i) for i in tokenizer.encode(prompt.encode()))]
-    feed = tokenizer.stream()
-    held = ""
+    text = TextStream(tokenizer, stop or ())
     for step in stream(model, [ids], stop=[tokenizer.end], **options):
-        held += feed(int(step.tokens[0]))
-        found = [at for text in stop or () if (at := held.find(text)) >= 0]
-        if found:
-            yield held[: min(found)]
+        if piece := text(int(step.tokens[0])):
+            yield piece
+        if text.stopped:
             return
-        # The longest end of what is held that a text to stop at begins with.
-        keep = max((n for text in stop or () for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    yield held + feed(None)
+    yield text(None)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linnet.ops import ConvState, DecayState, DeltaState, Segments, conv
+from linnet.ops import ConvState, DecayState, DeltaState, ScanState, Segments, conv
 from linnet.ops.core import check_segments
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "DeltaConvState",
     "GateLinear",
     "Norm",
+    "ScanConvState",
     "ShortConv",
     "assign",
     "check_choice",
@@ -38,9 +39,11 @@ __all__ = [
     "head_size",
     "heads",
     "low_rank",
+    "matrix",
     "projections",
     "reset_softplus_decay",
     "rms_norm",
+    "scan_state",
     "soft_cap",
     "softplus_decay",
     "state_dtype",
@@ -62,6 +65,13 @@ class DeltaConvState(NamedTuple):
     """State of a mixer with one delta memory and a short convolution in front (None without one)."""
 
     delta: DeltaState
+    conv: ConvState | None = None
+
+
+class ScanConvState(NamedTuple):
+    """State of a mixer with one scanned memory and a short convolution in front (None without one)."""
+
+    scan: ScanState
     conv: ConvState | None = None
 
 
@@ -93,6 +103,11 @@ def decay_state(like: Tensor, rows: int, num_heads: int, K: int, V: int, normali
     new = {"dtype": state_dtype(like), "device": like.device}
     z = torch.zeros(rows, num_heads, K, **new) if normalize else None
     return DecayState(torch.zeros(rows, num_heads, K, V, **new), z)
+
+
+def scan_state(like: Tensor, rows: int, *tail: int) -> ScanState:
+    """The zero state of the scan engine, on the device of the parameter ``like``."""
+    return ScanState(torch.zeros(rows, *tail, dtype=state_dtype(like), device=like.device))
 
 
 # Checks of options and inputs
@@ -203,6 +218,15 @@ class GateLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+def matrix(projection: nn.Module) -> Tensor:
+    """The matrix ``[out, in]`` of a projection without bias, for what multiplies it in another order than its forward.
+    Read off the forward where that is not a plain linear map's: an adapter or a quantised layer in its place."""
+    if type(projection) is nn.Linear:
+        return projection.weight
+    like = next(p for p in projection.parameters() if p.is_floating_point())
+    return projection(torch.eye(projection.in_features, dtype=like.dtype, device=like.device)).T  # type: ignore[arg-type]
+
+
 def low_rank(d_model: int, rank: int, size: int, *, bias: bool = False, gate: bool = False) -> nn.Sequential:
     """A linear map through ``rank`` channels; the bias is on the second factor. With ``gate`` that one is a
     :class:`GateLinear`."""
@@ -282,13 +306,14 @@ class Norm(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution with SiLU in front of an engine, over several streams at once.
+    """Causal depthwise convolution in front of an engine, over several streams at once.
 
     ``(a, b, ...), state = conv(a, b, ..., state=None, segments=None)`` with streams ``[B, T, D_i]``.
     """
 
-    def __init__(self, channels: int, size: int, *, bias: bool = False):
+    def __init__(self, channels: int, size: int, *, bias: bool = False, activation: str | None = "silu"):
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
@@ -303,7 +328,7 @@ class ShortConv(nn.Module):
     ) -> tuple[tuple[Tensor, ...], ConvState]:
         x = torch.cat(streams, -1)
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        y, state = conv(x, weight, bias, activation="silu", state=state, segments=segments)
+        y, state = conv(x, weight, bias, activation=self.activation, state=state, segments=segments)
         return y.split([s.shape[-1] for s in streams], -1), state
 
     def init_state(self, rows: int) -> ConvState:

@@ -1,24 +1,36 @@
-"""Models built from mixers: the language-model decoder, its MLPs, generation, and checkpoints on disk."""
+"""Models built from mixers: the language-model decoder, its MLPs, generation, checkpoints on disk; and the
+recurrent modules of ``torch.nn`` on the cell engine."""
 
 from .compressor import Compressor
 from .decoder import Decoder, DecoderConfig, DecoderLayer, DecoderOutput
+from .encoder import Bidirectional, Encoder, EncoderOutput
 from .generation import DecodingStep, Generation, GenerationStep, generate, sample, stream
 from .io import atomic_folder, recover_folder
 from .mlp import MixtureOfExperts, SwiGLU
 from .parameters import no_decay_names, parameter_groups
+from .rnn import GRU, LSTM, RNN
+from .seq2seq import Seq2Seq, beam_search
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Bidirectional",
     "Compressor",
     "Decoder",
     "DecoderConfig",
     "DecoderLayer",
     "DecoderOutput",
     "DecodingStep",
+    "Encoder",
+    "EncoderOutput",
     "Generation",
     "GenerationStep",
     "MixtureOfExperts",
+    "Seq2Seq",
     "SwiGLU",
     "atomic_folder",
+    "beam_search",
     "generate",
     "no_decay_names",
     "parameter_groups",

@@ -38,18 +38,22 @@ class DecoderConfig:
         num_layers: number of layers.
         mixers: mixer specs, repeated over the layers in turn: ``["gla", "gla", "gla", "attention(window=256)"]`` is
             three to one. A spec is a name, a name with options, or a mapping with a ``name``.
-        mlp: "swiglu", "moe" (mixture of experts) or "none" (the layer is its mixer alone).
+        mlp: "swiglu", "moe" (mixture of experts) or "none" (the layer is its mixer alone); or a list of these, repeated
+            over the layers like the mixers.
         mlp_hidden: inner width of the MLP; by default ``mlp_ratio * d_model`` rounded up to a multiple of 64.
         mlp_ratio: inner width relative to ``d_model`` when ``mlp_hidden`` is not given.
         num_experts, experts_per_token: experts of "moe", and how many of them a token runs.
         expert_hidden: inner width of one expert (default: that of the MLP).
         shared_experts: always-on experts beside them.
+        shared_gate: their output is scaled by sigmoid(w . x), a number a token.
         dense_layers: so many first layers have a SwiGLU in place of the experts.
+        experts_every: of the others, every so many-th layer has experts, the rest a SwiGLU.
         balance_loss, router_z_loss: coefficients of the auxiliary losses of the router.
         router: scores of the experts, "softmax" or "sigmoid".
         router_scale: factor of the experts' output.
         router_bias_rate: step of the bias that balances the choice of experts without a loss; 0 has none.
-        norm_position: "pre" normalises the input of every mixer and MLP, "post" their output.
+        norm_position: "pre" normalises the input of every mixer and MLP, "post" their output; a list of these is
+            repeated over the layers like ``mixers``.
         norm_eps: epsilon of the RMS norms.
         tie_embeddings: the head shares the weight of the embedding; there is then no ``lm_head``.
         logit_soft_cap: c in ``c * tanh(logits / c)``; None has no cap.
@@ -61,20 +65,22 @@ class DecoderConfig:
     d_model: int
     num_layers: int
     mixers: Sequence[str | Mapping[str, Any]]
-    mlp: str = "swiglu"
+    mlp: str | Sequence[str] = "swiglu"
     mlp_hidden: int | None = None
     mlp_ratio: float = 8 / 3
     num_experts: int = 8
     experts_per_token: int = 2
     expert_hidden: int | None = None
     shared_experts: int = 0
+    shared_gate: bool = False
     dense_layers: int = 0
+    experts_every: int = 1
     balance_loss: float = 0.01
     router_z_loss: float = 0.0
     router: str = "softmax"
     router_scale: float = 1.0
     router_bias_rate: float = 0.0
-    norm_position: str = "pre"
+    norm_position: str | Sequence[str] = "pre"
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     logit_soft_cap: float | None = None
@@ -82,7 +88,7 @@ class DecoderConfig:
     scale_residual_init: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "num_layers", "num_experts", "experts_per_token"):
+        for name in ("vocab_size", "d_model", "num_layers", "num_experts", "experts_per_token", "experts_every"):
             self._expect(name, "an integer >= 1", lambda x: _is_int(x) and x >= 1)
         for name in ("shared_experts", "dense_layers"):
             self._expect(name, "an integer >= 0", lambda x: _is_int(x) and x >= 0)
@@ -92,12 +98,22 @@ class DecoderConfig:
             self._expect(name, "a number > 0", lambda x: _is_number(x) and x > 0)
         for name in ("balance_loss", "router_z_loss", "router_bias_rate"):
             self._expect(name, "a number >= 0", lambda x: _is_number(x) and x >= 0)
-        for name in ("tie_embeddings", "scale_residual_init"):
+        for name in ("tie_embeddings", "scale_residual_init", "shared_gate"):
             self._expect(name, "true or false", lambda x: isinstance(x, bool))
         self._expect("logit_soft_cap", "a number > 0 or None", lambda x: x is None or (_is_number(x) and x > 0))
-        self._expect("mlp", "'swiglu', 'moe' or 'none'", lambda x: x in ("swiglu", "moe", "none"))
+        kinds = (self.mlp,) if isinstance(self.mlp, str) else tuple(self.mlp)
+        allowed = ("swiglu", "moe", "none")
+        self._expect("mlp", "'swiglu', 'moe', 'none' or a list of these", lambda _: kinds and set(kinds) <= {*allowed})
+        if not isinstance(self.mlp, str):
+            object.__setattr__(self, "mlp", kinds)
         self._expect("router", "'softmax' or 'sigmoid'", lambda x: x in ("softmax", "sigmoid"))
-        self._expect("norm_position", "'pre' or 'post'", lambda x: x in ("pre", "post"))
+        if not isinstance(self.norm_position, str) and isinstance(self.norm_position, Sequence):
+            object.__setattr__(self, "norm_position", tuple(self.norm_position))
+        self._expect(
+            "norm_position",
+            "'pre', 'post' or a list of these, not empty",
+            lambda x: x in ("pre", "post") or (isinstance(x, tuple) and x and set(x) <= {"pre", "post"}),
+        )
         self._expect("experts_per_token", f"at most num_experts={self.num_experts}", lambda x: x <= self.num_experts)
         self._expect(
             "mixers",
@@ -125,12 +141,19 @@ class DecoderConfig:
         """The mixer spec of a layer, counted from 0."""
         return self.mixers[layer % len(self.mixers)]
 
+    def norm_after(self, layer: int) -> bool:
+        """Whether the norms of a layer stand behind its mixer and MLP."""
+        places = (self.norm_position,) if isinstance(self.norm_position, str) else self.norm_position
+        return places[layer % len(places)] == "post"
+
     def build_mlp(self, layer: int) -> SwiGLU | MixtureOfExperts | None:
         """The MLP of a layer."""
         std = self.init_std / math.sqrt(2 * self.num_layers) if self.scale_residual_init else self.init_std
-        if self.mlp == "none":
+        kind = self.mlp if isinstance(self.mlp, str) else self.mlp[layer % len(self.mlp)]
+        if kind == "none":
             return None
-        if self.mlp == "swiglu" or layer < self.dense_layers:
+        sparse = layer >= self.dense_layers and (layer - self.dense_layers + 1) % self.experts_every == 0
+        if kind == "swiglu" or not sparse:
             return SwiGLU(self.d_model, self.hidden, init_std=self.init_std, out_std=std)
         return MixtureOfExperts(
             self.d_model,
@@ -138,6 +161,7 @@ class DecoderConfig:
             num_experts=self.num_experts,
             experts_per_token=self.experts_per_token,
             shared_experts=self.shared_experts,
+            shared_gate=self.shared_gate,
             balance_loss=self.balance_loss,
             router_z_loss=self.router_z_loss,
             router=self.router,
@@ -149,7 +173,8 @@ class DecoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; :meth:`from_dict` restores them."""
-        return dataclasses.asdict(self) | {"mixers": list(self.mixers)}
+        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, tuple)}
+        return dataclasses.asdict(self) | lists
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
@@ -163,6 +188,20 @@ class DecoderConfig:
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise ValueError(f"config: the field {field.name!r} is missing")
         return cls(**values)
+
+
+def check_tensors(where: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of a model, with a ValueError that begins with ``where`` and names them."""
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    problems += [
+        f"{name} of shape {list(x.shape)} instead of {list(expected[name].shape)}"
+        for name, x in tensors.items()
+        if name in expected and x.shape != expected[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{where}: not the weights of its config: {', '.join(problems[:8])}{more}")
 
 
 def _reset(module: nn.Module) -> None:
@@ -201,11 +240,11 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        width, eps, self.post = config.d_model, config.norm_eps, config.norm_position == "post"
+        width, eps, self.post = config.d_model, config.norm_eps, config.norm_after(layer)
         self.mixer_norm = nn.RMSNorm(width, eps=eps)
         self.mixer = build_mixer(config.mixer_spec(layer), width, layer=layer, num_layers=config.num_layers)
-        self.mlp_norm = None if config.mlp == "none" else nn.RMSNorm(width, eps=eps)
         self.mlp = config.build_mlp(layer)
+        self.mlp_norm = None if self.mlp is None else nn.RMSNorm(width, eps=eps)
 
     def forward(
         self, x: Tensor, state: Any = None, segments: Segments | None = None
@@ -432,18 +471,7 @@ class Decoder(nn.Module):
         config = DecoderConfig.from_dict(values)
         model = cls.meta(config)
         expected = model.state_dict()
-        problems = [f"missing {name}" for name in expected if name not in tensors]
-        problems += [f"unexpected {name}" for name in tensors if name not in expected]
-        problems += [
-            f"{name} of shape {list(x.shape)} instead of {list(expected[name].shape)}"
-            for name, x in tensors.items()
-            if name in expected and x.shape != expected[name].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise ValueError(
-                f"{Path(folder, 'model.safetensors')}: not the weights of its config: {', '.join(problems[:8])}{more}"
-            )
+        check_tensors(str(Path(folder, "model.safetensors")), expected, tensors)
         if any(b.is_meta for name, b in model.named_buffers() if name not in expected):
             model = cls(config).to(device=device, dtype=dtype)  # some mixer computes buffers that are not saved
             model.load_state_dict(tensors)

@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = ["atomic_folder", "read_checkpoint", "recover_folder", "write_checkpoint"]
 
 FORMAT_VERSION = 1
+MODEL_TYPE = "linnet"  # by which the transformers library knows the folder
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -126,7 +127,8 @@ def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Map
     """
     import linnet
 
-    header = {"format_version": FORMAT_VERSION, "linnet_version": linnet.__version__, "config": dict(config)}
+    header = {"format_version": FORMAT_VERSION, "linnet_version": linnet.__version__, "model_type": MODEL_TYPE}
+    header["config"] = dict(config)
     Path(folder, CONFIG_FILE).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     seen: set[int] = set()
     plain: dict[str, Tensor] = {}

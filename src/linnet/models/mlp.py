@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linnet.mixers.parts import matrix
 from linnet.ops.core import no_autocast
 
 __all__ = ["MixtureOfExperts", "SwiGLU", "grouped_matmul"]
@@ -36,8 +37,8 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return F.grouped_mm(x, weight, offs=offsets)
     y = x.new_empty(x.shape[0], weight.shape[2])
     start = 0
-    for matrix, end in zip(weight, offsets.tolist(), strict=True):
-        torch.mm(x[start:end], matrix, out=y[start:end])
+    for factor, end in zip(weight, offsets.tolist(), strict=True):
+        torch.mm(x[start:end], factor, out=y[start:end])
         start = end
     return y
 
@@ -49,8 +50,8 @@ def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
         return F.grouped_mm(x.t(), y, offs=offsets)
     out = x.new_empty(offsets.shape[0], x.shape[1], y.shape[1])
     start = 0
-    for matrix, end in zip(out, offsets.tolist(), strict=True):
-        torch.mm(x[start:end].t(), y[start:end], out=matrix)
+    for product, end in zip(out, offsets.tolist(), strict=True):
+        torch.mm(x[start:end].t(), y[start:end], out=product)
         start = end
     return out
 
@@ -143,6 +144,7 @@ class MixtureOfExperts(nn.Module):
         num_experts: number of experts E.
         experts_per_token: experts each token runs, 1 <= k <= E.
         shared_experts: width of the always-on expert in units of ``hidden``; 0 has none.
+        shared_gate: scale its output by sigmoid(w . x).
         balance_loss, router_z_loss: coefficients of the auxiliary loss; 0 switches a term off.
         router: "softmax" or "sigmoid".
         router_scale: factor of the experts' output.
@@ -161,6 +163,7 @@ class MixtureOfExperts(nn.Module):
         num_experts: int,
         experts_per_token: int,
         shared_experts: int = 0,
+        shared_gate: bool = False,
         balance_loss: float = 0.01,
         router_z_loss: float = 0.0,
         router: str = "softmax",
@@ -187,6 +190,7 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("router_bias", torch.zeros(num_experts) if router_bias_rate else None)
         shared = shared_experts * hidden
         self.shared = SwiGLU(d_model, shared, init_std=init_std, out_std=out_std) if shared else None
+        self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared and shared_gate else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -197,12 +201,14 @@ class MixtureOfExperts(nn.Module):
             nn.init.zeros_(self.router_bias)
         if self.shared is not None:
             self.shared.reset_parameters()
+        if self.shared_gate is not None:
+            nn.init.normal_(self.shared_gate.weight, std=self.init_std)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         tokens = x.reshape(-1, x.shape[-1])
         count, k = tokens.shape[0], self.experts_per_token
         with no_autocast(x):
-            logits = F.linear(at_least_fp32(tokens), at_least_fp32(self.router.weight))
+            logits = F.linear(at_least_fp32(tokens), at_least_fp32(matrix(self.router)))
             scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
             experts = (scores if self.router_bias is None else scores + self.router_bias).topk(k, dim=-1).indices
             weights = scores.gather(-1, experts)
@@ -219,7 +225,8 @@ class MixtureOfExperts(nn.Module):
         y = self._experts(rows, offsets).index_select(0, position).view(count, k, -1)
         y = (y * weights.unsqueeze(-1).to(y.dtype)).sum(1).view(x.shape)
         if self.shared is not None:
-            y = y + self.shared(x)[0]
+            scale = 1.0 if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
+            y = y + scale * self.shared(x)[0]
 
         share = served / served.sum()
         if self.training:

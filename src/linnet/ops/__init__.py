@@ -1,6 +1,20 @@
 """The engines: pure functions on tensors, one folder each. Importing this package registers all of them."""
 
 from .attention import AttentionState, attention, rotary
+from .cell import (
+    CellState,
+    M2RNNState,
+    NewtonResult,
+    ParaState,
+    cell,
+    cell_state,
+    check_step,
+    m2rnn,
+    newton,
+    paragru,
+    paralstm,
+    unroll,
+)
 from .conv import ConvState, conv
 from .core import Segments, backend, get_op, ops, value_checks
 from .decay import DecayState, MLSTMState, decay, mlstm
@@ -10,16 +24,23 @@ from .scan import ScanState, SoftmaxScanState, minmax_scan, scan, selective_scan
 
 __all__ = [
     "AttentionState",
+    "CellState",
     "ConvState",
     "DecayState",
     "DeltaState",
     "LTIState",
+    "M2RNNState",
     "MLSTMState",
+    "NewtonResult",
+    "ParaState",
     "ScanState",
     "Segments",
     "SoftmaxScanState",
     "attention",
     "backend",
+    "cell",
+    "cell_state",
+    "check_step",
     "conv",
     "decay",
     "delta",
@@ -28,12 +49,17 @@ __all__ = [
     "get_op",
     "lti",
     "lti_diagonal",
+    "m2rnn",
     "minmax_scan",
     "mlstm",
+    "newton",
     "ops",
+    "paragru",
+    "paralstm",
     "rotary",
     "scan",
     "selective_scan",
     "softmax_scan",
+    "unroll",
     "value_checks",
 ]

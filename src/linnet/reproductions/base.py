@@ -106,10 +106,10 @@ class Experiment:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def compare(self, name: str, /, **options: Any) -> list[Cell]:
-        """Train and test mixers as :func:`linnet.training.compare` does; quick: one seed, 20 steps, 32 test rows."""
+        """Train and test mixers as :func:`linnet.training.compare` does; quick: one seed, 4 steps, 16 test rows."""
         if self.quick:
-            training = {**options.get("training", {}), "steps": 20, "warmup_steps": 2}
-            options = {**options, "seeds": 1, "test_rows": 32, "training": training}
+            training = {**options.get("training", {}), "steps": 4, "warmup_steps": 2, "evaluate_every": 4}
+            options = {**options, "seeds": 1, "test_rows": 16, "training": training}
         comparison = Comparison(**options)
         self.settings[name] = comparison.to_dict()
         cells = compare(comparison, out=self.folder / name, console=self.console)
@@ -243,7 +243,7 @@ def reproduce(
             "x": outcome.x,
             "y": outcome.y,
             "log_x": outcome.log_x,
-            "limits": outcome.limits,
+            "limits": None if outcome.limits is None else list(outcome.limits),
             "curves": {k: [[float(x), round(float(y), 4)] for x, y in v] for k, v in outcome.curves.items()},
         },
         "hardware": hardware(budget),

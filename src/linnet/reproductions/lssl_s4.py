@@ -43,7 +43,7 @@ def run(experiment: Experiment) -> Outcome:
         model={"mlp": "none"},
         training={"steps": 250, "lr": 1e-2},
     )
-    rows = 32 if experiment.quick else 256
+    rows = 16 if experiment.quick else 256
     scaled, left = {}, {}
     for rule in LABELS:
         (folder,) = (experiment.folder / "frequency" / "cells").glob(f"*{rule}*")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from .base import Bar, Experiment, Outcome, mean_accuracy, register_reproduction
 
 ORDERS = (1, 2, 3)
-HEADS = "num_heads=4, rope=False"
+HEADS = "num_heads=8, rope=False"
 TAYLOR = {n: f"softmax_taylor({HEADS}, order={n}, normalizer='rms')" for n in ORDERS}
 SUM = f"softmax_taylor({HEADS}, order=2)"
 SOFTMAX = f"attention({HEADS})"
@@ -22,7 +22,7 @@ SOFTMAX = f"attention({HEADS})"
     published="Loss curves only: the loss falls towards that of softmax attention with every Taylor order, and a norm"
     " in place of the denominator matches it.",
     setup="Recall of 48 pairs (keys and values of 64 each, a pair in one token) by 16 questions: one layer of width 64"
-    " with 4 heads of 16 channels, no MLP, no positions, 300 steps of 32 rows. Orders 1 to 3 with an RMSNorm of the"
+    " with 8 heads of 8 channels, no MLP, no positions, 300 steps of 32 rows. Orders 1 to 3 with an RMSNorm of the"
     " output, order 2 also with the division.",
     needs=("attention", "softmax_taylor"),
 )
@@ -55,4 +55,8 @@ def run(experiment: Experiment) -> Outcome:
         "Taylor orders, RMSNorm": [(float(n), value) for n, value in reached.items()],
         "softmax attention": [(float(n), softmax) for n in ORDERS],
     }
-    return Outcome(bars, curves, x="highest order", y="recall")
+    tried = (
+        "With 4 heads of 16 channels, order 1 reached 0.889 and order 2 1.000; order 3, whose state is six times as"
+        " large there, did not end within four minutes of CPU time.",
+    )
+    return Outcome(bars, curves, x="highest order", y="recall", tried=tried)

@@ -42,7 +42,7 @@ def run(experiment: Experiment) -> Outcome:
         length=32,
         tests={name: ("parity", n) for name, n in TESTS.items()},
         batch_size=64,
-        training={"steps": 300, "lr": 2e-3, "beta2": 0.999},
+        training={"steps": 300, "lr": 5e-3, "beta2": 0.999},
     )
 
     def late(mixer: str, test: str) -> float:
@@ -57,4 +57,6 @@ def run(experiment: Experiment) -> Outcome:
     bars.append(Bar("GRU, 256 tokens", late(gru, "256"), 0.98, published="1.000 (sLSTM)"))
     places = {name: float(n) for name, n in TESTS.items()}
     curves = by_test(cells, labels, places, "late")
-    return Outcome(bars, curves, x="tokens (trained with 32)", y="accuracy in the last tenth", log_x=True)
+    tried = ("At a learning rate of 0.002 in place of 0.005 the GRU had not finished learning: 0.72 at 100 tokens.",)
+    x, y = "tokens (trained with 32)", "accuracy in the last tenth"
+    return Outcome(bars, curves, x, y, log_x=True, tried=tried)

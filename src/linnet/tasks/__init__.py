@@ -3,7 +3,7 @@
 from .base import IGNORE, Sample, Task, TaskData, build_task, get_task, register_task, seeded, tasks
 from .corpus import Corpus, load_corpus
 from .text import Batch, TextData
-from .tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, make_tokenizer, train_bpe
+from .tokenizers import ByteTokenizer, JsonTokenizer, TextStream, Tokenizer, load_tokenizer, make_tokenizer, train_bpe
 
 __all__ = [
     "IGNORE",
@@ -15,6 +15,7 @@ __all__ = [
     "Task",
     "TaskData",
     "TextData",
+    "TextStream",
     "Tokenizer",
     "build_task",
     "get_task",

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["ByteTokenizer", "JsonTokenizer", "Tokenizer", "load_tokenizer", "make_tokenizer", "train_bpe"]
+__all__ = ["ByteTokenizer", "JsonTokenizer", "TextStream", "Tokenizer", "load_tokenizer", "make_tokenizer", "train_bpe"]
 
 FILE = "tokenizer.json"
 _END = "<|endoftext|>"
@@ -146,6 +146,35 @@ class JsonTokenizer:
 
     def save(self, folder: str | Path) -> None:
         self.backend.save(str(Path(folder, FILE)))
+
+
+class TextStream:
+    """Text of tokens as they come, up to a text to stop at: each piece as soon as it is certain, whole characters that
+    no longer can be the beginning of such a text.
+
+    Args:
+        tokenizer: the tokenizer.
+        stop: texts to stop at, none of them empty; they are not part of the output.
+
+    Attributes:
+        stopped: whether one has come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._feed, self._stop, self._held, self.stopped = tokenizer.stream(), tuple(stop), "", False
+
+    def __call__(self, token: int | None) -> str:
+        """The text that has become certain with one more token, or with the end (None)."""
+        if self.stopped:
+            return ""
+        self._held += self._feed(token)
+        found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        self.stopped = bool(found)
+        # Back to the longest end of what is held that a text to stop at begins with.
+        keep = max((n for text in self._stop for n in range(1, len(text)) if self._held.endswith(text[:n])), default=0)
+        certain = min(found) if found else len(self._held) - (0 if token is None else keep)
+        piece, self._held = self._held[:certain], self._held[certain:]
+        return piece
 
 
 def train_bpe(documents: Iterable[bytes], vocab_size: int) -> JsonTokenizer:

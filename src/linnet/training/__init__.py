@@ -5,6 +5,7 @@ from .comparison import Cell, Comparison, compare, load_comparison
 from .config import TrainingConfig
 from .loop import TrainingDiverged, TrainingResult, check_run_folder, train
 from .schedules import learning_rate
+from .truncated import Window, windows
 
 __all__ = [
     "Cell",
@@ -12,6 +13,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingDiverged",
     "TrainingResult",
+    "Window",
     "check_run_folder",
     "checkpoints",
     "compare",
@@ -19,4 +21,5 @@ __all__ = [
     "learning_rate",
     "load_comparison",
     "train",
+    "windows",
 ]

@@ -13,7 +13,17 @@ from .checks import (
 from .differentiable import differentiable
 from .registry import BACKENDS, Case, Cost, Identity, Op, backend, get_op, ops, register_op, resolve_backend
 from .segments import Segments, chunk_table
-from .state import detach, map_state, named_tensors, repeat_rows, select_rows, state_bytes, state_tensors, to
+from .state import (
+    detach,
+    join_rows,
+    map_state,
+    named_tensors,
+    repeat_rows,
+    select_rows,
+    state_bytes,
+    state_tensors,
+    to,
+)
 
 __all__ = [
     "BACKENDS",
@@ -33,6 +43,7 @@ __all__ = [
     "detach",
     "differentiable",
     "get_op",
+    "join_rows",
     "map_state",
     "named_tensors",
     "no_autocast",

@@ -41,13 +41,12 @@ def differentiable(
     op.register_autograd(lambda ctx, *grads: gradients(op_backward, ctx, *grads), setup_context=setup)
 
     class Eager(torch.autograd.Function):
+        # One method for both: with a `setup_context` of its own, torch inspects the signature in every call.
         @staticmethod
-        def forward(*args: Any) -> Any:
-            return forward(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup(ctx, inputs, output)
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = forward(*args)
+            setup(ctx, args, output)
+            return output
 
         @staticmethod
         @torch.autograd.function.once_differentiable

@@ -6,7 +6,7 @@ every tensor is the row: one sequence of a batch, or one segment of a packed seq
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "detach",
+    "join_rows",
     "map_state",
     "named_tensors",
     "repeat_rows",
@@ -72,6 +73,21 @@ def select_rows(state: Any, rows: Tensor) -> Any:
 def repeat_rows(state: Any, times: int) -> Any:
     """Repeat each row ``times`` times in place (one prompt, several continuations)."""
     return map_state(lambda x: x.repeat_interleave(times, 0), state)
+
+
+def join_rows(states: Sequence[Any]) -> Any:
+    """The rows of several states of one structure in one state. Caches of different length, which are aligned to the
+    right, get zeros in front."""
+    first = states[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        if any(x.shape[1:] != first.shape[1:] for x in states):
+            longest = max(x.shape[1] for x in states)
+            states = [torch.cat([x.new_zeros(x.shape[0], longest - x.shape[1], *x.shape[2:]), x], 1) for x in states]
+        return torch.cat(list(states))
+    parts = [join_rows([state[i] for state in states]) for i in range(len(first))]
+    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
 
 
 def state_bytes(state: Any) -> int:

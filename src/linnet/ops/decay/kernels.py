@@ -82,6 +82,13 @@ def _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _divide(x, y):
+    """Exact to rounding. An inexact inverse would err alike in all channels of a token, and the gradients of numerator
+    and denominator, which may cancel, would no longer do so."""
+    return tl.math.div_rn(x, tl.zeros_like(x) + y)
+
+
+@triton.jit
 def _row(x, head, heads, width, t, cols):
     """One token of one head of ``[tokens, heads, width]`` in fp32."""
     at = x + (t.to(tl.int64) * heads + head) * width + cols
@@ -116,7 +123,9 @@ def pass_kernel(
     edge_ptr,  # boundary states to be written
     last_ptr,  # final state
     z_ptr,  # NORM 2: running sum of the keys where the walk starts
-    total_ptr,  # STATE_ONLY: summed log2-decay of the piece, [pieces, H] or with the gate's channels
+    total_ptr,  # STATE_ONLY: summed log2-decay of the piece by a scalar gate, [pieces, H]
+    total_r_ptr,  # and by vector gates, with their channels
+    total_p_ptr,
     x_ptr,  # NORM: 1 the normaliser, 2 its gradient, [tokens, H]
     floor_ptr,  # NORM 1: least denominator, [tokens, H]
     row_ptr,
@@ -321,11 +330,24 @@ def pass_kernel(
                     if DIAG == 2:
                         own = tl.load(own_ptr + at_rows, mask=valid, other=0.0)
                         A = tl.where(apart == 0, own[:, None], A)
-                    if (
-                        REVERSE
-                    ):  # backward in time the reading's scale belongs to what is written: the state is dS itself
+                    # By what a reading is multiplied. Backward in time its scale belongs to what is written: the state
+                    # is dS itself.
+                    times = tl.zeros([C], dtype=tl.float32) + (1.0 if REVERSE else scale)
+                    if REVERSE:
                         A = A * scale
+                    if WR:
+                        wr = tl.load(wr_ptr + at_rows, mask=valid, other=0.0).to(tl.float32)
+                        times = times * wr
+                    if NORM == 1:
+                        den = tl.load(x_ptr + at_rows, mask=valid, other=1.0)
+                        if FLOOR:
+                            den = tl.maximum(tl.abs(den), tl.load(floor_ptr + at_rows, mask=valid, other=1.0))
+                        if not EXACT:
+                            times = times / (den + eps)
+                    if OWN and column == 0:
+                        tl.store(own_ptr + at_rows, own * wr if WR else own, mask=valid)
                     plain = A
+                    A = A * times[:, None]
                     if WS:
                         A = A * ws[None, :]
                     if ONES:
@@ -336,29 +358,17 @@ def pass_kernel(
                         inter += z[None, :]
                     if NORM == 2 and not REVERSE:
                         inter += dx[:, None] * z[None, :]
-                    if GATE != 0:
+                    if GATE != 0 and GRAD != 0:
                         inter = inter * read[:, None]
+                    if GATE != 0 and GRAD == 0:
+                        times = times * read
+                    o = inter * times[:, None]
                     if ONES:
-                        o = inter + tl.sum(A, 1)[:, None]
-                    elif GRAD == 0:
-                        o = tl.dot(A.to(p.dtype), p, inter, input_precision="ieee")
+                        o += tl.sum(A, 1)[:, None]
                     else:
-                        o = inter + tl.dot(A.to(p.dtype), p, input_precision="ieee")
-                    if NORM == 1:
-                        den = tl.load(x_ptr + at_rows, mask=valid, other=1.0)
-                        if FLOOR:
-                            den = tl.maximum(tl.abs(den), tl.load(floor_ptr + at_rows, mask=valid, other=1.0))
-                        o = o / (den + eps)[:, None]
-                    if WR:
-                        wr = tl.load(wr_ptr + at_rows, mask=valid, other=0.0).to(tl.float32)
-                        o = o * wr[:, None]
-                    if not REVERSE:
-                        o = o * scale
-                    if OWN:
-                        if WR:
-                            own = own * wr
-                        if column == 0:
-                            tl.store(own_ptr + at_rows, own, mask=valid)
+                        o = tl.dot(A.to(p.dtype), p, o, input_precision="ieee")
+                    if NORM == 1 and EXACT:
+                        o = _divide(o, (den + eps)[:, None])
                     if ONES:
                         tl.store(
                             out_raw + at_rows[:, None] + p_cols[None, :], o, mask=valid[:, None] & (p_cols < 1)[None, :]
@@ -471,7 +481,7 @@ def pass_kernel(
                             den = tl.load(x_ptr + at_t)
                             if FLOOR:
                                 den = tl.maximum(tl.abs(den), tl.load(floor_ptr + at_t))
-                            o = o / (den + eps)
+                            o = _divide(o, den + eps)
                         tl.store(out_raw + at_t * DP + p_cols, (o * factor).to(out_raw.dtype.element_ty), p_cols < DP)
                     if BONUS:
                         S = S * keep_r[:, None] * keep_p[None, :]
@@ -487,10 +497,10 @@ def pass_kernel(
     if LAST:
         final = _state_block(last_ptr, slot, DR, DP, st_r, st_p, column, BR, BP)
         tl.store(final, S, boundary_check=(0, 1))
-    if STATE_ONLY and total_ptr is not None:
-        if HALF_R and column == 0:
-            tl.store(total_ptr + slot * DR + r_cols, total_r, mask=r_cols < DR)
-        if HALF_P:
-            tl.store(total_ptr + slot * DP + p_cols, total_p, mask=p_cols < DP)
-        if GATE != 0 and column == 0:
+    if STATE_ONLY:
+        if total_r_ptr is not None and column == 0:
+            tl.store(total_r_ptr + slot * DR + r_cols, total_r, mask=r_cols < DR)
+        if total_p_ptr is not None:
+            tl.store(total_p_ptr + slot * DP + p_cols, total_p, mask=p_cols < DP)
+        if total_ptr is not None and column == 0:
             tl.store(total_ptr + slot, total_all)

@@ -12,7 +12,9 @@ from .kernels import _piece_bounds
 def chain_kernel(
     start_ptr,
     piece_ptr,
-    total_ptr,
+    total_ptr,  # summed log2-decay of each piece by a scalar gate, and by vectors over rows and columns of the state
+    total_r_ptr,
+    total_p_ptr,
     edge_ptr,
     last_ptr,
     first_ptr,  # [rows + 1] pieces before each sequence (PACKED)
@@ -23,7 +25,6 @@ def chain_kernel(
     BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
-    GATED: tl.constexpr,  # 0 no gate, 1 a scalar, 2 a vector over the rows of the state [R, P], 3 over its columns
 ):
     """Boundary states of the pieces, one after another: ``S <- exp(total) S + piece``."""
     size = R * P
@@ -48,12 +49,12 @@ def chain_kernel(
             piece = first + it
         slot = piece.to(tl.int64) * H + h
         tl.store(edge_ptr + slot * size + at, S, mask=mask)
-        if GATED == 1:
+        if total_ptr is not None:
             S = S * tl.exp2(tl.load(total_ptr + slot))
-        if GATED == 2:
-            S = S * tl.exp2(tl.load(total_ptr + slot * R + at // P, mask=mask, other=0.0))
-        if GATED == 3:
-            S = S * tl.exp2(tl.load(total_ptr + slot * P + at % P, mask=mask, other=0.0))
+        if total_r_ptr is not None:
+            S = S * tl.exp2(tl.load(total_r_ptr + slot * R + at // P, mask=mask, other=0.0))
+        if total_p_ptr is not None:
+            S = S * tl.exp2(tl.load(total_p_ptr + slot * P + at % P, mask=mask, other=0.0))
         S += tl.load(piece_ptr + slot * size + at, mask=mask, other=0.0)
     tl.store(last_ptr + (n.to(tl.int64) * H + h) * size + at, S, mask=mask)
 
@@ -238,9 +239,11 @@ def finish_kernel(
             d_late = d_late * tl.exp2(to)
             d_early = d_early * tl.exp2(-sums)
             if GRAD:
-                wrote = early * d_early
-                change = wrote - late * d_late
-                dg = (tl.cumsum(change, 0) - (wrote if BONUS else change)) + reach[None, :]
+                read = late * d_late
+                change = early * d_early - read
+                dg = (tl.cumsum(change, 0) - change) + reach[None, :]
+                if BONUS:
+                    dg -= read
                 reach += tl.sum(change, 0)
                 tl.store(dg_ptr + out, dg.to(dg_ptr.dtype.element_ty), mask=mask)
         own = scale * tl.load(own_ptr + rows.to(tl.int64) * H + h, mask=rows < stop, other=0.0)[:, None]
@@ -390,7 +393,6 @@ def gate_kernel(
     SIZE,
     K,
     n_blocks,
-    n_cross,
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     WS: tl.constexpr,
@@ -418,10 +420,9 @@ def gate_kernel(
     for _ in range(0, n_blocks):
         row += tl.load(row_ptr + line, mask=valid, other=0.0)
         col += tl.load(col_ptr + line, mask=valid, other=0.0)
+        col += tl.load(cross_ptr + line, mask=valid, other=0.0)
         row_ptr += n_rows * H
         col_ptr += n_rows * H
-    for _ in range(0, n_cross):
-        col += tl.load(cross_ptr + line, mask=valid, other=0.0)
         cross_ptr += n_rows * H
     if WS:
         tl.store(dw_ptr + at, col.to(dw_ptr.dtype.element_ty), mask=valid)
@@ -447,6 +448,8 @@ def gate_kernel(
             z = tl.load(z_edge_ptr + slot * K + cols, mask=cols < K, other=0.0)
             acc += z * tl.load(dz_at + cols, mask=cols < K, other=0.0)
         row, col = row.to(tl.float64), col.to(tl.float64)  # what is left may be far smaller than the terms
-        change = tl.cumsum(col - row, 0) - (col if BONUS else col - row)  # first: it may be far larger than its sum
-        dg = tl.sum(acc.to(tl.float64), 0) + change
+        change = col - row
+        dg = tl.sum(acc.to(tl.float64), 0) + (tl.cumsum(change, 0) - change)
+        if BONUS:
+            dg -= row
         tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=valid)

@@ -42,25 +42,22 @@ def chunk_length(K: int, V: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk, the same in every pass of a call."""
     if dtype == torch.float32:
         return 16
-    return 64 if max(K, V) <= 256 else 32
+    return 64
 
 
 @cache
-def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, grad: int) -> dict[str, int]:
+def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool) -> dict[str, int]:
     """Tile sizes, warps and pipeline depth, by the size of the state and how it is walked; T never enters.
 
     Measured on Hopper: pieces (split) run two programs a multiprocessor with two stages, whole sequences one program
-    with three; from 256 reading channels on two warp groups share the state. One stage and BP = 32 with two warp
-    groups are slower or wrong there and not used.
+    with three; from 256 reading channels on two warp groups share the state. With 512 a second stage has no room.
     """
     BR, widest = max(16, _power_of_2(DR)), max(16, _power_of_2(DP))
     if dtype == torch.float32:
         return {"BR": BR, "BP": min(32 if BR <= 128 else 16, widest), "C": C, "num_warps": 4, "num_stages": 2}
     if BR <= 128:
         return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": 4, "num_stages": 2 if split and BR == 128 else 3}
-    if BR == 512 and grad == 1:
-        return {"BR": BR, "BP": min(32, widest), "C": C, "num_warps": 4, "num_stages": 2}
-    return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": 8, "num_stages": 2}
+    return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": 8, "num_stages": 1 if BR == 512 else 2}
 
 
 @cache
@@ -307,7 +304,7 @@ class _Call:
     def splits(self, DP: int) -> bool:
         """Whether to walk a payload of so many channels in pieces rather than whole sequences: when whole ones would
         leave the GPU half empty, or a single long one would keep it waiting."""
-        settings = launch_settings(self.K, DP, self.chunk, self.dtype, False, 0)
+        settings = launch_settings(self.K, DP, self.chunk, self.dtype, False)
         programs = self.rows * self.H * _cdiv(DP, settings["BP"])
         uneven = self.packed and self.longest * self.rows > 2 * self.T
         return self.longest > self.piece and (programs < 96 or (uneven and programs < 1024))
@@ -328,7 +325,7 @@ class _Call:
         ws: Tensor | None = None,
         edges: Tensor | None = None,
         last: Tensor | None = None,
-        total: Tensor | None = None,
+        totals: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
         diag: int = 0,
         own: Tensor | None = None,
         norm: int = 0,
@@ -345,7 +342,7 @@ class _Call:
         DR, DP = writer.shape[-1], payload.shape[-1]
         side_r, side_p = (self.value, self.key) if transposed else (self.key, self.value)
         vector = side_r is not None or side_p is not None
-        settings = launch_settings(DR, DP, self.chunk, self.dtype, split, grad)
+        settings = launch_settings(DR, DP, self.chunk, self.dtype, split)
         grid = ((self.pieces if split else self.rows) * self.H * _cdiv(DP, settings["BP"]),)
         gate = self.gate
         heads = [self.H if t is None else t.shape[2] for t in (reader, writer, payload, dot)]
@@ -377,7 +374,7 @@ class _Call:
             edges,
             last,
             z,
-            total,
+            *totals,
             x,
             floor,
             row,
@@ -434,15 +431,20 @@ class _Call:
     ) -> tuple[Tensor, Tensor]:
         """Boundary states of every piece and the final state, from the pieces' own writes."""
         own, edges, last = _rows(start, pieces), _rows(start, pieces), _rows(start, self.rows)
-        width = self.K if self.key is not None else self.V if self.value is not None else 1
-        total = start.new_empty(pieces, self.H, width)
+        totals = (
+            start.new_empty(pieces, self.H) if self.gate is not None else None,
+            *(
+                None if x is None else start.new_empty(pieces, self.H, x.values.shape[-1])
+                for x in (self.key, self.value)
+            ),
+        )
         # The writer stands in for the reader: nothing is read.
-        self.walk(writer, writer, payload, reverse=reverse, split=True, ws=ws, last=own, total=total)
+        self.walk(writer, writer, payload, reverse=reverse, split=True, ws=ws, last=own, totals=totals)
         R, P, block = start.shape[2], start.shape[3], 1024
         chain_kernel[(self.rows * self.H * _cdiv(R * P, block),)](
             start,
             own,
-            total,
+            *totals,
             edges,
             last,
             self.first,
@@ -453,7 +455,6 @@ class _Call:
             BLOCK=block,
             REVERSE=reverse,
             PACKED=self.packed,
-            GATED=2 if self.key is not None else 3 if self.value is not None else int(self.gate is not None),
         )
         return edges, last
 
@@ -569,10 +570,9 @@ def backward(
     dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), torch.empty_like(v)
     scalar = gates and call.key is None and call.value is None and (g is not None or w is not None)
     row = col = cross = None
-    inner = outer = 0
+    blocks = _cdiv(K, launch_settings(V, K, call.chunk, q.dtype, True)["BP"])
     if scalar:  # one partial sum for each block of the payload's channels
-        inner, outer = (_cdiv(K, launch_settings(V, K, call.chunk, q.dtype, True, n)["BP"]) for n in (1, 2))
-        row, col, cross = (new(n, H, call.tokens) for n in (inner, inner, outer))
+        row, col, cross = (new(blocks, H, call.tokens) for _ in range(3))
 
     dv_own: dict[str, Any] = {"diag": 1} if value_apart else {"diag": 0 if own is None else 2, "own": own}
     d_bounds, d_first = call.read_along(
@@ -652,8 +652,7 @@ def backward(
             H,
             K * V,
             K,
-            inner,
-            outer,
+            blocks,
             LENGTH=_power_of_2(call.piece),
             BLOCK=1024,
             WS=w is not None,

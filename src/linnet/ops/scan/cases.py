@@ -109,7 +109,7 @@ def _softmax_case(name: str, make: Make, hostile: bool = False) -> Case:
 def _mamba(groups: int | None, skip: bool = True) -> Make:
     def make(r: torch.Generator, B: int, T: int) -> dict[str, Any]:
         shape = (B, T, S) if groups is None else (B, T, groups, S)
-        given = {
+        given: dict[str, Any] = {
             "x": _normal(r, B, T, D),
             "delta": torch.exp(_normal(r, B, T, D) - 1),
             "A": -torch.exp(_normal(r, D, S)),
@@ -184,7 +184,7 @@ def _closed_form(r: torch.Generator):
 
 def _holds(r: torch.Generator):
     given, x0 = _hostile_bounds(r, 2, 37), _normal(r, 2, D)
-    free = {"r": torch.full_like(given["r"], torch.inf), "s": torch.full_like(given["s"], -torch.inf)}
+    free: dict[str, Any] = {"r": torch.full_like(given["r"], torch.inf), "s": torch.full_like(given["s"], -torch.inf)}
     return minmax_scan(**free, state=ScanState(x0))[0], x0[:, None].expand(2, 37, D)
 
 
@@ -218,16 +218,16 @@ def _scores_may_move(r: torch.Generator):
 
 
 def _is_mamba2(r: torch.Generator):
-    given = _mamba(None)(r, 2, 37)
+    given: dict[str, Any] = _mamba(None)(r, 2, 37)
     a = -torch.rand(D, dtype=torch.float64, generator=r)
-    y, state = selective_scan(**given | {"A": a[:, None].expand(D, S)})
+    y, state = selective_scan(**{**given, "A": a[:, None].expand(D, S)})
     q, k = given["C"][:, :, None], given["B"][:, :, None]
     o, memory = decay(q, k, given["x"][..., None], a * given["delta"], w=given["delta"], scale=1.0)
     return (y, state.h), (o[..., 0] + given["D"] * given["x"], memory.S[..., 0])
 
 
 def _constant_maps_are_a_convolution(r: torch.Generator):
-    given = _mamba(None)(r, 2, 37)
+    given: dict[str, Any] = _mamba(None)(r, 2, 37)
     B, C, dt = _normal(r, S), _normal(r, S), _normal(r, D).exp()
     steps = torch.arange(37, dtype=torch.float64)[:, None, None]
     kernel = (C * B * dt[:, None] * (steps * dt[:, None] * given["A"]).exp()).sum(-1)  # [37, D]

@@ -147,8 +147,8 @@ def backward(
     b, a, h0, dh, dlast = _prepare(algebra, b, a, h0, dh, dlast)
     prev = _before(_states(algebra, a, b, h0, rows, chunk), h0, rows)
     if algebra == "minmax":
-        lower = b > torch.minimum(a, prev)
-        upper = (a < prev) & ~lower
+        lower = b >= torch.minimum(a, prev)
+        upper = (a <= prev) & ~lower
         keep = (~lower & ~upper).to(b.dtype)
     else:
         lower = upper = None

@@ -12,15 +12,16 @@ from ..core import (
     check_floating,
     check_segments,
     common_dtype,
+    differentiable,
     no_autocast,
     resolve_backend,
 )
 from . import chunked, reference
 from .state import ScanState
 
-__all__ = ["BACKENDS", "check_chunk", "check_state", "cost", "is_step", "minmax_scan", "scan"]
+__all__ = ["BACKENDS", "backends", "check_chunk", "check_state", "cost", "is_step", "minmax_scan", "scan"]
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "triton")
 
 
 def scan(
@@ -49,8 +50,8 @@ def scan(
             the returned state is that at the first.
         state: state before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
-        chunk_size: tokens of a chunk; never changes the result beyond rounding.
-        backend: "auto", "reference" (token by token) or "chunked" (vectorised PyTorch).
+        chunk_size: tokens of a chunk of the PyTorch form; never changes the result beyond rounding.
+        backend: "auto", "reference" (token by token), "chunked" (vectorised PyTorch) or "triton".
 
     Complex tensors may be given instead of pairs, and give complex states.
 
@@ -96,16 +97,16 @@ def minmax_scan(
         x_t = max(min(x_{t-1}, r_t), s_t)
 
     Between the bounds a cell keeps its value, outside it takes the bound; the lower bound wins where they cross. Every
-    operation is a selection, so every backend gives the same bits, and every gradient goes to exactly one input (to
-    the past on a tie). A NaN stays.
+    operation is a selection, so every backend gives the same bits, and every gradient goes to exactly one input (on a
+    tie to a bound, the lower one first). A NaN stays.
 
     Args:
         r: upper bounds ``[B, T, D]``; infinity keeps whatever is large.
         s: lower bounds ``[B, T, D]``.
         state: state before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, D]`` inputs.
-        chunk_size: tokens of a chunk.
-        backend: "auto", "reference" (token by token) or "chunked" (vectorised PyTorch).
+        chunk_size: tokens of a chunk of the PyTorch form.
+        backend: "auto", "reference" (token by token), "chunked" (vectorised PyTorch) or "triton".
 
     Returns:
         ``x`` ``[B, T, D]`` in the inputs' dtype and ``ScanState(h [N, D])`` in fp32 (float64 for float64 inputs).
@@ -142,13 +143,14 @@ def _run(
         h = b.new_zeros(rows, *b.shape[2:], dtype=acc)
     else:
         h = check_state(state, rows, b.shape[2:], b.device).to(acc)
-    name = resolve_backend(backend, BACKENDS, b)
+    name = resolve_backend(backend, backends(b), b)
     if name == "reference" or is_step(b, segments, backend):
         with no_autocast(b):
             y, h = reference.recurrent(algebra, a, b, h, reverse, segments)
         return y, ScanState(h)
-    host = None if segments is None else segments.cu_seqlens_host
-    y, h = _scan(a, b, h, host, algebra, reverse, check_chunk(chunk_size), name)
+    where = (None, None) if segments is None else (segments.cu_seqlens_host, segments.ids)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, h))
+    y, h, _ = _scan(a, b, h, *where, algebra, reverse, check_chunk(chunk_size), name, training)
     return y, ScanState(h)
 
 
@@ -174,59 +176,100 @@ def check_chunk(chunk_size: int | None) -> int:
     return chunk_size or 0
 
 
-# The registered op.
+# The registered op. What a minmax cell took (the kernels' note for the backward pass) is an empty tensor otherwise.
 
 
-@torch.library.custom_op("linnet::scan", mutates_args=())
-def _scan(
-    a: Tensor, b: Tensor, h: Tensor, cu_host: Tensor | None, algebra: str, reverse: bool, chunk: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    with torch.autocast(b.device.type, enabled=False):
-        return chunked.forward(algebra, a, b, h, cu_host, reverse, chunk)
+def backends(x: Tensor) -> tuple[str, ...]:
+    """Those that have this dtype: the kernels compute in fp32."""
+    return BACKENDS if x.dtype in (torch.bfloat16, torch.float16, torch.float32) else BACKENDS[:2]
 
 
-@_scan.register_fake
-def _(a, b, h, cu_host, algebra, reverse, chunk, backend):
-    return torch.empty_like(b, memory_format=torch.contiguous_format), h.new_empty(h.shape)
-
-
-@torch.library.custom_op("linnet::scan_backward", mutates_args=())
-def _scan_backward(
+def _forward(
     a: Tensor,
     b: Tensor,
     h: Tensor,
     cu_host: Tensor | None,
+    ids: Tensor | None,
     algebra: str,
     reverse: bool,
     chunk: int,
     backend: str,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    taken = None
+    if backend == "triton":
+        from . import launch
+
+        y, last, taken = launch.forward(algebra, a, b, h, ids, reverse, training)
+    else:
+        with torch.autocast(b.device.type, enabled=False):
+            y, last = chunked.forward(algebra, a, b, h, cu_host, reverse, chunk)
+    return y, last, b.new_empty(0, dtype=torch.uint8) if taken is None else taken
+
+
+def _forward_fake(a, b, h, cu_host, ids, algebra, reverse, chunk, backend, training):
+    noted = algebra == "minmax" and backend == "triton" and training
+    taken = b.new_empty(b.shape if noted else 0, dtype=torch.uint8)
+    return torch.empty_like(b, memory_format=torch.contiguous_format), h.new_empty(h.shape), taken
+
+
+def _backward(
+    a: Tensor,
+    basis: Tensor,
+    h: Tensor,
+    cu_host: Tensor | None,
+    ids: Tensor | None,
+    algebra: str,
+    reverse: bool,
+    chunk: int,
+    backend: str,
+    wanted: bool,
     dy: Tensor,
     dh: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(b.device.type, enabled=False):
-        return chunked.backward(algebra, a, b, h, cu_host, reverse, chunk, dy, dh)
+    if backend == "triton":
+        from . import launch
+
+        da, db, dh = launch.backward(algebra, a, basis, h, ids, reverse, dy, dh, wanted)
+    else:
+        with torch.autocast(dy.device.type, enabled=False):
+            da, db, dh = chunked.backward(algebra, a, basis, h, cu_host, reverse, chunk, dy, dh)
+    return a.new_empty(0) if da is None else da, db, dh
 
 
-@_scan_backward.register_fake
-def _(a, b, h, cu_host, algebra, reverse, chunk, backend, dy, dh):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b, h))
+def _backward_fake(a, basis, h, cu_host, ids, algebra, reverse, chunk, backend, wanted, dy, dh):
+    given = wanted or algebra == "minmax" or backend != "triton"
+    return a.new_empty(a.shape if given else 0), dy.new_empty(dy.shape), h.new_empty(h.shape)
 
 
 def _setup(ctx, inputs, output):
-    a, b, h, cu_host, *options = inputs
-    ctx.save_for_backward(a, b, h, cu_host)
-    ctx.options = options
+    a, b, h, cu_host, ids, *options, _ = inputs
+    # The chunked form goes back from the inputs, the kernels from the states or, for minmax, from what was taken.
+    basis = b if options[-1] != "triton" else output[2] if options[0] == "minmax" else output[0]
+    ctx.save_for_backward(a, basis, h, cu_host, ids)
+    ctx.options, ctx.like = options, (b.shape, b.dtype)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dh):
-    a, b, h, cu_host = ctx.saved_tensors
-    dy = torch.zeros_like(b) if dy is None else dy
+def _gradients(run, ctx, dy, dh, _):
+    a, basis, h, *where = ctx.saved_tensors
+    shape, dtype = ctx.like
+    dy = h.new_zeros(shape, dtype=dtype) if dy is None else dy
     dh = torch.zeros_like(h) if dh is None else dh
-    return *_scan_backward(a, b, h, cu_host, *ctx.options, dy, dh), None, None, None, None, None
+    wanted = ctx.needs_input_grad[0]
+    da, db, dh = run(a, basis, h, *where, *ctx.options, wanted, dy, dh)
+    return da if wanted else None, db, dh, *(None,) * 7
 
 
-_scan.register_autograd(_backward, setup_context=_setup)
+_scan = differentiable(
+    "scan",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(

@@ -19,9 +19,9 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 def apply(algebra: str, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     """One step of the recurrence from the state ``h``."""
-    if algebra == "minmax":  # a tie, and with it the gradient, goes to the past; NaN goes on
-        h = torch.where((h <= a) | h.isnan(), h, a)
-        return torch.where((h >= b) | h.isnan(), h, b)
+    if algebra == "minmax":  # a tie, and with it the gradient, goes to the bound; NaN goes on
+        h = torch.where((h < a) | h.isnan(), h, a)
+        return torch.where((h > b) | h.isnan(), h, b)
     if algebra == "block":
         return a[..., 0] * h[..., :1] + a[..., 1] * h[..., 1:] + b
     return a * h + b
@@ -57,8 +57,8 @@ def softmax(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Running softmax averages ``[B, T, H, V]`` and the last ``m``, ``u``, ``w`` (online softmax)."""
     if segments is not None:
-        rows = zip(pairwise(segments.cu_seqlens_host.tolist()), m.split(1), u.split(1), w.split(1), strict=True)
-        done = [softmax(s[:, a:b], v[:, a:b], *row, None) for (a, b), *row in rows]
+        rows = enumerate(pairwise(segments.cu_seqlens_host.tolist()))
+        done = [softmax(s[:, a:b], v[:, a:b], m[n : n + 1], u[n : n + 1], w[n : n + 1], None) for n, (a, b) in rows]
         return tuple(torch.cat(part, int(i == 0)) for i, part in enumerate(zip(*done, strict=True)))  # type: ignore[return-value]
     dtype, acc = v.dtype, accumulate_dtype(v)
     s, v, m, u, w = (x.to(acc) for x in (s, v, m, u, w))
@@ -86,8 +86,7 @@ def selective(
     """Mamba's recurrence, ``B`` and ``C`` as ``[B, T, G, S]``; the reading in x's dtype and the last states."""
     if segments is not None:
         rows = zip(pairwise(segments.cu_seqlens_host.tolist()), h.split(1), strict=True)
-        done = [selective(*(y[:, s:e] for y in (x, delta)), A, B[:, s:e], C[:, s:e], D, row, None)
-                for (s, e), row in rows]  # fmt: skip
+        done = [selective(x[:, s:e], delta[:, s:e], A, B[:, s:e], C[:, s:e], D, row, None) for (s, e), row in rows]
         return torch.cat([y for y, _ in done], 1), torch.cat([after for _, after in done])
     dtype, acc = x.dtype, accumulate_dtype(x)
     x, delta, A, B, C, h = (y.to(acc) for y in (x, delta, A, B, C, h))

@@ -14,11 +14,12 @@ from ..core import (
     check_not_negative,
     check_segments,
     common_dtype,
+    differentiable,
     no_autocast,
     resolve_backend,
 )
 from . import chunked, reference
-from .recurrence import BACKENDS, check_chunk, check_state, is_step
+from .recurrence import backends, check_chunk, check_state, is_step
 from .state import ScanState
 
 __all__ = ["cost", "selective_scan"]
@@ -53,8 +54,9 @@ def selective_scan(
         D: weight of the skip connection ``[D]``, none when None.
         state: ``ScanState(h [N, D, S])`` before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
-        chunk_size: tokens between two states kept for the backward pass; never changes the result beyond rounding.
-        backend: "auto", "reference" (token by token) or "chunked" (vectorised PyTorch).
+        chunk_size: tokens between two states kept for the backward pass, in the kernels at most 64; never changes the
+            result beyond rounding.
+        backend: "auto", "reference" (token by token), "chunked" (vectorised PyTorch) or "triton".
 
     Returns:
         ``y`` ``[B, T, D]`` in x's dtype and ``ScanState(h [N, D, S])`` in fp32 (float64 for float64 inputs).
@@ -89,18 +91,17 @@ def selective_scan(
     acc = reference.accumulate_dtype(x)
     tail = (shapes["D"], shapes["S"])
     h = x.new_zeros(rows, *tail, dtype=acc) if state is None else check_state(state, rows, tail, x.device).to(acc)
-    name = resolve_backend(backend, BACKENDS, x)
+    name = resolve_backend(backend, backends(x), x)
     if name == "reference" or is_step(x, segments, backend):
         with no_autocast(x):
             y, h = reference.selective(x, delta, A, B, C, D, h, segments)
         return y, ScanState(h)
-    host = None if segments is None else segments.cu_seqlens_host
-    y, h, _ = _selective(x, delta, A, B, C, D, h, host, check_chunk(chunk_size) or 64, name)
+    where = (None, None) if segments is None else (segments.cu_seqlens_host, segments.ids)
+    y, h, _ = _selective(x, delta, A, B, C, D, h, *where, check_chunk(chunk_size) or 64, name)
     return y, ScanState(h)
 
 
-@torch.library.custom_op("linnet::selective_scan", mutates_args=())
-def _selective(
+def _forward(
     x: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -109,24 +110,35 @@ def _selective(
     D: Tensor | None,
     h: Tensor,
     cu_host: Tensor | None,
+    ids: Tensor | None,
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        from .launch_selective import forward
+
+        return forward(x, delta, A, B, C, D, h, ids, chunk)
     with torch.autocast(x.device.type, enabled=False):
         return chunked.selective_forward(x, delta, A, B, C, D, h, cu_host, chunk)
 
 
-@_selective.register_fake
-def _(x, delta, A, B, C, D, h, cu_host, chunk, backend):
-    edges = h.new_empty(-(-x.shape[1] // chunk), x.shape[0], *h.shape[1:])
+def tile_length(chunk: int) -> int:
+    """Tokens of a tile of the kernels: a power of two that registers can hold."""
+    return min(max(8, 1 << (chunk - 1).bit_length()), 64)
+
+
+def _forward_fake(x, delta, A, B, C, skip, h, cu_host, ids, chunk, backend):
+    rows, T, D = x.shape
+    edges = h.new_empty(-(-T // chunk), rows, D, h.shape[2])
+    if backend == "triton":
+        edges = h.new_empty(-(-T // tile_length(chunk)) + 1, rows, h.shape[2], D)
     return torch.empty_like(x, memory_format=torch.contiguous_format), h.new_empty(h.shape), edges
 
 
 _GRADS = ("x", "delta", "A", "B", "C", "D", "h")
 
 
-@torch.library.custom_op("linnet::selective_scan_backward", mutates_args=())
-def _selective_backward(
+def _backward(
     x: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -136,18 +148,23 @@ def _selective_backward(
     h: Tensor,
     edges: Tensor,
     cu_host: Tensor | None,
+    ids: Tensor | None,
     chunk: int,
     backend: str,
     dy: Tensor,
     dh: Tensor,
 ) -> list[Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        grads = chunked.selective_backward(x, delta, A, B, C, D, h, edges, cu_host, chunk, dy, dh)
+    if backend == "triton":
+        from .launch_selective import backward
+
+        grads = backward(x, delta, A, B, C, D, h, edges, ids, chunk, dy, dh)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            grads = chunked.selective_backward(x, delta, A, B, C, D, h, edges, cu_host, chunk, dy, dh)
     return [grads[name] if name in grads else h.new_empty(0) for name in _GRADS]
 
 
-@_selective_backward.register_fake
-def _(x, delta, A, B, C, D, h, edges, cu_host, chunk, backend, dy, dh):
+def _backward_fake(x, delta, A, B, C, D, h, edges, cu_host, ids, chunk, backend, dy, dh):
     given = (x, delta, A, B, C, D, h)
     return [h.new_empty(0) if y is None else torch.empty_like(y, memory_format=torch.contiguous_format) for y in given]
 
@@ -159,15 +176,23 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dh, _):
-    *given, cu_host, edges = ctx.saved_tensors
+def _gradients(run, ctx, dy, dh, _):
+    *given, cu_host, ids, edges = ctx.saved_tensors
     dy = torch.zeros_like(given[0]) if dy is None else dy
     dh = torch.zeros_like(given[-1]) if dh is None else dh
-    grads = _selective_backward(*given, edges, cu_host, *ctx.options, dy, dh)
-    return *(None if y is None else d for d, y in zip(grads, given, strict=True)), None, None, None
+    grads = run(*given, edges, cu_host, ids, *ctx.options, dy, dh)
+    return *(None if y is None else d for d, y in zip(grads, given, strict=True)), *(None,) * 4
 
 
-_selective.register_autograd(_backward, setup_context=_setup)
+_selective = differentiable(
+    "selective_scan",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(B: int, T: int, D: int, N: int, *, itemsize: int = 2, groups: int = 1, backward: bool = False) -> Cost:

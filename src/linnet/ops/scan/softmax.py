@@ -16,7 +16,7 @@ from ..core import (
     resolve_backend,
 )
 from . import reference
-from .recurrence import BACKENDS, is_step, minmax_scan, scan
+from .recurrence import backends, is_step, minmax_scan, scan
 from .state import ScanState, SoftmaxScanState
 
 __all__ = ["cost", "softmax_scan"]
@@ -43,8 +43,8 @@ def softmax_scan(
         v: values ``[B, T, H, V]``.
         state: what the tokens before have left; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
-        chunk_size: tokens of a chunk; never changes the result beyond rounding.
-        backend: "auto", "reference" (token by token) or "chunked" (vectorised PyTorch).
+        chunk_size: tokens of a chunk of the PyTorch form; never changes the result beyond rounding.
+        backend: "auto", "reference" (token by token), "chunked" (vectorised PyTorch) or "triton".
 
     Returns:
         ``o`` ``[B, T, H, V]`` in v's dtype, zeros as long as every score was -inf, and the state after the last token.
@@ -66,7 +66,7 @@ def softmax_scan(
     acc = reference.accumulate_dtype(v)
     m, u, w = _state(state, rows, v, acc)
     with no_autocast(v):
-        if resolve_backend(backend, BACKENDS, v) == "reference" or is_step(v, segments, backend):
+        if resolve_backend(backend, backends(v), v) == "reference" or is_step(v, segments, backend):
             o, m, u, w = reference.softmax(s, v, m, u, w, segments)
             return o, SoftmaxScanState(m, u, w)
         s = s.to(acc)

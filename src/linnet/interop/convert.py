@@ -1,0 +1,217 @@
+"""Checkpoints of other libraries to decoders and back: `linnet convert`.
+
+Needs neither those libraries nor their models: it reads and writes their ``config.json`` and ``*.safetensors``. What
+maps to what stands in :mod:`linnet.interop.layouts`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from linnet.models import Decoder, DecoderConfig, atomic_folder
+from linnet.models.decoder import check_tensors
+from linnet.models.io import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE, read_checkpoint, write_checkpoint
+from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
+from linnet.training import find_model
+
+from .layouts import LAYOUTS, Fields, Layout, Shape
+
+__all__ = ["Conversion", "convert"]
+
+SOURCE_FILE = "source_config.json"  # their configuration, kept for the way back
+
+
+class Conversion(NamedTuple):
+    """What :func:`convert` did.
+
+    Attributes:
+        source, target: model types, "linnet" being ours.
+        parameters: number of parameters.
+        dtype: of the tensors written.
+        ignored: tensors of the source that are not part of the model.
+    """
+
+    source: str
+    target: str
+    parameters: int
+    dtype: torch.dtype
+    ignored: list[str]
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Convert a checkpoint folder, in the direction that the source says.
+
+    Args:
+        source: a folder in a public layout (``config.json`` and safetensors), which becomes a linnet model; or a linnet
+            model or run folder, which becomes one in the layout ``to``.
+        target: folder to write. A ``tokenizer.json`` comes along, and so does the source's configuration, from which
+            the way back fills in what a decoder does not know.
+        to: the layout to write ("llama", "qwen3", …); for a linnet model only.
+        dtype: of the tensors to write; that of the source when None, but fp32 where a layout's norm weights are
+            differences from 1, which half precision would round.
+        overwrite: replace ``target`` if it holds something.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        FileExistsError: ``target`` holds something and ``overwrite`` is false.
+        ValueError: an architecture or option that is not supported, or a checkpoint that is damaged, partial or not
+            what its configuration says; names the file, and the fields or tensors.
+    """
+    source = Path(source)
+    folder = source if (source / CONFIG_FILE).is_file() or not source.is_dir() else find_model(source)
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"source: no checkpoint in {folder} ({CONFIG_FILE} is missing)")
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        kind = str(values.get("model_type"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: damaged ({error!r})") from error
+    if kind == MODEL_TYPE or "format_version" in values:
+        layout = _layout("to", to)
+        return _export(folder, Path(target), str(to), layout, dtype, overwrite)
+    if to not in (None, MODEL_TYPE):
+        raise ValueError(f"to: {folder} is a {kind} model and becomes a linnet model first, got {to!r}")
+    return _import(
+        folder, Path(target), kind, values, _layout(f"{folder / CONFIG_FILE}: model_type", kind), dtype, overwrite
+    )
+
+
+def _layout(name: str, kind: str | None) -> Layout:
+    if kind not in LAYOUTS:
+        raise ValueError(f"{name}: expected one of {', '.join(LAYOUTS)}; got {kind!r}")
+    return LAYOUTS[kind]
+
+
+def _import(
+    folder: Path,
+    target: Path,
+    kind: str,
+    values: dict[str, Any],
+    layout: Layout,
+    dtype: torch.dtype | None,
+    overwrite: bool,
+) -> Conversion:
+    config = layout.read(Fields(values))
+    names, load = _open(folder)
+    wanted, tensors = set[str](), dict[str, Tensor]()
+    missing: list[str] = []
+    for rule in layout.rules(Shape.of(config)):
+        present = [next((name for name in either.split("|") if name in names), None) for either in rule.theirs]
+        wanted.update(name for name in present if name is not None)
+        if None in present:
+            absent = [name.partition("|")[0] for name, found in zip(rule.theirs, present, strict=True) if found is None]
+            missing += absent
+            continue
+        parts = [load(str(name)) for name in present]
+        if layout.zero_centred and dtype is None:
+            dtype = torch.promote_types(parts[0].dtype, torch.float32)
+        parts = [x if dtype is None or not x.is_floating_point() else x.to(dtype) for x in parts]
+        tensors |= _apply(rule.read, parts, rule.theirs, rule.ours)
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    over = sorted(set(names) - wanted - tied)
+    ignored = [name for name in over if any(re.search(pattern, name) for pattern in layout.ignored)]
+    problems = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in over if name not in ignored]
+    _refuse(folder, problems)
+    expected = Decoder.meta(config).state_dict()
+    found = dtype or next(iter(tensors.values())).dtype
+    tensors = {name: x.to(found) if x.is_floating_point() else x for name, x in tensors.items()}
+    check_tensors(str(folder), expected, tensors)
+    with atomic_folder(target, overwrite) as partial:
+        write_checkpoint(partial, config.to_dict(), tensors)
+        shutil.copyfile(folder / CONFIG_FILE, partial / SOURCE_FILE)
+        _copy_tokenizer(folder, partial)
+    return Conversion(kind, MODEL_TYPE, sum(x.numel() for x in tensors.values()), found, ignored)
+
+
+def _export(
+    folder: Path, target: Path, to: str, layout: Layout, dtype: torch.dtype | None, overwrite: bool
+) -> Conversion:
+    values, tensors = read_checkpoint(folder, dtype=dtype)
+    config = DecoderConfig.from_dict(values)
+    check_tensors(str(folder / WEIGHTS_FILE), Decoder.meta(config).state_dict(), tensors)
+    shape = Shape.of(config)
+    try:
+        fields = layout.write(shape)
+        back = Shape.of(layout.read(Fields(fields))).facts()
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"to: this decoder is not a {to}: {error}") from error
+    facts = shape.facts()
+    differing = [key for key in {**facts, **back} if facts.get(key) != back.get(key)]
+    if differing:
+        shown = "; ".join(f"{key}: {facts.get(key)!r}, there {back.get(key)!r}" for key in differing[:4])
+        raise ValueError(f"to: this decoder is not a {to}: {shown}")
+    found: dict[str, Tensor] = {}
+    for rule in layout.rules(shape):
+        theirs = tuple(name.partition("|")[0] for name in rule.theirs)
+        found |= _apply(rule.write, [tensors[name] for name in rule.ours], rule.ours, theirs)
+    kept: dict[str, Any] = {}
+    if (folder / SOURCE_FILE).is_file():
+        kept = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+        kept = kept if kept.get("model_type") == to else {}
+    if kept and Shape.of(layout.read(Fields(kept))).facts() == facts:
+        fields = {}  # theirs says the same, in its own words
+    type_ = next(iter(found.values())).dtype
+    header = {"architectures": [layout.architecture], "model_type": to, "dtype": str(type_).removeprefix("torch.")}
+    with atomic_folder(target, overwrite) as partial:
+        text = json.dumps(kept | fields | header, indent=2)
+        (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        save_file(
+            {name: x.clone(memory_format=torch.contiguous_format) for name, x in found.items()},
+            partial / WEIGHTS_FILE,
+            metadata={"format": "pt"},
+        )
+        _copy_tokenizer(folder, partial)
+    return Conversion(MODEL_TYPE, to, sum(x.numel() for x in found.values()), type_, [])
+
+
+def _apply(
+    fn: Callable[..., Any], parts: list[Tensor], names: tuple[str, ...], results: tuple[str, ...]
+) -> dict[str, Tensor]:
+    try:
+        return dict(zip(results, fn(parts), strict=True))
+    except RuntimeError as error:  # of a shape that does not split as it should
+        shapes = ", ".join(f"{name} of shape {list(x.shape)}" for name, x in zip(names, parts, strict=True))
+        raise ValueError(f"{shapes}: not the shape that the configuration asks for ({error})") from error
+
+
+def _open(folder: Path) -> tuple[set[str], Callable[[str], Tensor]]:
+    """Names of the tensors in a folder, and a function that reads one."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"source: no *.safetensors in {folder}")
+    where: dict[str, Any] = {}
+    for file in files:
+        try:
+            handle = safe_open(file, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or truncated ({error}); restore it from a copy") from error
+        where |= dict.fromkeys(handle.keys(), handle)
+    return set(where), lambda name: where[name].get_tensor(name)
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{folder}: not the weights of its configuration: {', '.join(problems[:8])}{more}")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    if (source / TOKENIZER_FILE).is_file():
+        shutil.copyfile(source / TOKENIZER_FILE, target / TOKENIZER_FILE)

@@ -1,0 +1,175 @@
+"""Checkpoints of other libraries: the same logits, nothing lost on the way back, wrong ones refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from linnet.interop.convert import convert
+from linnet.models import Decoder, DecoderConfig
+from linnet.ops import Segments
+
+transformers = pytest.importorskip("transformers", reason="needs linnet[hf]")
+pytestmark = pytest.mark.filterwarnings("default")  # libraries that are not ours warn about themselves
+
+BASE = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 4, "intermediate_size": 24, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+DELTA = {"linear_key_head_dim": 4, "linear_value_head_dim": 6, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
+CASES = {
+    "llama": ("Llama", {"rope_theta": 500.0, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen3": ("Qwen3", {"head_dim": 6}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "head_dim": 8, **DELTA, **MOE, "num_experts": 4, "shared_expert_intermediate_size": 16,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3_next-dense": ("Qwen3Next", {"head_dim": 8, **DELTA, "num_experts": 0}),
+    "olmo_hybrid": ("OlmoHybrid", {**DELTA, "linear_num_value_heads": 2, "rms_norm_eps": 1e-4}),
+    "olmo_hybrid-nope": ("OlmoHybrid", {**DELTA, "rope_parameters": None}),
+    "kimi_linear": (
+        "KimiLinear",
+        {
+            **MOE, "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_rope_head_dim": 2, "qk_nope_head_dim": 4,
+            "v_head_dim": 6, "num_local_experts": 4, "linear_head_dim": 4, "linear_num_heads": 2, "n_group": 1,
+            "layer_types": ["linear_attention", "full_attention"] * 2, "q_lora_rank": 6,
+        },
+    ),
+    "mamba": ("Mamba", {"state_size": 8, "time_step_rank": 3, "intermediate_size": 32}),
+    "xlstm": ("xLSTM", {"num_heads": 2, "num_blocks": 4, "ffn_proj_factor": 1.3, "autocast_kernel_dtype": "float32"}),
+    "mamba2": ("Mamba2", {"num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 2}),
+}  # fmt: skip
+
+
+def original(name, options, folder):
+    """A tiny model of the original class with random weights of a size that matters, saved."""
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**BASE, **options})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():
+            if "e_score_correction_bias" in key:
+                buffer.copy_(0.3 * torch.randn_like(buffer))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_same_logits_and_nothing_lost(case, tmp_path):
+    name, options = CASES[case]
+    kind = case.partition("-")[0]
+    model = original(name, options, tmp_path / "theirs")
+    done = convert(tmp_path / "theirs", tmp_path / "ours")
+    assert (done.source, done.target, done.ignored) == (kind, "linnet", [])
+    decoder = Decoder.load(tmp_path / "ours")
+    ids = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(1))
+    expected = model(ids, use_cache=False).logits
+    assert expected.std() > 0.1
+    # Either is about 1e-5 of the largest logit from what float64 gives: the recurrences amplify their rounding.
+    close = {"rtol": 0, "atol": 4e-5 * float(expected.abs().max())}
+    torch.testing.assert_close(decoder(ids).logits, expected, **close)
+    state = decoder(ids[:, :4]).state  # and from a state
+    torch.testing.assert_close(decoder(ids[:, 4:], state).logits, expected[:, 4:], **close)
+    packed = decoder(ids.view(1, -1), segments=Segments.from_lengths([11, 11])).logits
+    torch.testing.assert_close(packed.view_as(expected), expected, **close)
+
+    back = convert(tmp_path / "ours", tmp_path / "back", to=kind)
+    assert back.parameters >= done.parameters - 40 * 16
+    again, report = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tolerance = 2**-23 if kind == "qwen3_next" else 0  # weights of norms go through 1 + w
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=tolerance)
+    kept, config = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("theirs", "back"))
+    assert {key: config.get(key) for key in kept if key != "transformers_version"} == {
+        key: value for key, value in kept.items() if key != "transformers_version"
+    }
+    convert(tmp_path / "back", tmp_path / "twice")
+    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("ours", "twice"))
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=0, atol=tolerance)
+
+
+def test_wrong_checkpoints_are_refused_by_name(tmp_path):
+    original("Llama", {}, tmp_path / "theirs")
+    weights = load_file(tmp_path / "theirs" / "model.safetensors")
+
+    def attempt(changes, message, **config):
+        file = tmp_path / "theirs" / "config.json"
+        before = file.read_text()
+        file.write_text(json.dumps(json.loads(before) | config))
+        found = {key: value for key, value in (weights | changes).items() if value is not None}
+        save_file(found, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "theirs", tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
+        file.write_text(before)
+
+    key = "model.layers.1.self_attn.k_proj.weight"
+    attempt({key: None}, f"missing {key}")
+    attempt({"model.layers.1.self_attn.k_proj.bias": torch.zeros(8)}, "unexpected model.layers.1.self_attn.k_proj.bias")
+    attempt({key: torch.zeros(4, 16)}, r"layers.1.mixer.k_proj.weight of shape \[4, 16\] instead of \[8, 16\]")
+    attempt({}, "missing model.layers.4", num_hidden_layers=5)
+    attempt({}, "rotary positions of type 'llama3'", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
+    attempt({}, "attention_bias = True is not supported", attention_bias=True)
+    attempt({}, "model_type: expected one of llama, .* got 'gpt2'", model_type="gpt2")
+    (tmp_path / "theirs" / "model.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match=r"model.safetensors: damaged"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        convert(tmp_path / "nowhere", tmp_path / "ours")
+
+
+def test_a_decoder_of_another_shape_is_refused(tmp_path):
+    mixers = ["attention(num_heads=2, qk_norm=True)", "gla(num_heads=2)"]
+    config = DecoderConfig(vocab_size=40, d_model=16, num_layers=2, mixers=mixers)
+    Decoder(config).save(tmp_path / "m")
+    with pytest.raises(
+        ValueError, match="to: this decoder is not a qwen3: layer 1: expected the mixer attention, got gla"
+    ):
+        convert(tmp_path / "m", tmp_path / "out", to="qwen3")
+    Decoder(DecoderConfig(vocab_size=40, d_model=16, num_layers=2, mixers=mixers[:1])).save(tmp_path / "q")
+    with pytest.raises(ValueError, match="not a llama: layer 0, qk_norm: True, there False"):
+        convert(tmp_path / "q", tmp_path / "out", to="llama")
+    with pytest.raises(ValueError, match="to: expected one of llama"):
+        convert(tmp_path / "m", tmp_path / "out")
+    assert convert(tmp_path / "q", tmp_path / "out", to="qwen3").target == "qwen3"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(40, (1, 9))
+    torch.testing.assert_close(Decoder.load(tmp_path / "q")(ids).logits, model(ids).logits, rtol=1e-4, atol=2e-5)
+
+
+def test_half_precision_of_differences_is_widened(tmp_path):
+    name, options = CASES["qwen3_next-dense"]
+    model = original(name, options, tmp_path / "wide").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    assert convert(tmp_path / "half", tmp_path / "ours").dtype == torch.float32
+    back = convert(tmp_path / "ours", tmp_path / "back", to="qwen3_next", dtype=torch.bfloat16)
+    assert back.dtype == torch.bfloat16
+
+
+def test_the_command(tmp_path, capsys):
+    from linnet.cli import main
+
+    original("Mamba2", CASES["mamba2"][1], tmp_path / "theirs")
+    with pytest.raises(SystemExit) as left:
+        main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")])
+    assert left.value.code in (0, None)
+    assert "mamba2 -> linnet: " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "llama"])
+    assert left.value.code == 2
+    assert "this decoder is not a llama" in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""What each process of the test does: every engine and two decoders, on its slice and on the whole. Forked once PyTorch
+is loaded, so that the processes share the cost of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from linnet import ops, parallel
+from linnet.models import Decoder, DecoderConfig
+from linnet.ops import ConvState, DecayState, DeltaState, ScanState
+from linnet.ops.core import map_state, state_tensors
+from linnet.parallel import ops as sliced
+
+B, T, H, K, V = 2, 19, 2, 3, 4
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def gates(*shape):
+    g = F.logsigmoid(randn(*shape) + 2)
+    g[:, 7] = -torch.inf  # a hard reset, in a slice of its own
+    return g
+
+
+def cases():
+    """name, whole op, op on slices, tensors over time, others, options, state"""
+    q, k, v = randn(B, T, 1, K), randn(B, T, 1, K), randn(B, T, H, V)
+    S = randn(B, H, K, V)
+    decays = {
+        "none": {},
+        "constant": {"g": -torch.rand(H, dtype=torch.float64)},
+        "scalar": {"g": gates(B, T, H), "w": torch.rand(B, T, H, dtype=torch.float64)},
+        "vector": {"g": gates(B, T, H, K)},
+        "values": {"g": gates(B, T, H, K), "gv": gates(B, T, H, V)},
+        "bonus": {"g": gates(B, T, H, K), "u": randn(H, K)},
+    }
+    for name, extra in decays.items():
+        yield f"decay-{name}", ops.decay, sliced.decay, {"q": q, "k": k, "v": v, **extra}, {}, DecayState(S)
+    q1, k1 = q.exp(), k.exp()
+    positive = {"q": q1, "k": k1, "v": v, "g": gates(B, T, H)}
+    z = torch.rand(B, H, K, dtype=torch.float64)
+    yield "decay-normalised", ops.decay, sliced.decay, positive, {"normalize": True}, DecayState(S, z)
+    keys = F.normalize(k, dim=-1)
+    beta = 2 * torch.rand(B, T, H, dtype=torch.float64)
+    channels = {"beta": torch.rand(B, T, H, K, dtype=torch.float64), "w": torch.rand(B, T, H, V, dtype=torch.float64)}
+    deltas = {
+        "plain": {"beta": beta},
+        "scalar": {"beta": beta, "g": gates(B, T, H)},
+        "vector": {"beta": beta, "g": gates(B, T, H, K)},
+        "channels": {"g": gates(B, T, H, K), **channels},
+    }
+    for name, extra in deltas.items():
+        options = {"l2norm": name == "vector"}
+        yield f"delta-{name}", ops.delta, sliced.delta, {"q": q, "k": keys, "v": v, **extra}, options, DeltaState(S)
+    double = [torch.cat([x, x.flip(1)], 2).unflatten(2, (2, -1)) for x in (keys, v)]  # two edits a token
+    both = {"q": q, "k": double[0], "v": double[1], "beta": torch.stack([beta, beta / 2], 2)}
+    yield "delta-substeps", _edited(ops.delta), _edited(sliced.delta), both, {"substeps": 2}, DeltaState(S)
+    a, b = torch.rand(B, T, 5, dtype=torch.float64), randn(B, T, 5)
+    yield "scan-real", ops.scan, sliced.scan, {"a": a, "b": b}, {}, ScanState(randn(B, 5))
+    pairs = randn(B, T, 5, 2)
+    complex_ = {"a": 0.6 * randn(B, T, 5, 2), "b": pairs}
+    yield "scan-complex", ops.scan, sliced.scan, complex_, {}, ScanState(randn(B, 5, 2))
+    block = {"a": 0.5 * randn(B, T, 5, 2, 2), "b": pairs}
+    yield "scan-block", ops.scan, sliced.scan, block, {}, ScanState(randn(B, 5, 2))
+    mamba = {"x": randn(B, T, 4), "delta": torch.rand(B, T, 4, dtype=torch.float64), "A": -randn(4, 3).exp()}
+    mamba |= {"B": randn(B, T, 3), "C": randn(B, T, 3), "D": randn(4)}
+    yield "selective_scan", ops.selective_scan, sliced.selective_scan, mamba, {}, ScanState(randn(B, 4, 3))
+    filters = {"x": randn(B, T, 4), "weight": randn(4, 4), "bias": randn(4)}
+    yield "conv", ops.conv, sliced.conv, filters, {"activation": "silu"}, ConvState(randn(B, 3, 4))
+    yield (
+        "attention",
+        ops.attention,
+        sliced.attention,
+        {"q": randn(B, T, H, K), "k": k, "v": v[:, :, :1]},
+        {"window": 5},
+        None,
+    )
+
+
+def _edited(op):
+    """Substeps on an axis of their own, so that slices are cut between tokens."""
+
+    def run(q, k, v, beta, **options):
+        return op(q, *[x.flatten(1, 2) for x in (k, v, beta)], **options)
+
+    return run
+
+
+def check(name, whole, part, inputs, options, state, group):
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+
+    def leaves():
+        held = {key: x.clone().requires_grad_() for key, x in inputs.items()}
+        return held, None if state is None else map_state(lambda x: x.clone().requires_grad_(), state)
+
+    a, start_a = leaves()
+    out, after = whole(**a, **options, **({} if state is None else {"state": start_a}))
+    weight, last = randn(*out.shape), map_state(lambda x: randn(*x.shape), after)
+    final = [
+        (x * y).sum() for x, y in zip(state_tensors(after), state_tensors(last), strict=True) if x.is_floating_point()
+    ]
+    ((out * weight).sum() + sum(final)).backward()
+
+    b, start_b = leaves()
+    timed = {key for key, x in inputs.items() if x.dim() > 1 and x.shape[:2] == (B, T)}
+    mine = {key: parallel.shard(x, group) if key in timed else x for key, x in b.items()}
+    got, reached = part(**mine, **options, group=group, **({} if state is None else {"state": start_b}))
+    close(name, got, parallel.shard(out, group))
+    loss = (got * parallel.shard(weight, group)).sum()
+    if rank == size - 1:
+        for x, y, w in zip(state_tensors(reached), state_tensors(after), state_tensors(last), strict=True):
+            close(name, x, y)
+            if x.is_floating_point():
+                loss = loss + (x * w).sum()
+    loss.backward()
+    ours, theirs = [*b.values(), *state_tensors(start_b)], [*a.values(), *state_tensors(start_a)]
+    for x, y in zip(ours, theirs, strict=True):
+        grad = torch.zeros_like(x) if x.grad is None else x.grad
+        dist.all_reduce(grad, group=group)  # each process has those of its slice
+        close(name, grad, torch.zeros_like(y) if y.grad is None else y.grad)
+
+
+def close(name, x, y):
+    torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9, msg=lambda text: f"{name}: {text}")
+
+
+def check_decoder(group, split_rows):
+    torch.manual_seed(1)
+    mixers = [
+        "gated_deltanet(num_heads=2, head_dim=4)", "gla(num_heads=2)", "attention(num_heads=2, window=4)",
+        "mamba2(head_dim=8, state_dim=4)", "mlstm(num_heads=2)", "rwkv7(head_dim=4)", "attention(num_heads=2)",
+    ]  # fmt: skip
+    config = DecoderConfig(
+        vocab_size=11, d_model=16, num_layers=len(mixers), mixers=mixers, mlp_hidden=16, init_std=0.3
+    )
+    model = Decoder(config).double()
+    tokens, targets = torch.randint(11, (B, T)), torch.randint(11, (B, T))
+    targets[:, :5] = -100  # the first slice has no targets, in the case of four
+    expected = model.loss(tokens, targets)
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with torch.no_grad():
+        whole = model(tokens)
+    spread = parallel.ContextParallel(model, group, split_rows=split_rows)
+    loss = spread.loss(parallel.shard(tokens, group), parallel.shard(targets, group))
+    loss.backward()
+    parallel.sum_gradients(model, group)
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=group)
+    close("loss", total, expected.detach())
+    for name, p in model.named_parameters():
+        close(name, p.grad, grads[name])
+    with torch.no_grad():
+        out = spread(parallel.shard(tokens, group))
+    close("logits", out.logits, parallel.shard(whole.logits, group))
+    if dist.get_rank(group) == dist.get_world_size(group) - 1:
+        for x, y in zip(state_tensors(out.state), state_tensors(whole.state), strict=True):
+            close("state", x, y)
+    spread.remove()
+    with torch.no_grad():
+        close("removed", model(tokens).logits, whole.logits)
+
+
+def refuses(call, text):
+    try:
+        call()
+    except ValueError as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"not refused: {text}")
+
+
+def check_refusals(group):
+    config = DecoderConfig(vocab_size=11, d_model=16, num_layers=1, mixers=["gla(num_heads=2)"])
+    model = Decoder(config)
+    model.gradient_checkpointing = True
+    refuses(lambda: parallel.ContextParallel(model, group), "gradient_checkpointing")
+    refuses(lambda: parallel.shard(torch.zeros(1, 1), group), "at least")
+    refuses(lambda: sliced.conv(randn(1, 2, 3), randn(3, 5), group=group), "slices of at least 4 tokens")
+
+
+def main(rank, size, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    pair = dist.new_group([0, 1])
+    torch.manual_seed(0)
+    given = list(cases())
+    for group in (None, pair):
+        if group is pair and rank > 1:
+            break
+        done = []
+        for case in given if group is None else given[2::6]:
+            check(*case, group)
+            done.append(case[0])
+        for split_rows in (False, True) if group is None else (False,):
+            check_decoder(group, split_rows)
+        check_refusals(group)
+        if rank == 0 and group is None:
+            for name in [*done, "decoder", "decoder-rows", "refusals"]:
+                print("OK", name)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    count = int(sys.argv[1])
+    children = []
+    for index in range(count):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                main(index, count, sys.argv[2])
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in children]
+    sys.exit(max(codes))
