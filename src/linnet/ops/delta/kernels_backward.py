@@ -334,7 +334,7 @@ def gradient_kernel(
             s_e += tl.sum(de, 1)
             s_w += tl.sum(dw, 1)
             if GATE != 0:
-                # Summed by a product with a triangle of ones, Triton 3.6 made accesses out of bounds of it.
+                # Not by a product with a triangle of ones: Triton 3.6 makes that access memory out of bounds on Hopper.
                 change = dw - dq - de
                 dg = end[None, :] + (tl.cumsum(change, 0) - change)
                 if UNTIED:
