@@ -53,7 +53,7 @@ def dplr(
         state: state before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
         chunk_size: tokens processed together, a power of two; never changes the result beyond rounding.
-        backend: "auto", "reference" (token by token) or "chunked" (vectorised PyTorch).
+        backend: "auto", "reference" (token by token), "chunked" (vectorised PyTorch) or "triton" where it is covered.
 
     Returns:
         ``o`` ``[B, T, H, V]`` in v's dtype, and ``DeltaState(S [N, H, K, V])`` in fp32 (float64 for float64 inputs).
