@@ -377,7 +377,9 @@ def test_packed_equals_separate(op: Op, case: Case, backend: str, dtype: str, de
     patterns = [[1, 0, C + 1, 5, 1, C], [C], [0, 3, 2 * C + 3], [1, 1, 1]]
     if INTERPRETED and case is not op.cases[0]:
         pytest.skip("one case is enough of the interpreter, which takes seconds a token; a GPU runs all")
-    if dtype == "bf16" or INTERPRETED:
+    if INTERPRETED:
+        patterns = [[1, 0, C + 1]]
+    elif dtype == "bf16":
         patterns = patterns[:1]
     for lengths in patterns:
         rows, total = len(lengths), sum(lengths)

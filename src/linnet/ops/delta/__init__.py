@@ -17,11 +17,13 @@ from ..core import (
     check_log_decay,
     check_segments,
     common_dtype,
+    differentiable,
     resolve_backend,
 )
 from ..core.chunks import accumulate_dtype
 from . import chunked, reference
 from .dplr import dplr
+from .kept import kept
 from .state import DeltaState, initial_state
 
 __all__ = ["DeltaState", "cost", "delta", "delta_transition", "dplr"]
@@ -85,6 +87,12 @@ def delta(
     q, k, v, beta, g, w, S, scale = _check(q, k, v, beta, g, w, scale, substeps, state, segments)
     covered = kernels_cover(q, v, beta, g, w, substeps)
     name = resolve_backend(backend, BACKENDS if covered else BACKENDS[:2], q)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, w, S))
+    if name == "triton" and q.shape[1] == 1 and segments is None and not training and not torch.compiler.is_compiling():
+        from . import launch
+
+        o, S = launch.step(q, k, v, beta, g, w, S, scale, l2norm, substeps)
+        return o, DeltaState(S)
     if name == "reference" or (q.shape[1] == 1 and segments is None and backend == "auto"):
         # One token is one step of the recurrence: nothing to chunk, and no registration overhead on the decode path.
         bounds = None if segments is None else segments.cu_seqlens_host.tolist()
@@ -92,7 +100,6 @@ def delta(
         return o, DeltaState(S)
     size = chunked.chunk_length(chunk_size, q.shape[1], substeps, name)
     host = None if segments is None else segments.cu_seqlens_host
-    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, w, S))
     o, S, *_ = _delta(q, k, v, beta, g, w, S, host, scale, l2norm, substeps, size, name, training)
     return o, DeltaState(S)
 
@@ -155,7 +162,7 @@ def delta_transition(
 
 def kernels_cover(q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, w: Tensor | None, substeps: int) -> bool:
     """Whether the Triton kernels have this mode; the chunked PyTorch form takes the others."""
-    return False
+    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 256 and substeps <= 16
 
 
 def _check(q, k, v, beta, g, w, scale, substeps, state, segments):
@@ -189,12 +196,11 @@ def _check(q, k, v, beta, g, w, scale, substeps, state, segments):
     return q, k, v, beta, g, w, S, float(q.shape[3] ** -0.5 if scale is None else scale)
 
 
-# The registered op. `edges` and `solved` are what kernels keep for the backward pass (boundary states, triangular
-# inverses); the chunked form recomputes both and returns them empty.
+# The registered op. `matrices` and `rows` are what the kernels keep of every chunk for the backward pass; the chunked
+# form recomputes everything and returns them empty.
 
 
-@torch.library.custom_op("linnet::delta", mutates_args=())
-def _delta(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -210,28 +216,30 @@ def _delta(
     backend: str,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    edges = solved = None
+    matrices = rows = None
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton":
-            from . import launch  # type: ignore[attr-defined]
+            from . import launch
 
-            o, S_out, edges, solved = launch.forward(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, training)
+            given = (q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps)
+            o, S_out, matrices, rows = launch.forward(*given, training)
         else:
             o, S_out = chunked.forward(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk)
-    return o, S_out, *(S.new_empty(0) if y is None else y for y in (edges, solved))  # type: ignore[return-value]
+    return o, S_out, *(S.new_empty(0) if y is None else y for y in (matrices, rows))  # type: ignore[return-value]
 
 
-@_delta.register_fake
-def _(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, training):
+def _forward_fake(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, training):
     o = v.new_empty(*q.shape[:2], *v.shape[2:])
-    return o, S.new_empty(S.shape), S.new_empty(0), S.new_empty(0)
+    if backend != "triton" or not training:
+        return o, S.new_empty(S.shape), S.new_empty(0), S.new_empty(0)
+    matrices, rows = kept(q, v, substeps, cu_host)
+    return o, S.new_empty(S.shape), q.new_empty(matrices), S.new_empty(rows)
 
 
 _GRADS = ("q", "k", "v", "beta", "g", "w", "S")
 
 
-@torch.library.custom_op("linnet::delta_backward", mutates_args=())
-def _delta_backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -245,24 +253,23 @@ def _delta_backward(
     substeps: int,
     chunk: int,
     backend: str,
-    edges: Tensor,
-    solved: Tensor,
+    matrices: Tensor,
+    rows: Tensor,
     do: Tensor,
     dS: Tensor,
 ) -> list[Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton":
-            from . import launch  # type: ignore[attr-defined]
+            from . import launch
 
-            grads = launch.backward(q, k, v, beta, g, w, S, edges, solved, cu_host, scale, l2norm, substeps, do, dS)
+            grads = launch.backward(q, k, v, beta, g, w, S, matrices, rows, cu_host, scale, l2norm, substeps, do, dS)
         else:
             grads = chunked.backward(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, do, dS)
     none = S.new_empty(0)
     return [grads[name].contiguous() if name in grads else none.clone() for name in _GRADS]
 
 
-@_delta_backward.register_fake
-def _(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, edges, solved, do, dS):
+def _backward_fake(q, k, v, beta, g, w, S, cu_host, scale, l2norm, substeps, chunk, backend, matrices, rows, do, dS):
     given = (q, k, v, beta, g, w, S)
     return [S.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
@@ -274,17 +281,25 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, dS, *_):
-    *given, cu_host, edges, solved = ctx.saved_tensors
+def _gradients(run, ctx, do, dS, *_):
+    *given, cu_host, matrices, rows = ctx.saved_tensors
     q, v, S = given[0], given[2], given[6]
     do = v.new_zeros(*q.shape[:2], *v.shape[2:]) if do is None else do.contiguous()
     dS = torch.zeros_like(S) if dS is None else dS.contiguous()
-    grads = _delta_backward(*given, cu_host, *ctx.options, edges, solved, do, dS)
+    grads = run(*given, cu_host, *ctx.options, matrices, rows, do, dS)
     wanted = zip(grads, given, ctx.needs_input_grad[: len(given)], strict=True)
     return *(d if needed and x is not None else None for d, x, needed in wanted), *[None] * 7
 
 
-_delta.register_autograd(_backward, setup_context=_setup)
+_delta = differentiable(
+    "delta",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(

@@ -13,12 +13,14 @@ from ..core import (
     check_log_decay,
     check_segments,
     common_dtype,
+    differentiable,
     resolve_backend,
 )
 from . import chunked, reference
+from .kept import kept
 from .state import DeltaState, initial_state
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "triton")
 
 
 def dplr(
@@ -51,7 +53,7 @@ def dplr(
         state: state before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
         chunk_size: tokens processed together, a power of two; never changes the result beyond rounding.
-        backend: "auto", "reference" (token by token) or "chunked" (vectorised PyTorch).
+        backend: "auto", "reference" (token by token), "chunked" (vectorised PyTorch) or "triton" where it is covered.
 
     Returns:
         ``o`` ``[B, T, H, V]`` in v's dtype, and ``DeltaState(S [N, H, K, V])`` in fp32 (float64 for float64 inputs).
@@ -63,15 +65,26 @@ def dplr(
     Source: RWKV-7 (arXiv 2503.14456) eqs. 15-17; the name and the general form: DeltaNet (2406.06484), section 5.1.
     """
     q, k, v, a, b, S = _check(q, k, v, a, b, g, state, segments)
-    name = resolve_backend(backend, BACKENDS, q)
+    name = resolve_backend(backend, BACKENDS if kernels_cover(q) else BACKENDS[:2], q)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, a, b, g, S))
+    if name == "triton" and q.shape[1] == 1 and segments is None and not training and not torch.compiler.is_compiling():
+        from . import launch
+
+        o, S = launch.step(q, k, v, None, g, None, S, float(scale), False, 1, (a, b))
+        return o, DeltaState(S)
     if name == "reference" or (q.shape[1] == 1 and segments is None and backend == "auto"):
         bounds = None if segments is None else segments.cu_seqlens_host.tolist()
         o, S = reference.recurrent_untied(q, k, v, a, b, g, S, bounds, float(scale))
     else:
         size = chunked.chunk_length(chunk_size, q.shape[1], 1, name)
         host = None if segments is None else segments.cu_seqlens_host
-        o, S = _dplr(q, k, v, a, b, g, S, host, float(scale), size)
+        o, S, *_ = _dplr(q, k, v, a, b, g, S, host, float(scale), size, name, training)
     return o, DeltaState(S)
+
+
+def kernels_cover(q: Tensor) -> bool:
+    """Whether the Triton kernels have this mode; the chunked PyTorch form takes the others."""
+    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 256
 
 
 def _check(q, k, v, a, b, g, state, segments):
@@ -89,8 +102,7 @@ def _check(q, k, v, a, b, g, state, segments):
     return q, k, v, a, b, initial_state(state, rows, q.shape[2], q.shape[3], v.shape[3], q)
 
 
-@torch.library.custom_op("linnet::dplr", mutates_args=())
-def _dplr(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -101,21 +113,33 @@ def _dplr(
     cu_host: Tensor | None,
     scale: float,
     chunk: int,
-) -> tuple[Tensor, Tensor]:
+    backend: str,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    matrices = rows = None
     with torch.autocast(q.device.type, enabled=False):
-        return chunked.forward_untied(q, k, v, a, b, g, S, cu_host, scale, chunk)
+        if backend == "triton":
+            from . import launch
+
+            args = q, k, v, None, g, None, S, cu_host, scale, False, 2, training, (a, b)
+            o, S_out, matrices, rows = launch.forward(*args)
+        else:
+            o, S_out = chunked.forward_untied(q, k, v, a, b, g, S, cu_host, scale, chunk)
+    return o, S_out, *(S.new_empty(0) if y is None else y for y in (matrices, rows))  # type: ignore[return-value]
 
 
-@_dplr.register_fake
-def _(q, k, v, a, b, g, S, cu_host, scale, chunk):
-    return torch.empty_like(v, memory_format=torch.contiguous_format), S.new_empty(S.shape)
+def _forward_fake(q, k, v, a, b, g, S, cu_host, scale, chunk, backend, training):
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if backend != "triton" or not training:
+        return o, S.new_empty(S.shape), S.new_empty(0), S.new_empty(0)
+    matrices, rows = kept(q, v, 2, cu_host)
+    return o, S.new_empty(S.shape), q.new_empty(matrices), S.new_empty(rows)
 
 
 _GRADS = ("q", "k", "v", "a", "b", "g", "S")
 
 
-@torch.library.custom_op("linnet::dplr_backward", mutates_args=())
-def _dplr_backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -126,35 +150,52 @@ def _dplr_backward(
     cu_host: Tensor | None,
     scale: float,
     chunk: int,
+    backend: str,
+    matrices: Tensor,
+    rows: Tensor,
     do: Tensor,
     dS: Tensor,
 ) -> list[Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        grads = chunked.backward_untied(q, k, v, a, b, g, S, cu_host, scale, chunk, do, dS)
+        if backend == "triton":
+            from . import launch
+
+            args = q, k, v, None, g, None, S, matrices, rows, cu_host, scale, False, 2, do, dS, (a, b)
+            grads = launch.backward(*args)
+        else:
+            grads = chunked.backward_untied(q, k, v, a, b, g, S, cu_host, scale, chunk, do, dS)
     return [grads[name].contiguous() for name in _GRADS]
 
 
-@_dplr_backward.register_fake
-def _(q, k, v, a, b, g, S, cu_host, scale, chunk, do, dS):
+def _backward_fake(q, k, v, a, b, g, S, cu_host, scale, chunk, backend, matrices, rows, do, dS):
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, a, b, g, S)]
 
 
 def _setup(ctx, inputs, output):
-    *tensors, scale, chunk = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = scale, chunk
+    *tensors, scale, chunk, backend, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.options = scale, chunk, backend
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, dS):
-    v, S = ctx.saved_tensors[2], ctx.saved_tensors[6]
+def _gradients(run, ctx, do, dS, *_):
+    *given, matrices, rows = ctx.saved_tensors
+    v, S = given[2], given[6]
     do = torch.zeros_like(v) if do is None else do.contiguous()
     dS = torch.zeros_like(S) if dS is None else dS.contiguous()
-    grads = _dplr_backward(*ctx.saved_tensors, *ctx.options, do, dS)
-    return *(d if needed else None for d, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None
+    grads = run(*given, *ctx.options, matrices, rows, do, dS)
+    return *(d if needed else None for d, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 5
 
 
-_dplr.register_autograd(_backward, setup_context=_setup)
+_dplr = differentiable(
+    "dplr",
+    _forward,
+    _backward,
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
 
 
 def cost(B: int, T: int, H: int, K: int, V: int, *, itemsize: int = 2, chunk: int = 64, backward: bool = False) -> Cost:

@@ -1,0 +1,445 @@
+"""Triton kernels of the delta engine: what is local to a chunk, and the serial pass over the chunks.
+
+With ``S0`` the state that enters a chunk of ``C`` rows and ``G`` the log-decays summed from its first row on, the
+recurrence ``S_t = (I - w_t e_t^T) D_t S_{t-1} + w_t z_t^T`` reads
+
+    T[r, s] = sum_c e_r[c] w_s[c] exp(G_r[c] - G_s[c]),  s < r          P likewise from q, s <= r, times scale
+    R = (I + T)^-1 (Z - (exp(G) E) S0)                                  what each row writes under its key
+    O = scale (exp(G) Q) S0 + P R                                       S1 = exp(G_C) S0 + (exp(G_C - G) W)^T R
+
+A scalar beta belongs to the key a row writes under: ``w = beta k``, ``e = k``, ``z = v`` is the same recurrence as
+``w = k``, ``e = beta k``, ``z = beta v``, and leaves erasing and values as they are. ``local_kernel`` makes
+``A = (I + T)^-1`` and ``P`` of every chunk in parallel, ``state_kernel`` walks the chunks with the state on chip,
+transposed: ``S^T`` and everything it is multiplied into stay in registers as the left operands of the tensor cores, and
+the right operands are tiles as they lie in memory.
+
+A decay that is the same for all channels of a key scales rows, so the pass reads q and k themselves, with eight numbers
+a row (``rows``). Else (``VECTOR``) the operands are written out by ``prepare_kernel``, with their decays in them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Log-decays are cut at -104, where fp32 has nothing left of their exponential: a reset.
+
+
+@triton.jit
+def _span(chunk, cu_ptr, table_ptr, T, CT, PACKED: tl.constexpr):
+    """First token of a chunk, counted over the whole batch, and how many tokens it has."""
+    if PACKED:
+        n = tl.load(table_ptr + 2 * chunk)
+        first = tl.load(cu_ptr + n) + tl.load(table_ptr + 2 * chunk + 1) * CT
+        end = tl.load(cu_ptr + n + 1)
+    else:
+        per_row = tl.cdiv(T, CT)
+        first = chunk // per_row * T + chunk % per_row * CT
+        end = (chunk // per_row + 1) * T
+    return first, tl.minimum(end - first, CT)
+
+
+@triton.jit
+def tile_at(ptr, start, head, heads, width, row, col):
+    """Addresses of one head of a tensor ``[rows, heads, width]``, at ``row`` counted from ``start``: 32 bits a tile."""
+    return ptr + (start.to(tl.int64) * heads + head) * width + (row * (heads * width) + col)
+
+
+@triton.jit
+def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """``index < SIZE``, known beforehand when blocks fill the size."""
+    if SIZE % BLOCK == 0:
+        return tl.full(index.shape, True, tl.int1)
+    else:
+        return index < SIZE
+
+
+@triton.jit
+def product(a, b, EXACT: tl.constexpr, FINE: tl.constexpr):
+    """``a @ b`` of fp32 matrices: in fp32 with EXACT, else on the tensor cores with 11 bits, or 21 with FINE."""
+    if EXACT:
+        return tl.dot(a, b, input_precision="ieee")
+    elif FINE:
+        return tl.dot(a, b, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b, input_precision="tf32")
+
+
+@triton.jit
+def inverse(T, C: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr):
+    """``(I + T)^-1`` of a strictly lower triangular ``T``, from the inverses of ever larger diagonal blocks."""
+    r, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    X = tl.where(r == c, 1.0, tl.where((r == c + 1) & (r % 2 == 1), -T, 0.0))
+    for level in tl.static_range(1, LEVELS):
+        below = ((r >> level) == (c >> level) + 1) & ((r >> level) % 2 == 1)
+        corner = product(tl.where(below, T, 0.0), X, EXACT, FINE)
+        X -= product(X, corner, EXACT, FINE)
+    return X
+
+
+@triton.jit
+def row_gates(g_ptr, t0, h, H, r, valid, SUB: tl.constexpr):
+    """log2-decay of each row; the substeps of a token share the one before its first."""
+    at = tile_at(g_ptr, t0, h, H, 1, r // SUB, 0)
+    g = tl.load(at, mask=valid & (r % SUB == 0), other=0.0).to(tl.float32)
+    return tl.maximum(g, -104.0) * 1.4426950408889634
+
+
+@triton.jit
+def gate_parts(g):
+    """Log2-decays as multiples of 2^-10, which fp32 adds without error, and rests of which the sums stay below 1/16."""
+    coarse = tl.floor(g * 1024.0) * 0.0009765625
+    return coarse, g - coarse
+
+
+@triton.jit
+def gate_sums(g):
+    """Sums of log2-decays over the rows up to each, in two parts. A difference of sums is as exact as if only the rows
+    between had been added."""
+    coarse, fine = gate_parts(g)
+    return tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
+
+
+@triton.jit
+def after(sums, C: tl.constexpr):
+    """Decay of the rows after each row, from one part of :func:`gate_sums`."""
+    return tl.sum(tl.where(tl.arange(0, C) == C - 1, sums, 0.0), 0) - sums
+
+
+@triton.jit
+def between(coarse, fine, C: tl.constexpr):
+    """Decay from after row s to row r, ``[r, s]``, zero above the diagonal."""
+    r = tl.arange(0, C)
+    pair = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+    return tl.exp2(tl.where(r[:, None] >= r[None, :], pair, float("-inf")))
+
+
+@triton.jit
+def channel_gates(g_ptr, t0, h, H, K: tl.constexpr, r, valid, cols, wide, SUB: tl.constexpr, GATE: tl.constexpr):
+    """log2-decay of each row and channel."""
+    row, col, mask = (r // SUB)[:, None], cols[None, :], (valid & (r % SUB == 0))[:, None] & wide
+    if GATE == 2:
+        g = tl.load(tile_at(g_ptr, t0, h, H, K, row, col), mask=mask, other=0.0).to(tl.float32)
+    else:
+        g = tl.load(tile_at(g_ptr, t0, h, H, 1, row, col * 0), mask=mask, other=0.0).to(tl.float32)
+    return tl.maximum(g, -104.0) * 1.4426950408889634
+
+
+@triton.jit
+def power_of_2(n):
+    """``2 ** n`` of whole numbers -126 .. 127, without error."""
+    return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def write_keys(
+    k_ptr, b_ptr, t0, head, heads, K: tl.constexpr, r, valid, cols, wide, SUB: tl.constexpr, UNTIED: tl.constexpr
+):
+    """Tile ``[C, BK]`` of the keys written under: k by row, or, UNTIED, b and k of each token in turn."""
+    if UNTIED:
+        row, second = (r // 2)[:, None], (r % 2 == 1)[:, None]
+        mask = valid[:, None] & wide
+        b = tl.load(tile_at(b_ptr, t0, head, heads, K, row, cols[None, :]), mask=mask & (second == 0), other=0.0)
+        return b + tl.load(tile_at(k_ptr, t0, head, heads, K, row, cols[None, :]), mask=mask & second, other=0.0)
+    else:
+        at = tile_at(k_ptr, t0.to(tl.int64) * SUB, head, heads, K, r[:, None], cols[None, :])
+        return tl.load(at, mask=valid[:, None] & wide, other=0.0)
+
+
+@triton.jit
+def erase_keys(a_ptr, t0, h, H, K: tl.constexpr, r, valid, cols, wide):
+    """UNTIED: the first substep erases with -a, the second nothing."""
+    mask = (valid & (r % 2 == 0))[:, None] & wide
+    return -tl.load(tile_at(a_ptr, t0, h, H, K, (r // 2)[:, None], cols[None, :]), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def payload(ptr, t0, h, H, V: tl.constexpr, r, values, valid, has, SUB: tl.constexpr, UNTIED: tl.constexpr):
+    """Tile ``[C, BV]`` of what is written: v by row, or, UNTIED, on the last row of each token."""
+    mask = valid[:, None] & tl.trans(has)
+    if UNTIED:
+        at = tile_at(ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
+        return tl.load(at, mask=mask & (r % SUB == SUB - 1)[:, None], other=0.0)
+    else:
+        return tl.load(tile_at(ptr, t0.to(tl.int64) * SUB, h, H, V, r[:, None], values[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def payload_at(ptr, t0, h, H, V: tl.constexpr, r, values, valid, SUB: tl.constexpr, UNTIED: tl.constexpr):
+    """Addresses ``[BV, C]`` of what is written, and which rows have it: UNTIED, the last of each token."""
+    if UNTIED:
+        return tile_at(ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None]), valid & (r % SUB == SUB - 1)
+    else:
+        return tile_at(ptr, t0.to(tl.int64) * SUB, h, H, V, r[None, :], values[:, None]), valid
+
+
+# ROWS: of each row of a chunk, in fp32: decay from the chunk's start over the key's length, decay to the chunk's end
+# over the key's length times beta, scale times decay over the query's length, beta (1 when it has channels), 1/|k|,
+# 1/|q| (1 without norm), log2 of the decay from the start, decay of the whole chunk. Of VECTOR only the middle three.
+#
+# DECAYS (VECTOR): of each channel of a chunk, in fp32, INTO: by what the entering state is multiplied before it is
+# read, FADE: by what it is multiplied before it is written to, LIFT: factor of the keys written under when they meet
+# rows of the chunk itself, 0 when the channel forgets too much for one factor a row (see prepare_kernel).
+
+
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+def local_kernel(
+    q_ptr,
+    k_ptr,
+    beta_ptr,
+    g_ptr,
+    rows_ptr,  # [chunks, H, 8, C], see ROWS
+    decays_ptr,  # [chunks, H, 3, K], see DECAYS
+    matrices_ptr,  # A and P, [chunks, H, 2, C, C]
+    erase_ptr,  # VECTOR: what prepare_kernel made, [chunks, H, C, K]
+    read_ptr,
+    write_ptr,
+    cu_ptr,
+    table_ptr,
+    scale,
+    least,  # least beta
+    T,
+    CT,
+    H,
+    HQ,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,  # log2 C
+    BK: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,  # 0 none, 1 a scalar per token, 2 one per channel
+    VECTOR: tl.constexpr,
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    FINE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    h = pid % H
+    chunk = pid // H
+    hq = h // (H // HQ)
+    slot = pid.to(tl.int64)
+    t0, tokens = _span(chunk, cu_ptr, table_ptr, T, CT, PACKED)
+    r = tl.arange(0, C)
+    rows_ptr += slot * (8 * C)
+    row, col = r[:, None], r[None, :]
+
+    if VECTOR:
+        tile = slot * C * K + row * K
+        if GATE != 0:
+            decays_ptr += slot * (3 * K)
+        T_ = tl.zeros([C, C], dtype=tl.float32)
+        P = tl.zeros([C, C], dtype=tl.float32)
+        hard = 0
+        for k0 in range(0, K, BK):
+            cols = k0 + tl.arange(0, BK)
+            wide = within(cols, K, BK)
+            fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
+            w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
+            e = tl.load(erase_ptr + tile + cols[None, :], mask=fits, other=0.0)
+            q = tl.load(read_ptr + tile + cols[None, :], mask=fits, other=0.0)
+            if GATE != 0:
+                lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
+                hard += tl.sum((lift == 0.0).to(tl.int32), 0)
+                w = (w.to(tl.float32) * lift[None, :]).to(e.dtype)
+            T_ = tl.dot(e, tl.trans(w), T_, input_precision="ieee")
+            P = tl.dot(q, tl.trans(w), P, input_precision="ieee")
+        if GATE != 0:
+            if hard > 0:  # what hard_kernel has left
+                pairs = matrices_ptr + slot * (2 * C * C) + (row * C + col)
+                T_ += tl.load(pairs).to(tl.float32)
+                P += tl.load(pairs + C * C).to(tl.float32)
+    else:
+        valid = r < tokens * SUB
+        reads = valid & (r % SUB == SUB - 1)
+        s0 = t0.to(tl.int64) * SUB
+        rows_ptr += r
+        cols = tl.arange(0, BK)
+        wide = within(cols, K, BK)[None, :]
+        k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, cols[None, :]), mask=valid[:, None] & wide, other=0.0)
+        q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, row // SUB, cols[None, :]), mask=reads[:, None] & wide, other=0.0)
+        beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=1.0).to(tl.float32)
+        beta = tl.where(tl.abs(beta) < least, least, beta)
+        r_k = tl.zeros([C], dtype=tl.float32) + 1.0
+        r_q = tl.zeros([C], dtype=tl.float32) + 1.0
+        if NORM:
+            r_k = tl.rsqrt(tl.sum(k.to(tl.float32) * k.to(tl.float32), 1) + 1e-6)
+            r_q = tl.rsqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) + 1e-6)
+        T_ = tl.dot(k, tl.trans(k), input_precision="ieee")
+        P = tl.dot(q, tl.trans(k), input_precision="ieee")
+        seen = tl.zeros([C], dtype=tl.float32)
+        left = seen
+        if GATE != 0:
+            g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
+            coarse, fine = gate_sums(g)
+            seen, left = coarse + fine, after(coarse, C) + after(fine, C)
+            decay = between(coarse, fine, C)
+            T_ = T_ * decay
+            P = P * decay
+            tl.store(rows_ptr + 6 * C, seen)
+            tl.store(rows_ptr + 7 * C, tl.exp2(seen + left))
+        tl.store(rows_ptr, r_k * tl.exp2(seen))
+        tl.store(rows_ptr + C, r_k * beta * tl.exp2(left))
+        tl.store(rows_ptr + 2 * C, r_q * scale * tl.exp2(seen))
+        tl.store(rows_ptr + 3 * C, beta)
+        tl.store(rows_ptr + 4 * C, r_k)
+        tl.store(rows_ptr + 5 * C, r_q)
+        T_ = T_ * r_k[:, None] * (r_k * beta)[None, :]
+        P = P * (r_q * scale)[:, None] * (r_k * beta)[None, :]
+    A = inverse(tl.where(row > col, T_, 0.0), C, LEVELS, EXACT, FINE)
+    dtype = matrices_ptr.dtype.element_ty
+    matrices_ptr += slot * (2 * C * C) + (row * C + col)
+    tl.store(matrices_ptr, A.to(dtype))
+    tl.store(matrices_ptr + C * C, tl.where(row >= col, P, 0.0).to(dtype))
+
+
+@triton.jit
+def sequence(n, cu_ptr, first_ptr, T, CT, PACKED: tl.constexpr):
+    """First token of a sequence, the one after its last, and its first chunk."""
+    if PACKED:
+        return tl.load(cu_ptr + n), tl.load(cu_ptr + n + 1), tl.load(first_ptr + n)
+    else:
+        return n * T, (n + 1) * T, n * tl.cdiv(T, CT)
+
+
+@triton.jit
+def key_tile(
+    ptr, slot, start, head, heads, row, mask, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Tile ``[C, BK]``: rows of a tensor ``[rows, heads, K]``, or, VECTOR, what ``prepare_kernel`` wrote out."""
+    cols = tl.arange(0, BK)[None, :]
+    wide = within(cols, K, BK)
+    if VECTOR:
+        at = ptr + slot * C * K + (tl.arange(0, C)[:, None] * K + cols)
+        return tl.load(at, mask=tl.full([C, 1], True, tl.int1) & wide, other=0.0)
+    else:
+        return tl.load(tile_at(ptr, start, head, heads, K, row[:, None], cols), mask=mask[:, None] & wide, other=0.0)
+
+
+@triton.jit
+def factors(rows_ptr, chunk, n_chunks, h, H, C: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr):
+    """What a serial pass fetches a chunk ahead by hand: the compiler does so only for what enters a product."""
+    slot = chunk.to(tl.int64) * H + h
+    fade, read = 1.0, tl.zeros([C], dtype=tl.float32)
+    if not VECTOR:
+        if GATE != 0:
+            fade = tl.load(rows_ptr + slot * (8 * C) + 7 * C, mask=n_chunks > 0, other=1.0)
+        read = tl.load(rows_ptr + slot * (8 * C) + 2 * C + tl.arange(0, C), mask=n_chunks > 0, other=0.0)
+    return fade, read
+
+
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+def state_kernel(
+    erase_ptr,  # k, k and q themselves, or the operands written out by prepare_kernel
+    write_ptr,
+    read_ptr,
+    v_ptr,
+    w_ptr,
+    rows_ptr,
+    decays_ptr,
+    matrices_ptr,
+    start_ptr,  # [N, H, K, V]
+    last_ptr,
+    o_ptr,
+    S_ptr,  # KEEP: the state that each chunk reads, [chunks, H, V, K], and R^T, [chunks, H, V, C]
+    R_ptr,
+    cu_ptr,
+    first_ptr,  # [N + 1] chunks before each sequence (PACKED)
+    scale,
+    T,
+    CT,
+    H,
+    HQ,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,
+    W: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    KEEP: tl.constexpr,
+    LAST: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    blocks = tl.cdiv(V, BV)
+    pid = tl.program_id(0)
+    h = (pid // blocks) % H
+    n = pid // (blocks * H)
+    hq = h // (H // HQ)
+    first, end, chunk0 = sequence(n, cu_ptr, first_ptr, T, CT, PACKED)
+    r = tl.arange(0, C)
+    values = pid % blocks * BV + tl.arange(0, BV)
+    has = within(values, V, BV)[:, None]
+    keys = tl.arange(0, BK)
+    state = keys[None, :] * V + values[:, None]
+    inside = has & within(keys, K, BK)[None, :]
+    S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
+
+    n_chunks = tl.cdiv(end - first, CT)
+    fade, read = factors(rows_ptr, chunk0, n_chunks, h, H, C, VECTOR, GATE)
+    for it in range(0, n_chunks):
+        t0 = first + it * CT
+        slot = (chunk0 + it).to(tl.int64) * H + h
+        ahead = tl.minimum(it + 1, n_chunks - 1)
+        next_fade, next_read = factors(rows_ptr, chunk0 + ahead, n_chunks, h, H, C, VECTOR, GATE)
+        valid = r < tl.minimum(end - t0, CT) * SUB
+        reads = valid & (r % SUB == SUB - 1)
+        s0 = t0.to(tl.int64) * SUB
+        tile = r[:, None] * C + r[None, :]
+        rows = rows_ptr + slot * (8 * C) + r
+
+        if VECTOR:
+            if GATE != 0:
+                S = S * tl.load(decays_ptr + slot * (3 * K) + keys, mask=within(keys, K, BK), other=0.0)[None, :]
+        if KEEP:
+            at = S_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
+            tl.store(at, S.to(S_ptr.dtype.element_ty), mask=inside)
+        k = key_tile(write_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+        if VECTOR:
+            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+        else:
+            e = k
+        Sb = S.to(k.dtype)
+        X = tl.dot(Sb, tl.trans(e), input_precision="ieee")
+        if not VECTOR:
+            X = X * tl.load(rows)[None, :]
+        A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
+        if W:
+            at = tile_at(v_ptr, s0, h, H, V, r[None, :], values[:, None])
+            z = tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
+            at = tile_at(w_ptr, s0, h, H, V, r[None, :], values[:, None])
+            z = z * tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
+            R = tl.dot((z - X).to(k.dtype), tl.trans(A), input_precision="ieee")
+        else:  # v goes to the tensor cores as it lies in memory
+            v = payload(v_ptr, t0, h, H, V, r, values, valid, has, SUB, UNTIED)
+            R = tl.dot(tl.trans(v), tl.trans(A), input_precision="ieee")
+            R = tl.dot((-X).to(k.dtype), tl.trans(A), R, input_precision="ieee")
+        Rb = R.to(k.dtype)
+        if KEEP:
+            at = R_ptr + slot * C * V + (values[:, None] * C + r[None, :])
+            tl.store(at, Rb, mask=has & tl.full([1, C], True, tl.int1))
+        if OUTPUT:
+            q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reads, K, C, BK, VECTOR)
+            o = tl.dot(Sb, tl.trans(q), input_precision="ieee")
+            if not VECTOR:
+                o = o * read[None, :]
+            P = tl.load(matrices_ptr + slot * (2 * C * C) + C * C + tile)
+            o = tl.dot(Rb, tl.trans(P), o, input_precision="ieee")
+            at = tile_at(o_ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None])
+            tl.store(at, o.to(o_ptr.dtype.element_ty), mask=has & reads[None, :])
+        if not VECTOR:
+            Rb = (R * tl.load(rows + C)[None, :]).to(k.dtype)
+        if GATE != 0:
+            if VECTOR:
+                S = S * tl.load(decays_ptr + slot * (3 * K) + K + keys, mask=within(keys, K, BK), other=0.0)[None, :]
+            else:
+                S = S * fade
+        S = tl.dot(Rb, k, S, input_precision="ieee")
+        fade, read = next_fade, next_read
+
+    if LAST:
+        tl.store(last_ptr + (n.to(tl.int64) * H + h) * K * V + state, S, mask=inside)

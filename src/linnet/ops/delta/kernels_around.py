@@ -1,0 +1,469 @@
+"""Triton kernels around those of the delta engine when decay or erasing differ by channel.
+
+The matrix kernels know rows and no gates by channel. Of the two factors ``exp(G_r - a)`` and ``exp(a - G_s)`` into
+which a decay between two rows is taken apart, ``prepare_kernel`` multiplies the first into what reads and erases and
+the second into what is written, and ``finish_kernel`` multiplies them into the gradients of these. The product of an
+operand with its gradient is the same with and without its factor, so gates have their gradients from the operands.
+
+With ``a`` near the middle of the chunk no factor exceeds the inverse of half a chunk's decay. A channel in which that
+is too much is hard (LIFT 0): it has factors from the chunk's start and to its end, which never exceed one, and its
+pairs of rows are taken by themselves, with the decay of every pair in full: exact for every gate, for as many channels
+as need it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels import (
+    _span,
+    after,
+    between,
+    channel_gates,
+    erase_keys,
+    gate_parts,
+    gate_sums,
+    power_of_2,
+    tile_at,
+    within,
+    write_keys,
+)
+from .kernels_backward import RESET
+
+
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+def prepare_kernel(
+    q_ptr,
+    k_ptr,
+    beta_ptr,
+    a_ptr,
+    b_ptr,
+    g_ptr,
+    rows_ptr,
+    decays_ptr,
+    erase_ptr,
+    read_ptr,
+    write_ptr,
+    cu_ptr,
+    table_ptr,
+    scale,
+    limit,  # log2 of what half a chunk may forget
+    T,
+    CT,
+    H,
+    HQ,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,
+    ERASE: tl.constexpr,
+    UNTIED: tl.constexpr,
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    h = pid % H
+    hq = h // (H // HQ)
+    slot = pid.to(tl.int64)
+    t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
+    r = tl.arange(0, C)
+    row, token = r[:, None], (r // SUB)[:, None]
+    valid = r < tokens * SUB
+    reads = valid & (r % SUB == SUB - 1)
+    s0 = t0.to(tl.int64) * SUB
+    rows_ptr += slot * (8 * C) + r
+    if GATE != 0:
+        decays_ptr += slot * (3 * K)
+    r_k = tl.zeros([C], dtype=tl.float32) + 1.0
+    r_q = tl.zeros([C], dtype=tl.float32) + 1.0
+    if NORM:
+        k2, q2 = tl.zeros([C], dtype=tl.float32), tl.zeros([C], dtype=tl.float32)
+        for k0 in range(0, K, BK):
+            cols = k0 + tl.arange(0, BK)
+            wide = within(cols, K, BK)[None, :]
+            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, cols[None, :]), mask=valid[:, None] & wide, other=0.0)
+            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & wide, other=0.0)
+            k2 += tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
+            q2 += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
+        r_k, r_q = tl.rsqrt(k2 + 1e-6), tl.rsqrt(q2 + 1e-6)
+    beta = tl.zeros([C], dtype=tl.float32) + 1.0
+    if not (ERASE or UNTIED):
+        beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)
+    tl.store(rows_ptr + 3 * C, beta)
+    tl.store(rows_ptr + 4 * C, r_k)
+    tl.store(rows_ptr + 5 * C, r_q)
+    dtype = erase_ptr.dtype.element_ty
+    for k0 in range(0, K, BK):
+        cols = k0 + tl.arange(0, BK)
+        keys = cols[None, :]
+        wide = within(keys, K, BK)
+        out = slot * C * K + (row * K + keys)
+        fits = tl.full([C, 1], True, tl.int1) & wide
+        if GATE != 0:
+            g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
+            coarse, fine = gate_sums(g)
+            half = tl.sum(tl.where(row < C // 2, g, 0.0), 0)
+            second = tl.sum(tl.where(row < C // 2, 0.0, g), 0)
+            hard = tl.minimum(half, second) < -limit
+            n = tl.where(hard, 0.0, tl.floor(-second))
+            end_coarse = tl.sum(tl.where(row == C - 1, coarse, 0.0), 0)
+            end_fine = tl.sum(tl.where(row == C - 1, fine, 0.0), 0)
+            a_coarse, a_fine = tl.where(hard, 0.0, end_coarse + n), tl.where(hard, 0.0, end_fine)
+            late = (coarse - a_coarse[None, :]) + (fine - a_fine[None, :])
+            tail = tl.exp2((end_coarse[None, :] - coarse) + (end_fine[None, :] - fine))
+            at = decays_ptr + cols
+            inside = within(cols, K, BK)
+            tl.store(at, tl.exp2(a_coarse + a_fine), mask=inside)
+            tl.store(at + K, tl.where(hard, tl.exp2(end_coarse + end_fine), power_of_2(-n)), mask=inside)
+            tl.store(at + 2 * K, tl.where(hard, 0.0, power_of_2(n)), mask=inside)
+        k = write_keys(k_ptr, b_ptr, t0, hq, HQ, K, r, valid, cols, wide, SUB, UNTIED).to(tl.float32) * r_k[:, None]
+        if UNTIED:
+            e = erase_keys(a_ptr, t0, h, H, K, r, valid, cols, wide)
+        elif ERASE:
+            at = tile_at(beta_ptr, s0, h, H, K, row, keys)
+            e = k * tl.load(at, mask=valid[:, None] & wide, other=0.0).to(tl.float32)
+        else:
+            e = k
+        w = k * beta[:, None]
+        q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=reads[:, None] & wide, other=0.0)
+        q = q.to(tl.float32) * (r_q * scale)[:, None]
+        if GATE != 0:
+            w = w * tail
+            seen = tl.exp2(late)
+            q = q * seen
+            if UNTIED:
+                own_coarse, own_fine = gate_parts(g)
+                late = (coarse - own_coarse - a_coarse[None, :]) + (fine - own_fine - a_fine[None, :])
+                e = e * tl.exp2(late)
+            else:
+                e = e * seen
+        tl.store(write_ptr + out, w.to(dtype), mask=fits)
+        tl.store(read_ptr + out, q.to(dtype), mask=fits)
+        tl.store(erase_ptr + out, e.to(dtype), mask=fits)
+
+
+@triton.jit
+def column(ptr, start, head, heads, width, row, c, mask):
+    """One channel of a head of ``[rows, heads, width]`` in fp32."""
+    return tl.load(tile_at(ptr, start, head, heads, width, row, c), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def channel(
+    q_ptr,
+    k_ptr,
+    beta_ptr,
+    a_ptr,
+    b_ptr,
+    g_ptr,
+    rows_ptr,
+    t0,
+    h,
+    H,
+    hq,
+    HQ,
+    K: tl.constexpr,
+    c,
+    scale,
+    tokens,
+    C: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,
+    ERASE: tl.constexpr,
+    UNTIED: tl.constexpr,
+):
+    """One channel of a chunk, in fp32: queries times scale, keys erased with, keys written under, and the exact decays
+    between rows ``[r, s]``: up to and with row r, and the same for what is erased; before them their sums and log2."""
+    r = tl.arange(0, C)
+    valid = r < tokens * SUB
+    first = valid & (r % SUB == 0)
+    s0 = t0.to(tl.int64) * SUB
+    q = column(q_ptr, t0, hq, HQ, K, r // SUB, c, valid & (r % SUB == SUB - 1)) * tl.load(rows_ptr + 5 * C + r) * scale
+    if UNTIED:
+        w = column(k_ptr, t0, hq, HQ, K, r // 2, c, valid & (r % 2 == 1))
+        w += column(b_ptr, t0, hq, HQ, K, r // 2, c, first)
+        e = -column(a_ptr, t0, h, H, K, r // 2, c, first)
+    else:
+        w = column(k_ptr, s0, hq, HQ, K, r, c, valid) * tl.load(rows_ptr + 4 * C + r)
+        e = w
+        if ERASE:
+            e = w * column(beta_ptr, s0, h, H, K, r, c, valid)
+        else:
+            w = w * tl.load(rows_ptr + 3 * C + r)
+    if GATE == 2:
+        g = column(g_ptr, t0, h, H, K, r // SUB, c, first)
+    else:
+        g = column(g_ptr, t0, h, H, 1, r // SUB, 0, first)
+    g = tl.maximum(g, -104.0) * 1.4426950408889634
+    coarse, fine = gate_sums(g)
+    decay = between(coarse, fine, C)
+    before = r[:, None] > r[None, :]
+    if UNTIED:
+        own_coarse, own_fine = gate_parts(g)
+        pair = (coarse - own_coarse)[:, None] - coarse[None, :]
+        pair += (fine - own_fine)[:, None] - fine[None, :]
+        erased = tl.exp2(tl.where(before, pair, float("-inf")))
+    else:
+        erased = tl.where(before, decay, 0.0)
+    return q, e, w, g, coarse, fine, decay, erased
+
+
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+def hard_kernel(
+    q_ptr,
+    k_ptr,
+    beta_ptr,
+    a_ptr,
+    b_ptr,
+    g_ptr,
+    rows_ptr,
+    decays_ptr,
+    matrices_ptr,
+    cu_ptr,
+    table_ptr,
+    scale,
+    T,
+    CT,
+    H,
+    HQ,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,
+    ERASE: tl.constexpr,
+    UNTIED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Pairs of rows in channels that forget too much for one factor a row, left to local_kernel where A and P go."""
+    pid = tl.program_id(0)
+    h = pid % H
+    hq = h // (H // HQ)
+    slot = pid.to(tl.int64)
+    decays_ptr += slot * (3 * K)
+    keys = tl.arange(0, BK)
+    lift = tl.load(decays_ptr + 2 * K + keys, mask=within(keys, K, BK), other=1.0)
+    if tl.sum((lift == 0.0).to(tl.int32), 0) > 0:
+        t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
+        rows_ptr += slot * (8 * C)
+        r = tl.arange(0, C)
+        P = tl.zeros([C, C], dtype=tl.float32)
+        T_ = tl.zeros([C, C], dtype=tl.float32)
+        for c in range(0, K):
+            if tl.load(decays_ptr + 2 * K + c) == 0.0:
+                q, e, w, _g, _coarse, _fine, decay, erased = channel(
+                    q_ptr, k_ptr, beta_ptr, a_ptr, b_ptr, g_ptr, rows_ptr, t0, h, H, hq, HQ, K, c, scale,
+                    tokens, C, SUB, GATE, ERASE, UNTIED,
+                )  # fmt: skip
+                P += (q[:, None] * w[None, :]) * decay
+                T_ += (e[:, None] * w[None, :]) * erased
+        pairs = matrices_ptr + slot * (2 * C * C) + (r[:, None] * C + r[None, :])
+        tl.store(pairs, T_.to(matrices_ptr.dtype.element_ty))
+        tl.store(pairs + C * C, P.to(matrices_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+def hard_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    beta_ptr,
+    a_ptr,
+    b_ptr,
+    g_ptr,
+    rows_ptr,
+    decays_ptr,
+    erase_ptr,  # the operands' gradients from the states; of hard channels replaced by the whole without factors
+    read_ptr,
+    write_ptr,
+    D1_ptr,
+    D2_ptr,
+    dg_ptr,
+    cu_ptr,
+    table_ptr,
+    scale,
+    T,
+    CT,
+    H,
+    HQ,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,
+    ERASE: tl.constexpr,
+    UNTIED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Gradients through the pairs of rows in channels that forget too much for one factor a row."""
+    pid = tl.program_id(0)
+    h = pid % H
+    hq = h // (H // HQ)
+    slot = pid.to(tl.int64)
+    if GATE != 0:
+        decays_ptr += slot * (3 * K)
+    keys = tl.arange(0, BK)
+    lift = tl.load(decays_ptr + 2 * K + keys, mask=within(keys, K, BK), other=1.0)
+    if tl.sum((lift == 0.0).to(tl.int32), 0) > 0:
+        t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
+        r = tl.arange(0, C)
+        row, col = r[:, None], r[None, :]
+        first = (r < tokens * SUB) & (r % SUB == 0)
+        rows_ptr += slot * (8 * C)
+        tile = slot * (C * C) + (row * C + col)
+        D1 = tl.load(D1_ptr + tile).to(tl.float32)
+        D2 = tl.load(D2_ptr + tile).to(tl.float32)
+        s_q = tl.zeros([C], dtype=tl.float32)
+        s_e = tl.zeros([C], dtype=tl.float32)
+        s_w = tl.zeros([C], dtype=tl.float32)
+        dg_row = tl.zeros([C], dtype=tl.float32)
+        at = slot * C * K + r * K
+        for c in range(0, K):
+            if tl.load(decays_ptr + 2 * K + c) == 0.0:
+                q, e, w, g, coarse, fine, decay, erased = channel(
+                    q_ptr, k_ptr, beta_ptr, a_ptr, b_ptr, g_ptr, rows_ptr, t0, h, H, hq, HQ, K, c, scale,
+                    tokens, C, SUB, GATE, ERASE, UNTIED,
+                )  # fmt: skip
+                decay = decay * D1
+                erased = erased * D2
+                dq = tl.sum(decay * w[None, :], 1)
+                de = -tl.sum(erased * w[None, :], 1)
+                dw = tl.sum(decay * q[:, None], 0) - tl.sum(erased * e[:, None], 0)
+                q, e, w = q * dq, e * de, w * dw
+                s_q += q
+                s_e += e
+                s_w += w
+                change = w - q - e
+                dg = tl.cumsum(change, 0) - change
+                seen = coarse + fine
+                left = after(coarse, C) + after(fine, C)
+                dq += tl.exp2(seen) * tl.load(read_ptr + at + c).to(tl.float32)
+                dw += tl.exp2(left) * tl.load(write_ptr + at + c).to(tl.float32)
+                if UNTIED:
+                    dg -= e
+                    own_coarse, own_fine = gate_parts(g)
+                    seen = (coarse - own_coarse) + (fine - own_fine)
+                de += tl.exp2(seen) * tl.load(erase_ptr + at + c).to(tl.float32)
+                tl.store(read_ptr + at + c, dq.to(read_ptr.dtype.element_ty))
+                tl.store(write_ptr + at + c, dw.to(write_ptr.dtype.element_ty))
+                tl.store(erase_ptr + at + c, de.to(erase_ptr.dtype.element_ty))
+                if GATE == 2:
+                    here = tile_at(dg_ptr, t0, h, H, K, r // SUB, c)
+                    dg += tl.load(here, mask=first, other=0.0).to(tl.float32)
+                    dg = tl.where(g < RESET, 0.0, dg)
+                    tl.store(here, dg.to(dg_ptr.dtype.element_ty), mask=first)
+                else:
+                    dg_row += tl.where(g < RESET, 0.0, dg)
+        if GATE == 1:
+            here = tile_at(dg_ptr, t0, h, H, 1, r // SUB, 0)
+            dg_row += tl.load(here, mask=first, other=0.0).to(tl.float32)
+            tl.store(here, dg_row.to(dg_ptr.dtype.element_ty), mask=first)
+        sums = rows_ptr + r
+        tl.store(sums, tl.load(sums) + s_q)
+        tl.store(sums + C, tl.load(sums + C) + s_e)
+        tl.store(sums + 2 * C, tl.load(sums + 2 * C) + s_w)
+
+
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+def finish_kernel(
+    q_ptr,
+    k_ptr,
+    beta_ptr,
+    g_ptr,
+    rows_ptr,
+    decays_ptr,
+    erase_ptr,  # the operands' gradients
+    read_ptr,
+    write_ptr,
+    dq_ptr,  # by value head, [tokens, H, K]
+    dk_ptr,
+    dbeta_ptr,
+    da_ptr,
+    db_ptr,
+    cu_ptr,
+    table_ptr,
+    scale,
+    T,
+    CT,
+    H,
+    HQ,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,
+    ERASE: tl.constexpr,
+    UNTIED: tl.constexpr,
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Gradients of queries, keys and strengths from those of the operands."""
+    pid = tl.program_id(0)
+    h = pid % H
+    hq = h // (H // HQ)
+    slot = pid.to(tl.int64)
+    t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
+    r = tl.arange(0, C)
+    row, token = r[:, None], (r // SUB)[:, None]
+    valid = r < tokens * SUB
+    reads = valid & (r % SUB == SUB - 1)
+    s0 = t0.to(tl.int64) * SUB
+    rows_ptr += slot * (8 * C) + r
+    if GATE != 0:
+        decays_ptr += slot * (3 * K)
+    beta, r_k, r_q = tl.load(rows_ptr + 3 * C), tl.load(rows_ptr + 4 * C), tl.load(rows_ptr + 5 * C)
+    if NORM:
+        n_q, n_k = tl.load(rows_ptr), tl.load(rows_ptr + C) + tl.load(rows_ptr + 2 * C)
+    dbeta = tl.zeros([C], dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        cols = k0 + tl.arange(0, BK)
+        keys = cols[None, :]
+        wide = within(keys, K, BK)
+        at = slot * C * K + (row * K + keys)
+        fits = tl.full([C, 1], True, tl.int1) & wide
+        k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
+        dq = tl.load(read_ptr + at, mask=fits, other=0.0).to(tl.float32) * scale
+        dw = tl.load(write_ptr + at, mask=fits, other=0.0).to(tl.float32)
+        de = tl.load(erase_ptr + at, mask=fits, other=0.0).to(tl.float32)
+        if GATE != 0:
+            g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
+            coarse, fine = gate_sums(g)
+            lift = tl.load(decays_ptr + 2 * K + cols, mask=within(cols, K, BK), other=1.0)
+            hard = (lift == 0.0)[None, :]
+            n = ((lift.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+            end = tl.sum(tl.where(row == C - 1, coarse, 0.0), 0)
+            rest = fine - tl.sum(tl.where(row == C - 1, fine, 0.0), 0)[None, :]
+            late = (coarse - (end + n)[None, :]) + rest
+            dw = dw * tl.exp2(tl.where(hard, 0.0, (end[None, :] - coarse) - rest))
+            seen = tl.exp2(tl.where(hard, 0.0, late))
+            dq = dq * seen
+            if UNTIED:
+                own_coarse, own_fine = gate_parts(g)
+                late = (coarse - own_coarse - (end + n)[None, :]) + (rest - own_fine)
+                de = de * tl.exp2(tl.where(hard, 0.0, late))
+            else:
+                de = de * seen
+        if NORM:
+            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0).to(tl.float32)
+            dq = (dq - q * (r_q * n_q)[:, None]) * r_q[:, None]
+        tl.store(tile_at(dq_ptr, t0, h, H, K, token, keys), dq.to(dq_ptr.dtype.element_ty), mask=q_in)
+        if UNTIED:
+            first = k_in & (row % 2 == 0)
+            tl.store(tile_at(da_ptr, t0, h, H, K, token, keys), (-de).to(da_ptr.dtype.element_ty), mask=first)
+            tl.store(tile_at(db_ptr, t0, h, H, K, token, keys), dw.to(db_ptr.dtype.element_ty), mask=first)
+            tl.store(tile_at(dk_ptr, t0, h, H, K, token, keys), dw.to(dk_ptr.dtype.element_ty), mask=q_in)
+        else:
+            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32) * r_k[:, None]
+            if ERASE:
+                b = tl.load(tile_at(beta_ptr, s0, h, H, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
+                tl.store(tile_at(dbeta_ptr, s0, h, H, K, row, keys), (de * k).to(dbeta_ptr.dtype.element_ty), mask=k_in)
+                dk = de * b + dw
+            else:
+                dbeta += tl.sum(k * dw, 1)
+                dk = de + dw * beta[:, None]
+            if NORM:
+                dk = (dk - k * n_k[:, None]) * r_k[:, None]
+            tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dk.to(dk_ptr.dtype.element_ty), mask=k_in)
+    if not (ERASE or UNTIED):
+        tl.store(tile_at(dbeta_ptr, s0, h, H, 1, r, 0), dbeta.to(dbeta_ptr.dtype.element_ty), mask=valid)

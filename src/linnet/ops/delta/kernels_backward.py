@@ -1,0 +1,402 @@
+"""Triton kernels of the delta engine's backward pass.
+
+With ``R`` and the states that are read recomputed by ``state_kernel`` and ``dS`` the gradient of a chunk's leaving
+state, the triangular solve has the adjoint
+
+    dR = P^T dO + (exp(G_C - G) W) dS          L = A^T dR          dZ = L          dT = -tril(L R^T, -1)
+
+so that ``adjoint_kernel`` walks the chunks backward with ``dS`` on chip and leaves ``dS`` and ``L`` of every chunk to
+``gradient_kernel``, which makes the gradients of queries and keys, or of the operands made of them, of all chunks in
+parallel. Gates have theirs from these: what reaches a gate from the state before it is ``<S, dS>``, and from row to row
+what is written comes in and what is read and erased goes out. It is summed within a chunk from the very products that
+make the gradients, so that a pair of rows on one side of a gate leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels import (
+    _span,
+    between,
+    factors,
+    gate_sums,
+    key_tile,
+    row_gates,
+    sequence,
+    tile_at,
+    within,
+)
+
+RESET = tl.constexpr(-150.0)  # log2-decays below it were cut: a reset passes no gradient
+
+
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+def adjoint_kernel(
+    erase_ptr,
+    write_ptr,
+    read_ptr,
+    rows_ptr,
+    decays_ptr,
+    matrices_ptr,
+    do_ptr,
+    last_ptr,  # gradient of the final state, [N, H, K, V]
+    start_ptr,  # gradient of the initial state
+    dS_ptr,  # [chunks, H, V, K]
+    L_ptr,  # [rows, H, V]
+    cu_ptr,
+    first_ptr,
+    scale,
+    T,
+    CT,
+    H,
+    HQ,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    blocks = tl.cdiv(V, BV)
+    pid = tl.program_id(0)
+    h = (pid // blocks) % H
+    n = pid // (blocks * H)
+    hq = h // (H // HQ)
+    first, end, chunk0 = sequence(n, cu_ptr, first_ptr, T, CT, PACKED)
+    r = tl.arange(0, C)
+    values = pid % blocks * BV + tl.arange(0, BV)
+    has = within(values, V, BV)[:, None]
+    keys = tl.arange(0, BK)
+    state = keys[None, :] * V + values[:, None]
+    inside = has & within(keys, K, BK)[None, :]
+    dS = tl.load(last_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
+
+    n_chunks = tl.cdiv(end - first, CT)
+    fade, read = factors(rows_ptr, chunk0 + n_chunks - 1, n_chunks, h, H, C, VECTOR, GATE)
+    for it in range(0, n_chunks):
+        c = n_chunks - 1 - it
+        ahead = chunk0 + tl.maximum(c - 1, 0)
+        next_fade, next_read = factors(rows_ptr, ahead, n_chunks, h, H, C, VECTOR, GATE)
+        t0 = first + c * CT
+        slot = (chunk0 + c).to(tl.int64) * H + h
+        valid = r < tl.minimum(end - t0, CT) * SUB
+        reads = valid & (r % SUB == SUB - 1)
+        s0 = t0.to(tl.int64) * SUB
+        tile = r[:, None] * C + r[None, :]
+        rows = rows_ptr + slot * (8 * C) + r
+
+        at = dS_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
+        tl.store(at, dS.to(dS_ptr.dtype.element_ty), mask=inside)
+        k = key_tile(write_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+        dR = tl.dot(dS.to(k.dtype), tl.trans(k), input_precision="ieee")
+        if not VECTOR:
+            dR = dR * tl.load(rows + C)[None, :]
+        at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
+        do = tl.trans(tl.load(at, mask=tl.trans(has) & reads[:, None], other=0.0))
+        P = tl.load(matrices_ptr + slot * (2 * C * C) + C * C + tile)
+        dR = tl.dot(do, P, dR, input_precision="ieee")
+        A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
+        L = tl.dot(dR.to(k.dtype), A, input_precision="ieee")
+        at = tile_at(L_ptr, s0, h, H, V, r[None, :], values[:, None])
+        tl.store(at, L.to(L_ptr.dtype.element_ty), mask=has & valid[None, :])
+        q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reads, K, C, BK, VECTOR)
+        if VECTOR:
+            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+            Lb = (-L).to(k.dtype)
+        else:
+            e = k
+            do = (do.to(tl.float32) * read[None, :]).to(k.dtype)
+            Lb = (L * -tl.load(rows)[None, :]).to(k.dtype)
+        if GATE != 0:
+            if VECTOR:
+                dS = dS * tl.load(decays_ptr + slot * (3 * K) + K + keys, mask=within(keys, K, BK), other=0.0)[None, :]
+            else:
+                dS = dS * fade
+        dS = tl.dot(do, q, dS, input_precision="ieee")
+        dS = tl.dot(Lb, e, dS, input_precision="ieee")
+        if VECTOR:
+            if GATE != 0:
+                dS = dS * tl.load(decays_ptr + slot * (3 * K) + keys, mask=within(keys, K, BK), other=0.0)[None, :]
+        fade, read = next_fade, next_read
+
+    tl.store(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, dS, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "CT", "H"])
+def pairs_kernel(
+    v_ptr,
+    g_ptr,
+    w_ptr,
+    rows_ptr,
+    do_ptr,
+    R_ptr,
+    L_ptr,
+    D1_ptr,  # gradients of the pairs of P and (negative) T, with the decays and strengths of scalars, [chunks, H, C, C]
+    D2_ptr,
+    dv_ptr,  # W and UNTIED; otherwise L is the gradient of v
+    dw_ptr,
+    cu_ptr,
+    table_ptr,
+    T,
+    CT,
+    H,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,
+    W: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    h = pid % H
+    slot = pid.to(tl.int64)
+    t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
+    r = tl.arange(0, C)
+    row, col = r[:, None], r[None, :]
+    valid = r < tokens * SUB
+    reads = valid & (r % SUB == SUB - 1)
+    s0 = t0.to(tl.int64) * SUB
+    rows_ptr += slot * (8 * C) + r
+    dP = tl.zeros([C, C], dtype=tl.float32)
+    dT = tl.zeros([C, C], dtype=tl.float32)
+    for v0 in range(0, V, BV):
+        values = v0 + tl.arange(0, BV)
+        has = within(values, V, BV)
+        inside = valid[:, None] & has[None, :]
+        at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
+        do = tl.load(at, mask=reads[:, None] & has[None, :], other=0.0)
+        at = R_ptr + slot * C * V + (values[:, None] * C + col)
+        R = tl.load(at, mask=has[:, None] & tl.full([1, C], True, tl.int1), other=0.0)
+        L = tl.load(tile_at(L_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
+        dP = tl.dot(do, R, dP, input_precision="ieee")
+        dT = tl.dot(L, R, dT, input_precision="ieee")
+        if UNTIED:
+            at = tile_at(dv_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
+            tl.store(at, L, mask=reads[:, None] & has[None, :])
+        if W:
+            at = tile_at(v_ptr, s0, h, H, V, row, values[None, :])
+            dw = L.to(tl.float32) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            at = tile_at(w_ptr, s0, h, H, V, row, values[None, :])
+            dv = L.to(tl.float32) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(tile_at(dw_ptr, s0, h, H, V, row, values[None, :]), dw.to(dw_ptr.dtype.element_ty), mask=inside)
+            tl.store(tile_at(dv_ptr, s0, h, H, V, row, values[None, :]), dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    dP = tl.where(row >= col, dP, 0.0)
+    dT = tl.where(row > col, dT, 0.0)
+    if not VECTOR:
+        if GATE != 0:
+            g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
+            coarse, fine = gate_sums(g)
+            kept = between(coarse, fine, C)
+            dP, dT = dP * kept, dT * kept
+        beta = tl.load(rows_ptr + 3 * C)
+        dP, dT = dP * beta[None, :], dT * beta[None, :]
+    tile = slot * (C * C) + (row * C + col)
+    tl.store(D1_ptr + tile, dP.to(D1_ptr.dtype.element_ty))
+    tl.store(D2_ptr + tile, dT.to(D2_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+def gradient_kernel(
+    q_ptr,
+    k_ptr,
+    g_ptr,
+    rows_ptr,  # VECTOR: the first three become sums over the keys of read, erase and write times their gradients
+    decays_ptr,
+    erase_ptr,  # VECTOR: operands, replaced by their gradients
+    read_ptr,
+    write_ptr,
+    do_ptr,
+    S_ptr,
+    R_ptr,
+    dS_ptr,
+    L_ptr,
+    D1_ptr,
+    D2_ptr,
+    dq_ptr,  # by value head, [tokens, H, K]; not VECTOR, as the next two
+    dk_ptr,
+    dbeta_ptr,
+    dg_ptr,
+    cu_ptr,
+    table_ptr,
+    scale,
+    T,
+    CT,
+    H,
+    HQ,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
+    NORM: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether BK covers all keys
+    PACKED: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    h = pid % H
+    hq = h // (H // HQ)
+    slot = pid.to(tl.int64)
+    t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
+    r = tl.arange(0, C)
+    row, col = r[:, None], r[None, :]
+    valid = r < tokens * SUB
+    reads = valid & (r % SUB == SUB - 1)
+    first = valid & (r % SUB == 0)
+    token = (r // SUB)[:, None]
+    s0 = t0.to(tl.int64) * SUB
+    rows_ptr += slot * (8 * C)
+    total_ptr = rows_ptr + 7 * C
+    rows_ptr += r
+    R_ptr += slot * C * V
+    S_ptr += slot * K * V
+    dS_ptr += slot * K * V
+    D1_ptr += slot * (C * C) + (row * C + col)
+    D2_ptr += slot * (C * C) + (row * C + col)
+    dtype = do_ptr.dtype.element_ty
+    s_q = tl.zeros([C], dtype=tl.float32)
+    s_e = tl.zeros([C], dtype=tl.float32)
+    s_w = tl.zeros([C], dtype=tl.float32)
+    reach = 0.0  # <S, dS> of the state before the chunk
+    dg_row = tl.zeros([C], dtype=tl.float32)
+    if not VECTOR:
+        beta, r_k, r_q = tl.load(rows_ptr + 3 * C), tl.load(rows_ptr + 4 * C), tl.load(rows_ptr + 5 * C)
+        seen, left, total = r_k, beta, 1.0
+        if GATE != 0:
+            seen, left = tl.exp2(tl.load(rows_ptr + 6 * C)), tl.load(rows_ptr + C) / r_k
+            total = tl.load(total_ptr)
+
+    for k0 in range(0, K, BK):
+        cols = k0 + tl.arange(0, BK)
+        keys = cols[None, :]
+        wide = within(keys, K, BK)
+        dq = tl.zeros([C, BK], dtype=tl.float32)
+        de = tl.zeros([C, BK], dtype=tl.float32)
+        dw = tl.zeros([C, BK], dtype=tl.float32)
+        end = tl.zeros([BK], dtype=tl.float32)  # through the state that crosses the chunk
+        for v0 in range(0, V, BV):
+            values = v0 + tl.arange(0, BV)
+            has = within(values, V, BV)
+            at = tile_at(do_ptr, t0, h, H, V, token, values[None, :])
+            do = tl.load(at, mask=reads[:, None] & has[None, :], other=0.0)
+            at = R_ptr + (values[:, None] * C + col)
+            R = tl.load(at, mask=has[:, None] & tl.full([1, C], True, tl.int1), other=0.0)
+            at = tile_at(L_ptr, s0, h, H, V, row, values[None, :])
+            L = tl.load(at, mask=valid[:, None] & has[None, :], other=0.0)
+            S = tl.load(S_ptr + (values[:, None] * K + keys), mask=has[:, None] & wide, other=0.0)
+            dS = tl.load(dS_ptr + (values[:, None] * K + keys), mask=has[:, None] & wide, other=0.0)
+            dq = tl.dot(do, S, dq, input_precision="ieee")
+            de = tl.dot(L, S, de, input_precision="ieee")
+            dw = tl.dot(tl.trans(R), dS, dw, input_precision="ieee")
+            if GATE != 0:
+                end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
+
+        if VECTOR:
+            at = slot * C * K + (row * K + keys)
+            fits = tl.full([C, 1], True, tl.int1) & wide
+            q = tl.load(read_ptr + at, mask=fits, other=0.0)
+            e = tl.load(erase_ptr + at, mask=fits, other=0.0)
+            w = tl.load(write_ptr + at, mask=fits, other=0.0)
+            wx = w
+            if GATE != 0:
+                inside = within(cols, K, BK)
+                decays = decays_ptr + slot * (3 * K) + cols
+                lift = tl.load(decays + 2 * K, mask=inside, other=0.0)
+                end = end * tl.load(decays + K, mask=inside, other=0.0)
+                end += tl.sum(dq * q.to(tl.float32) - de * e.to(tl.float32), 0)
+                wx = (w.to(tl.float32) * lift[None, :]).to(dtype)
+            D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
+            pairs = tl.dot(tl.trans(D1), q, input_precision="ieee")
+            pairs -= tl.dot(tl.trans(D2), e, input_precision="ieee")
+            if GATE != 0:
+                pairs = pairs * lift[None, :]
+            dw += pairs
+            dq = tl.dot(D1, wx, dq, input_precision="ieee")
+            de = -tl.dot(D2, wx, de, input_precision="ieee")
+            tl.store(read_ptr + at, dq.to(dtype), mask=fits)
+            tl.store(erase_ptr + at, de.to(dtype), mask=fits)
+            tl.store(write_ptr + at, dw.to(dtype), mask=fits)
+            dq = dq * q.to(tl.float32)
+            de = de * e.to(tl.float32)
+            dw = dw * w.to(tl.float32)
+            s_q += tl.sum(dq, 1)
+            s_e += tl.sum(de, 1)
+            s_w += tl.sum(dw, 1)
+            if GATE != 0:
+                # Not by a product with a triangle of ones: Triton 3.6 makes that access memory out of bounds on Hopper.
+                change = dw - dq - de
+                dg = end[None, :] + (tl.cumsum(change, 0) - change)
+                if UNTIED:
+                    dg -= de
+                if GATE == 2:
+                    here = tile_at(g_ptr, t0, h, H, K, token, keys)
+                    g = tl.load(here, mask=first[:, None] & wide, other=0.0).to(tl.float32) * 1.4426950408889634
+                    dg = tl.where(g < RESET, 0.0, dg)
+                    here = tile_at(dg_ptr, t0, h, H, K, token, keys)
+                    tl.store(here, dg.to(dg_ptr.dtype.element_ty), mask=first[:, None] & wide)
+                else:
+                    dg_row += tl.sum(dg, 1)
+        else:
+            k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
+            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
+            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0).to(tl.float32)
+            k, q = (k * r_k[:, None]).to(dtype), (q * (r_q * scale)[:, None]).to(dtype)
+            dw = dw * left[:, None]
+            if GATE != 0:
+                dq, de = dq * seen[:, None], de * seen[:, None]
+                reach += tl.sum(end, 0) * total
+                dg_row += tl.sum(dq * q.to(tl.float32) - de * k.to(tl.float32), 1)
+            D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
+            dq = tl.dot(D1, k, dq, input_precision="ieee")
+            de = -tl.dot(D2, k, de, input_precision="ieee")
+            dw = tl.dot(tl.trans(D1), q, dw, input_precision="ieee")
+            dw -= tl.dot(tl.trans(D2), k, input_precision="ieee")
+            s_q += tl.sum(dq * q.to(tl.float32), 1)
+            s_e += tl.sum(de * k.to(tl.float32), 1)
+            s_w += tl.sum(dw * k.to(tl.float32), 1)
+            dq, dw = dq * scale, dw + de
+            if NORM and WHOLE:
+                q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0).to(tl.float32)
+                dq = (dq - q * (r_q * s_q)[:, None]) * r_q[:, None]
+                dw = (dw - k.to(tl.float32) * (s_e + s_w)[:, None]) * r_k[:, None]
+            tl.store(tile_at(dq_ptr, t0, h, H, K, token, keys), dq.to(dtype), mask=q_in)
+            tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dw.to(dtype), mask=k_in)
+
+    if VECTOR:
+        tl.store(rows_ptr, s_q)
+        tl.store(rows_ptr + C, s_e)
+        tl.store(rows_ptr + 2 * C, s_w)
+    else:
+        if NORM and not WHOLE:  # the norm's adjoint needs the sums over all keys
+            tl.debug_barrier()
+            for k0 in range(0, K, BK):
+                keys = (k0 + tl.arange(0, BK))[None, :]
+                k_in, q_in = valid[:, None] & within(keys, K, BK), reads[:, None] & within(keys, K, BK)
+                k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
+                q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0).to(tl.float32)
+                at = tile_at(dq_ptr, t0, h, H, K, token, keys)
+                dq = tl.load(at, mask=q_in, other=0.0).to(tl.float32)
+                tl.store(at, ((dq - q * (r_q * s_q)[:, None]) * r_q[:, None]).to(dtype), mask=q_in)
+                at = tile_at(dk_ptr, s0, h, H, K, row, keys)
+                dk = tl.load(at, mask=k_in, other=0.0).to(tl.float32)
+                tl.store(at, ((dk - k * (r_k * (s_e + s_w))[:, None]) * r_k[:, None]).to(dtype), mask=k_in)
+        dbeta = s_w / beta
+        tl.store(tile_at(dbeta_ptr, s0, h, H, 1, r, 0), dbeta.to(dbeta_ptr.dtype.element_ty), mask=valid)
+        if GATE != 0:
+            change = s_w - s_q - s_e
+            dg_row = reach + tl.sum(dg_row, 0) + tl.cumsum(change, 0) - change
+    if GATE == 1:
+        g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
+        at = tile_at(dg_ptr, t0, h, H, 1, r // SUB, 0)
+        tl.store(at, tl.where(g < RESET, 0.0, dg_row).to(dg_ptr.dtype.element_ty), mask=first)

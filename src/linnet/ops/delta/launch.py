@@ -1,0 +1,529 @@
+"""Launching the delta kernels: chunks of a call, launch settings, forward and backward."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import chunk_table
+from .kept import chunk_rows, kept
+from .kernels import local_kernel, state_kernel
+from .kernels_around import finish_kernel, hard_gradient_kernel, hard_kernel, prepare_kernel
+from .kernels_backward import adjoint_kernel, gradient_kernel, pairs_kernel
+from .kernels_step import step_kernel
+
+# log2 of what half a chunk may forget in a channel for its rows to have one factor each; factors and their inverses
+# reach it, gradients of operands its square. fp16 has little range; fp32 takes every channel exactly.
+LIMITS = {torch.bfloat16: 48.0, torch.float16: 6.0, torch.float32: -1.0}
+
+# A scalar beta below this is as good as none, and a divisor.
+LEAST = {torch.bfloat16: 2.0**-40, torch.float16: 2.0**-14, torch.float32: 2.0**-40}
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _block(n: int) -> int:
+    """Least tile that holds n channels."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+@cache
+def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: bool) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth, by the sizes of keys and values; T never enters."""
+    BK, BV = _block(K), min(32 if dtype == torch.float32 else 64, _block(V))
+    fp32 = dtype == torch.float32
+    stages = 1 if fp32 else 2
+    if kernel in ("prepare", "finish"):
+        return {"BK": min(BK, 64 if kernel == "prepare" else 32), "num_warps": 4, "num_stages": 2}
+    if kernel == "hard":
+        return {"BK": BK, "num_warps": 8, "num_stages": 1}
+    if kernel == "local":
+        return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": stages}
+    if kernel == "pairs":
+        return {"BV": BV, "num_warps": 4, "num_stages": stages}
+    if kernel == "gradient":
+        BK = min(BK, 32 if fp32 or vector else 64)
+        return {"BK": BK, "BV": min(BV, 32), "num_warps": 4, "num_stages": 1 if fp32 else 3}
+    if fp32:
+        return {"BK": BK, "BV": min(BV, 32 if BK <= 128 else 16), "num_warps": 8, "num_stages": 1}
+    if BK > 128:
+        return {"BK": BK, "BV": BV, "num_warps": 8, "num_stages": 1 if vector else 2}
+    C = chunk_rows(K, dtype)
+    stage = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV)  # bytes that a chunk's tiles take, of about 225 KB
+    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": max(1, min(3, 225_000 // stage))}
+
+
+class _Layout:
+    """Sequences and chunks of one call."""
+
+    def __init__(self, q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None):
+        self.B, self.T = q.shape[:2]
+        self.H, self.heads, self.K, self.V = v.shape[2], q.shape[2], q.shape[3], v.shape[3]
+        self.substeps, self.C = substeps, chunk_rows(self.K, q.dtype)
+        self.tokens = self.C // substeps
+        self.packed = cu_host is not None
+        self.kept = kept(q, v, substeps, cu_host)
+        if cu_host is None:
+            self.rows, self.chunks = self.B, self.B * -(-self.T // self.tokens)
+            self.cu = self.table = self.first = None
+        else:
+            self.rows = len(cu_host) - 1
+            self.table = chunk_table(cu_host, self.tokens, q.device)
+            self.chunks = len(self.table)
+            counts = torch.zeros(len(cu_host), dtype=torch.int32)
+            counts[1:] = (-(-cu_host.diff() // self.tokens)).cumsum(0)
+            self.cu, self.first = cu_host.to(q.device), counts.to(q.device)
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.T, self.tokens, self.H, self.heads, self.K
+
+
+class _Modes:
+    """Which of the family's modes a call is in. The untied form has two substeps: one erases with a and writes under b,
+    the other only writes; both are read from the tokens' rows."""
+
+    def __init__(self, beta: Tensor | None, g: Tensor | None, w: Tensor | None):
+        self.gate = 0 if g is None else 1 if g.dim() == 3 else 2
+        self.untied = beta is None
+        self.erase = beta is not None and beta.dim() == 4
+        self.write = w is not None
+        self.vector = self.gate == 2 or self.erase or self.untied
+
+
+def _prepare(
+    layout: _Layout,
+    modes: _Modes,
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    ab: tuple[Tensor, Tensor] | None,
+) -> dict[str, Any]:
+    """What the passes read: q and k as they are, or operands with their decays in them."""
+    local: dict[str, Any] = {"decays": None, "operands": (k, q, k)}
+    if not modes.vector:
+        return local
+    slots = layout.chunks, layout.H
+    local["rows"] = q.new_empty(layout.kept[1], dtype=torch.float32)
+    local["decays"] = q.new_empty(*slots, 3, layout.K, dtype=torch.float32) if modes.gate else None
+    local["operands"] = tuple(q.new_empty(*slots, layout.C, layout.K) for _ in range(3))
+    prepare_kernel[(layout.chunks * layout.H,)](
+        q,
+        k,
+        beta,
+        *(ab or (None, None)),
+        g,
+        local["rows"],
+        local["decays"],
+        *local["operands"],
+        layout.cu,
+        layout.table,
+        scale,
+        LIMITS[q.dtype],
+        *layout.sizes(),
+        C=layout.C,
+        SUB=layout.substeps,
+        GATE=modes.gate,
+        ERASE=modes.erase,
+        UNTIED=modes.untied,
+        NORM=l2norm,
+        PACKED=layout.packed,
+        **launch_settings("prepare", layout.K, layout.V, q.dtype, True),
+    )
+    return local
+
+
+def _local(
+    layout: _Layout,
+    modes: _Modes,
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    ab: tuple[Tensor, Tensor] | None,
+) -> dict[str, Any]:
+    """What each chunk holds by itself: A and P, row and chunk decays, operands of the serial passes."""
+    local = _prepare(layout, modes, q, k, beta, g, scale, l2norm, ab)
+    if not modes.vector:
+        local["rows"] = q.new_empty(layout.kept[1], dtype=torch.float32)
+    local["matrices"] = q.new_empty(layout.kept[0])
+    if modes.vector and modes.gate:
+        hard_kernel[(layout.chunks * layout.H,)](
+            q,
+            k,
+            beta,
+            *(ab or (None, None)),
+            g,
+            local["rows"],
+            local["decays"],
+            local["matrices"],
+            layout.cu,
+            layout.table,
+            scale,
+            *layout.sizes(),
+            C=layout.C,
+            SUB=layout.substeps,
+            GATE=modes.gate,
+            ERASE=modes.erase,
+            UNTIED=modes.untied,
+            PACKED=layout.packed,
+            **launch_settings("hard", layout.K, layout.V, q.dtype, True),
+        )
+    local_kernel[(layout.chunks * layout.H,)](
+        q,
+        k,
+        beta,
+        g,
+        local["rows"],
+        local["decays"],
+        local["matrices"],
+        *(local["operands"] if modes.vector else (None, None, None)),
+        layout.cu,
+        layout.table,
+        scale,
+        LEAST[q.dtype],
+        *layout.sizes(),
+        C=layout.C,
+        LEVELS=layout.C.bit_length() - 1,
+        SUB=layout.substeps,
+        GATE=modes.gate,
+        VECTOR=modes.vector,
+        NORM=l2norm,
+        PACKED=layout.packed,
+        EXACT=q.dtype == torch.float32,
+        FINE=q.dtype == torch.float16,
+        **launch_settings("local", layout.K, layout.V, q.dtype, modes.vector),
+    )
+    return local
+
+
+def _walk(
+    layout: _Layout,
+    modes: _Modes,
+    local: dict[str, Any],
+    v: Tensor,
+    w: Tensor | None,
+    S: Tensor,
+    scale: float,
+    *,
+    o: Tensor | None = None,
+    last: Tensor | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """The serial pass: the reading and the final state, or (``kept``) entering states and writes of every chunk."""
+    settings = launch_settings("state", layout.K, layout.V, v.dtype, modes.vector)
+    erase, read, write = local["operands"]
+    state_kernel[(layout.rows * layout.H * _cdiv(layout.V, settings["BV"]),)](
+        erase,
+        write,
+        read,
+        v,
+        w,
+        local["rows"],
+        local["decays"],
+        local["matrices"],
+        S,
+        last,
+        o,
+        *(kept or (None, None)),
+        layout.cu,
+        layout.first,
+        scale,
+        *layout.sizes(),
+        layout.V,
+        C=layout.C,
+        SUB=layout.substeps,
+        GATE=modes.gate,
+        W=modes.write,
+        VECTOR=modes.vector,
+        UNTIED=modes.untied,
+        OUTPUT=o is not None,
+        KEEP=kept is not None,
+        LAST=last is not None,
+        PACKED=layout.packed,
+        **settings,
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    cu_host: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    substeps: int,
+    training: bool,
+    ab: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Reading, final state, and when training what the backward pass needs of every chunk. The untied form has
+    ``ab`` in place of ``beta``, and two substeps."""
+    q, k, v, S = (x.contiguous() for x in (q, k, v, S))
+    beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
+    ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
+    layout, modes = _Layout(q, v, substeps, cu_host), _Modes(beta, g, w)
+    local = _local(layout, modes, q, k, beta, g, scale, l2norm, ab)
+    o, last = v.new_empty(layout.B, layout.T, layout.H, layout.V), torch.empty_like(S)
+    _walk(layout, modes, local, v, w, S, scale, o=o, last=last)
+    return (o, last, local["matrices"], local["rows"]) if training else (o, last, None, None)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    scale: float,
+    l2norm: bool,
+    substeps: int,
+    ab: tuple[Tensor, Tensor] | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Reading and next state of a few tokens, without gradients, in one kernel that moves the state once.
+
+    With ``index`` (an integer tensor ``[B]``) sequence n has its state in row ``index[n]`` of ``S``, and that row is
+    overwritten: a server keeps the states of all its sequences in one tensor. Otherwise ``S`` is left as it is.
+    """
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    beta, g, w, a, b = (None if x is None else x.contiguous() for x in (beta, g, w, *(ab or (None, None))))
+    S = S if index is not None else S.contiguous()
+    modes = _Modes(beta, g, w)
+    (B, T, heads, K), (H, V) = q.shape, v.shape[2:]
+    out = torch.empty_like(S) if index is None else S
+    o = v.new_empty(B, T, H, V)
+    BV = _block(V)
+    while BV > 32 or (BV > 8 and B * H * _cdiv(V, BV) < 256):  # enough programs to fill the memory's pipes
+        BV //= 2
+    step_kernel[(B * H * _cdiv(V, BV),)](
+        q,
+        k,
+        v,
+        beta,
+        a,
+        b,
+        g,
+        w,
+        S,
+        out,
+        index,
+        o,
+        scale,
+        T,
+        H,
+        heads,
+        K,
+        V,
+        BK=_block(K),
+        BV=BV,
+        SUB=substeps,
+        GATE=modes.gate,
+        ERASE=modes.erase,
+        W=modes.write,
+        UNTIED=modes.untied,
+        NORM=l2norm,
+        INDEX=index is not None,
+        num_warps=4,
+    )
+    return o, out
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    matrices: Tensor,
+    rows: Tensor,
+    cu_host: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    substeps: int,
+    do: Tensor,
+    dS: Tensor,
+    ab: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Gradients by input name, from those of the reading and of the final state."""
+    q, k, v, S, do, dS = (x.contiguous() for x in (q, k, v, S, do, dS))
+    beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
+    ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
+    layout, modes = _Layout(q, v, substeps, cu_host), _Modes(beta, g, w)
+    H, K, V, C = layout.H, layout.K, layout.V, layout.C
+    local = _prepare(layout, modes, q, k, beta, g, scale, l2norm, ab)
+    if not modes.vector:
+        local["rows"] = rows
+    local["matrices"] = matrices
+
+    entering, leaving = (q.new_empty(layout.chunks, H, V, K) for _ in range(2))
+    R, L = q.new_empty(layout.chunks, H, V, C), q.new_empty(layout.B, layout.T * substeps, H, V)
+    _walk(layout, modes, local, v, w, S, scale, kept=(entering, R))
+
+    settings = launch_settings("state", K, V, v.dtype, modes.vector)
+    erase, read, write = local["operands"]
+    dS0 = torch.empty_like(S)
+    adjoint_kernel[(layout.rows * H * _cdiv(V, settings["BV"]),)](
+        erase,
+        write,
+        read,
+        local["rows"],
+        local["decays"],
+        matrices,
+        do,
+        dS,
+        dS0,
+        leaving,
+        L,
+        layout.cu,
+        layout.first,
+        scale,
+        *layout.sizes(),
+        V,
+        C=C,
+        SUB=substeps,
+        GATE=modes.gate,
+        VECTOR=modes.vector,
+        PACKED=layout.packed,
+        **settings,
+    )
+    dq, dk = q.new_empty(*q.shape[:2], H, K), k.new_empty(*k.shape[:2], H, K)
+    a, b = ab or (None, None)
+    wanted = {"beta": beta, "g": g, "w": w, "a": a, "b": b}
+    grads = {"S": dS0, "v": L} | {name: torch.empty_like(x) for name, x in wanted.items() if x is not None}
+    if modes.write or modes.untied:
+        grads["v"] = torch.empty_like(v)
+    D1, D2 = (q.new_empty(layout.chunks, H, C, C) for _ in range(2))
+    pairs_kernel[(layout.chunks * H,)](
+        v,
+        g,
+        w,
+        local["rows"],
+        do,
+        R,
+        L,
+        D1,
+        D2,
+        grads["v"],
+        grads.get("w"),
+        layout.cu,
+        layout.table,
+        layout.T,
+        layout.tokens,
+        H,
+        V,
+        C=C,
+        SUB=substeps,
+        GATE=modes.gate,
+        W=modes.write,
+        VECTOR=modes.vector,
+        UNTIED=modes.untied,
+        PACKED=layout.packed,
+        **launch_settings("pairs", K, V, v.dtype, modes.vector),
+    )
+    settings = launch_settings("gradient", K, V, v.dtype, modes.vector)
+    operands = local["operands"] if modes.vector else (None, None, None)
+    gradient_kernel[(layout.chunks * H,)](
+        q,
+        k,
+        g,
+        local["rows"],
+        local["decays"],
+        *operands,
+        do,
+        entering,
+        R,
+        leaving,
+        L,
+        D1,
+        D2,
+        dq,
+        dk,
+        grads.get("beta"),
+        grads.get("g"),
+        layout.cu,
+        layout.table,
+        scale,
+        *layout.sizes(),
+        V,
+        C=C,
+        SUB=substeps,
+        GATE=modes.gate,
+        VECTOR=modes.vector,
+        UNTIED=modes.untied,
+        NORM=l2norm,
+        WHOLE=settings["BK"] >= K,
+        PACKED=layout.packed,
+        **settings,
+    )
+    if modes.vector:
+        del entering, leaving, R
+        flags = {
+            "C": C,
+            "SUB": substeps,
+            "GATE": modes.gate,
+            "ERASE": modes.erase,
+            "UNTIED": modes.untied,
+            "PACKED": layout.packed,
+        }
+        if modes.gate:
+            hard_gradient_kernel[(layout.chunks * H,)](
+                q,
+                k,
+                beta,
+                a,
+                b,
+                g,
+                local["rows"],
+                local["decays"],
+                *operands,
+                D1,
+                D2,
+                grads["g"],
+                layout.cu,
+                layout.table,
+                scale,
+                *layout.sizes(),
+                **flags,
+                **launch_settings("hard", K, V, v.dtype, True),
+            )
+        finish_kernel[(layout.chunks * H,)](
+            q,
+            k,
+            beta,
+            g,
+            local["rows"],
+            local["decays"],
+            *operands,
+            dq,
+            dk,
+            grads.get("beta"),
+            grads.get("a"),
+            grads.get("b"),
+            layout.cu,
+            layout.table,
+            scale,
+            *layout.sizes(),
+            NORM=l2norm,
+            **flags,
+            **launch_settings("finish", K, V, v.dtype, True),
+        )
+    if layout.heads != H:
+        dq, dk = (x.unflatten(2, (layout.heads, -1)).sum(3) for x in (dq, dk))
+    return grads | {"q": dq, "k": dk}

@@ -1,0 +1,101 @@
+"""The delta kernels compile ahead of time for every kind of GPU they are meant for, without one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+import torch
+from ahead_of_time import BLACKWELL, HOPPER, MI300, SHARED_MEMORY, Launch, build, launches
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from linnet.ops.delta import launch
+
+SCALAR = ("local_kernel", "state_kernel", "adjoint_kernel", "pairs_kernel", "gradient_kernel")
+VECTOR = ("prepare_kernel", "hard_kernel", "hard_gradient_kernel", "finish_kernel")
+
+# Modes, and the kernels that differ from those of the modes before.
+CALLS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "scalar": ({"gate": "scalar"}, SCALAR),
+    "packed substeps": ({"gate": "none", "substeps": 2, "lengths": [100, 300]}, ("local_kernel", "state_kernel")),
+    "channel-wise": ({"gate": "vector", "channelwise": True}, (*SCALAR, *VECTOR)),
+    "untied": ({"gate": "vector", "untied": True}, ("prepare_kernel", "gradient_kernel", "finish_kernel")),
+}
+
+
+def recorded(
+    K: int = 128,
+    V: int = 128,
+    *,
+    gate: str,
+    dtype: torch.dtype = torch.bfloat16,
+    channelwise: bool = False,
+    untied: bool = False,
+    substeps: int = 1,
+    lengths: list[int] | None = None,
+) -> list[Launch]:
+    """What forward and backward of a call launch."""
+    B, T, H = (4, 400, 16) if lengths is None else (1, sum(lengths), 16)
+    rows, R = B if lengths is None else len(lengths), T * substeps
+    cu = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    g = {"none": None, "scalar": torch.empty(B, T, H), "vector": torch.empty(B, T, H, K)}[gate]
+    beta = None if untied else torch.empty(B, R, H, K) if channelwise else torch.empty(B, R, H)
+    w = torch.empty(B, R, H, V) if channelwise else None
+    given = (empty(B, T, H, K), empty(B, R, H, K), empty(B, R, H, V), beta, g, w, torch.empty(rows, H, K, V))
+    options = (cu, 1.0, not untied, 2 if untied else substeps)
+    ab = (empty(B, T, H, K), empty(B, T, H, K)) if untied else None
+
+    def call() -> None:
+        o, last, matrices, decays = launch.forward(*given, *options, True, ab)
+        assert matrices is not None and decays is not None
+        launch.backward(*given, matrices, decays, *options, o, last, ab)
+
+    return launches(call)
+
+
+def one_launch(kernel: str, K: int = 128, V: int = 128, **mode: Any) -> Launch:
+    """The first launch of a kernel in a call."""
+    return next(one for one in recorded(K, V, **mode) if one.kernel.__name__ == kernel)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"), [(name, kernel) for name, (_, kernels) in CALLS.items() for kernel in kernels]
+)
+def test_compiles_for_hopper(name: str, kernel: str) -> None:
+    built = build(one_launch(kernel, **CALLS[name][0]), HOPPER)
+    assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
+    if kernel in SCALAR:
+        assert "wgmma.mma_async" in built.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel"), [(BLACKWELL, "state_kernel"), (MI300, "local_kernel")], ids=["sm_100-state", "gfx942-local"]
+)
+def test_compiles_for_other_gpus(target: GPUTarget, kernel: str) -> None:
+    assert build(one_launch(kernel, gate="scalar"), target).asm
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width", "gate", "dtype"),
+    [
+        ("state_kernel", 256, "scalar", torch.bfloat16),
+        ("state_kernel", 256, "vector", torch.bfloat16),
+        ("adjoint_kernel", 256, "vector", torch.bfloat16),
+        ("state_kernel", 256, "scalar", torch.float32),
+    ],
+    ids=["state-scalar", "state-vector", "adjoint-vector", "state-fp32"],
+)
+def test_wide_states_fit(kernel: str, width: int, gate: str, dtype: torch.dtype) -> None:
+    built = build(one_launch(kernel, width, width, gate=gate, dtype=dtype), HOPPER)
+    assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
