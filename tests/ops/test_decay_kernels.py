@@ -73,7 +73,7 @@ def test_compiles_for_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     for one in recorded(monkeypatch, HOPPER, **CALLS[name]):
         built = build(one, HOPPER)
         assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
-        if one.kernel.__name__ == "pass_kernel":
+        if one.kernel.__name__ == "pass_kernel" and not one.arguments["ONES"]:
             assert "wgmma.mma_async" in built.asm["ptx"] and "cp.async.bulk.tensor" in built.asm["ptx"]
 
 

@@ -137,7 +137,7 @@ def stabilizer_kernel(
         m32 = m.to(tl.float32)
         tl.store(g_ptr + at, g, mask=valid)
         tl.store(w_ptr + at, tl.exp(i - m32), mask=valid)
-        tl.store(floor_ptr + at, tl.exp(tl.maximum(-m32, -80.0)), mask=valid)
+        tl.store(floor_ptr + at, tl.exp(tl.minimum(tl.maximum(-m32, -80.0), 88.0)), mask=valid)  # within fp32
         carry = tl.max(tl.where(rows == tl.minimum(t0 + BLOCK, stop) - 1, m, float("-inf")), 0)
         last = carry
     tl.store(last_ptr + pid, last.to(tl.float32))
