@@ -39,7 +39,9 @@ documents = [b"some words that follow each other, %d\\n" % (i % 7) * (1 + i % 5)
 data = TextData(Corpus("x", documents[:35], documents[35:]), ByteTokenizer(), context=16, batch_tokens=128,
                 packing=packing)
 torch.manual_seed(0)
-config = DecoderConfig(vocab_size=257, d_model=16, num_layers=2, mixers=["gla(num_heads=2)"], mlp_hidden=16,
+# No norm behind the mixer: where it divides by nearly nothing, weights that differ by 1e-7 give gradients that differ
+# by 1e-3, and a comparison of two runs would measure that.
+config = DecoderConfig(vocab_size=257, d_model=16, num_layers=2, mixers=["linear_attention(num_heads=2)"], mlp_hidden=16,
                        tie_embeddings=True)
 
 def evaluate(model, *, final, part, parts):
@@ -108,18 +110,7 @@ def values(out, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "replicated",
-        pytest.param(
-            "sharded",
-            marks=pytest.mark.xfail(
-                strict=False, reason="open: at one step of six the sharded gradient norm is off by 1.8e-4, bound 1e-4"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
 def test_two_processes_equal_one(launch, tmp_path, kind):
     one, two = tmp_path / "one", tmp_path / "two"
     launch("single", one, accumulate=2)
@@ -127,7 +118,7 @@ def test_two_processes_equal_one(launch, tmp_path, kind):
     assert "DONE True True 6" in done.stdout
     assert "DONE False True 6" in done.stdout
     assert values(two, "train/loss") == pytest.approx(values(one, "train/loss"), rel=1e-5)
-    assert values(two, "train/grad_norm") == pytest.approx(values(one, "train/grad_norm"), rel=1e-4)
+    assert values(two, "train/grad_norm") == pytest.approx(values(one, "train/grad_norm"), rel=1e-5)
     assert values(two, "held_out/bits_per_byte") == pytest.approx(values(one, "held_out/bits_per_byte"), rel=1e-5)
     assert records(two)[-1]["step"] == records(one)[-1]["step"] == 6
     # What is saved is an ordinary model folder with the whole weights.
