@@ -41,8 +41,8 @@ data = TextData(Corpus("x", documents[:35], documents[35:]), ByteTokenizer(), co
 torch.manual_seed(0)
 # No norm behind the mixer: where it divides by nearly nothing, weights that differ by 1e-7 give gradients that differ
 # by 1e-3, and a comparison of two runs would measure that.
-config = DecoderConfig(vocab_size=257, d_model=16, num_layers=2, mixers=["linear_attention(num_heads=2)"], mlp_hidden=16,
-                       tie_embeddings=True)
+config = DecoderConfig(vocab_size=257, d_model=16, num_layers=2, mixers=["linear_attention(num_heads=2)"],
+                       mlp_hidden=16, tie_embeddings=True)
 
 def evaluate(model, *, final, part, parts):
     share = bits_per_byte(model, data.held_out, data.held_out_bytes, context=16, batch_size=4, part=part, parts=parts)
