@@ -95,3 +95,15 @@ def test_passes_of_every_size_fit(K: int, V: int, dtype: torch.dtype, monkeypatc
     for one in recorded(monkeypatch, HOPPER, K, V, gate="scalar", dtype=dtype):
         if one.kernel.__name__ == "pass_kernel":
             assert build(one, HOPPER).metadata.shared <= SHARED_MEMORY[HOPPER]
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "floor"),
+    [(64, 80, False), (16, 16, True)],
+    ids=["ragged values as wide as the keys", "a normaliser as wide as the keys"],
+)
+def test_tiles_of_one_width_are_told_apart(K: int, V: int, floor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a tile of the payload is as wide as one of the keys, but only the keys' lies within its channels."""
+    passes = [one for one in recorded(monkeypatch, HOPPER, K, V, gate="scalar", floor=floor) if "TMA" in one.arguments]
+    one = next(one for one in passes if one.arguments["FULL_R"] and not one.arguments["FULL_P"])
+    assert build(one, HOPPER).asm

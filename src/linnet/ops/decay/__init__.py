@@ -69,7 +69,8 @@ def decay(
         state: state before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
         chunk_size: tokens processed together, a power of two; never changes the result beyond rounding.
-        backend: "auto", "reference" (token by token) or "chunked" (vectorised PyTorch).
+        backend: "auto", "reference" (token by token), "chunked" (vectorised PyTorch) or "triton" (K and V up to 512,
+            not float64).
 
     Returns:
         ``o`` ``[B, T, H, V]`` in v's dtype, and ``DecayState(S [N, H, K, V], z [N, H, K] | None)`` in fp32 (float64

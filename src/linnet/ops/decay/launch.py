@@ -349,16 +349,19 @@ class _Call:
         BR, BP = settings["BR"], settings["BP"]
         full_r, full_p = BR == DR, DP % BP == 0
         tma = full_r and self.dtype != torch.float32 and _has_tma(self.device)
-        tiles = ((reader, BR), (writer, BR), (payload, BP), (out, BP), (dot, BP))
+        tiles = (
+            *((t, BR, full_r) for t in (reader, writer)),
+            *((t, BP, full_p) for t in (payload, out, dot)),
+        )
 
-        def tile(t: Tensor | None, width: int) -> Any:
-            if t is None or not tma or (width == BP and not full_p):
+        def tile(t: Tensor | None, width: int, full: bool) -> Any:
+            if t is None or not (tma and full):
                 return t
             return TensorDescriptor.from_tensor(t.view(self.tokens, -1), [settings["C"], width])
 
         pass_kernel[grid](
-            *(tile(t, width) for t, width in tiles),
-            *(t for t, _ in tiles),
+            *(tile(*one) for one in tiles),
+            *(t for t, _, _ in tiles),
             None if gate is None else gate.values,
             None if gate is None else gate.seen,
             None if gate is None else gate.left,
