@@ -90,14 +90,6 @@ def test_only_what_is_open(rivals):
     assert len(banned) == 4 and all(r["note"].startswith("not run: it ended the process") for r in banned.values())
 
 
-def test_an_op_that_linnet_lacks(rivals, monkeypatch):
-    monkeypatch.setattr("linnet.ops.core.ops", dict)
-    _, rows = measured(JOB | {"impls": ["linnet", "wrong"], "passes": ["fwd"]})
-    by = {(r["impl"], r["segments"]): r for r in rows.values()}
-    assert by["linnet", None]["note"] == "linnet has no op 'decay' yet"
-    assert by["wrong", None]["ms"] > 0 and by["wrong", None]["difference"] is None
-
-
 def test_a_crash_costs_its_own_row(monkeypatch):
     rows = [{"op": "gla", "impl": "bad", "pass": p} for p in ("fwd", "fwdbwd")]
     asked = []
