@@ -36,7 +36,10 @@ def test_measures_and_shows(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suite", "dacay"], "suite: expected one of"),
+        (
+            ["--suite", "dacay"],
+            "--suite: expected one of decay, mlstm, delta, scan, cell, attention, decode, train",
+        ),
         (["--grid", "huge"], "grid: expected one of"),
         (["--suite", "decode", "--grid", "wide"], "grid: expected one of main, tiny"),
         (["--ops", "kda"], "--ops: expected some of linear_attn"),

@@ -119,6 +119,7 @@ def _job(
     import torch
 
     from linnet.benchmarks import workloads
+    from linnet.benchmarks.models import MODEL_SUITES, cells
     from linnet.benchmarks.peers import peers
     from linnet.ops.core.registry import check_backend
 
@@ -130,9 +131,9 @@ def _job(
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
     job = {"suite": suite, "dtype": dtype, "device": where, "rounds": rounds}
-    if suite in ("decode", "train"):
-        from linnet.benchmarks.models import MODEL_SUITES, cells
-
+    if suite not in (*workloads.SUITES, *MODEL_SUITES):
+        raise ValueError(f"--suite: expected one of {', '.join((*workloads.SUITES, *MODEL_SUITES))}, got {suite!r}")
+    if suite in MODEL_SUITES:
         job["shapes"] = cells(suite, grid) if shapes is None else _sizes(shapes, "B,T")
         return job | {"impls": _chosen("--impls", impls, MODEL_SUITES[suite]), "small": grid == "tiny"}
     known = [workload.name for workload in workloads.suite(suite)]
