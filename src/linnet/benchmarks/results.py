@@ -39,7 +39,7 @@ COLUMNS = (
     "tokens_per_s",
     "mfu",  # share of the matrix ceiling that the model's operations reach
     "version",  # of the implementation's package
-    "note",  # why there is no time
+    "note",  # why there is no time, or what is particular to how it was taken
 )
 _KEY = ("op", "impl", "pass", "B", "T", "H", "K", "V", "dtype", "segments")
 

@@ -22,13 +22,13 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="`decay`, `mlstm`, `delta`, `scan`, `attention`: ops beside their peers. `decode`, `train`: whole "
-            "models, recurrent beside softmax attention.",
+            help="`decay`, `mlstm`, `delta`, `scan`, `cell`, `attention`: ops beside their peers. `decode`, `train`: "
+            "whole models, recurrent beside softmax attention.",
             rich_help_panel=_WHAT,
         ),
     ] = "decay",
     grid: Annotated[
-        str, typer.Option(help="Shapes: `main`, `wide`, `packed` or `tiny`.", rich_help_panel=_WHAT)
+        str, typer.Option(help="Shapes: `main`, `wide`, `packed`, `cell` or `tiny`.", rich_help_panel=_WHAT)
     ] = "main",
     shapes: Annotated[
         str | None,
