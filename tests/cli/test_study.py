@@ -39,7 +39,7 @@ class TestCompare:
         assert found.exit_code == 0, found.output
         assert "gla(num_heads=2)" in found.output
         assert {p.name for p in out.iterdir()} == {
-            "comparison.json", "results.json", "index.html", "accuracy.png", "training.png", "cells",
+            "comparison.json", "results.json", "index.html", "scores.png", "training.png", "cells",
         }  # fmt: skip
         assert json.loads((out / "comparison.json").read_text())["length"] == [4, 8]
         again = call("compare", "--resume", "--out", out)

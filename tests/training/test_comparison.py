@@ -35,8 +35,8 @@ def test_trains_tests_and_reports(tmp_path):
     assert cells is not None
     assert [c.mixer for c in cells] == comparison.mixers
     for cell in cells:
-        assert set(cell.accuracy) == {"8", "20"}
-        assert 0 <= cell.accuracy["20"]["answers"] <= 1
+        assert set(cell.scores) == {"8", "20"}
+        assert 0 <= cell.scores["20"]["answers"] <= 1
         assert cell.tokens_per_s > 0
         assert cell.curve[-1][0] == 4
     gla, hybrid = cells
@@ -66,7 +66,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
 
     def batch(self, step, *rest):
         calls.append(step)
-        if len(calls) == 8:  # the first call of each run is a check; this is in the middle of the second run
+        if len(calls) == 10:  # a run makes 1 to check, 4 to train and 2 to test: this is in the middle of the second
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, step, *rest)
 
@@ -81,7 +81,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     assert cells is not None
     assert whole is not None
     for cell, other in zip(cells, whole, strict=True):
-        assert (cell.accuracy, cell.loss, cell.curve[-1]) == (other.accuracy, other.loss, other.curve[-1])
+        assert (cell.scores, cell.loss, cell.curve[-1]) == (other.scores, other.loss, other.curve[-1])
 
 
 def test_stopped_before_or_while_it_was_tested(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`linnet compare`: mixers on one synthetic task, on equal terms."""
+"""`linnet compare`: mixers on one synthetic task or text, on equal terms."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     from linnet.training.report import Row
 
 _WHAT, _BUDGET, _RUN = "What", "Budget", "Run"
+_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def compare(
     task: Annotated[
         str,
-        typer.Option(help="Task: `parity`, \"group(group='S3')\", …; `linnet list --tasks`.", rich_help_panel=_WHAT),
+        typer.Option(
+            help="Task: `parity`, \"group(group='S3')\", …; `linnet list --tasks`. Or, for language models, a text: "
+            "`text` (the source of Python's standard library), \"text(data='notes.txt', tokenizer='bpe:4096')\".",
+            rich_help_panel=_WHAT,
+        ),
     ] = "flipflop",
     mixers: Annotated[
         str,
@@ -33,6 +38,13 @@ def compare(
     ] = "gla, mamba2, retnet, attention",
     sizes: Annotated[str, typer.Option(help='Widths: "32, 64".', rich_help_panel=_WHAT)] = "64",
     layers: Annotated[int, typer.Option(min=1, help="Number of layers.", rich_help_panel=_WHAT)] = 2,
+    parameters: Annotated[
+        str | None,
+        typer.Option(
+            help="Parameters of every model, reached by the width of its MLPs: `100M`. Default: MLPs of one width.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     length: Annotated[
         str | None,
         typer.Option(help='Positions of a training row; several take turns: "8, 16, 32".', rich_help_panel=_WHAT),
@@ -45,6 +57,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.", rich_help_panel=_BUDGET)] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_BUDGET)] = 3e-3,
     test_rows: Annotated[int, typer.Option(min=1, help="Rows of a test.", rich_help_panel=_BUDGET)] = 256,
+    precision: Annotated[str, typer.Option(help="`no` (fp32), `bf16` or `fp16`.", rich_help_panel=_BUDGET)] = "no",
     device: Annotated[
         str, typer.Option(help="`auto` (a GPU if there is one) or `cpu`.", rich_help_panel=_RUN)
     ] = "auto",
@@ -57,7 +70,8 @@ def compare(
         typer.Option("--resume", help="Go on with the comparison in --out, with its settings.", rich_help_panel=_RUN),
     ] = False,
 ) -> None:
-    """Train mixers on a synthetic task in the same decoder and compare their accuracy by length.
+    """Train mixers on a synthetic task in the same decoder and compare their accuracy by length; or on a text, and
+    compare their bits per byte.
 
     Ends with a table, plots and a page to open in a browser. Ctrl-C saves and stops; `--resume` goes on.
     """
@@ -81,7 +95,8 @@ def compare(
             length=rows if rows is None or len(rows) > 1 else rows[0],
             tests=tests,
             layers=layers,
-            training={"steps": steps, "lr": lr, "device": device},
+            parameters=None if parameters is None else _amount("parameters", parameters),
+            training={"steps": steps, "lr": lr, "device": device, "precision": precision},
             batch_size=batch_size,
             test_rows=test_rows,
         )
@@ -92,7 +107,7 @@ def compare(
         return
     screen.print(_table(comparison, write_report(folder, comparison, cells)))
     screen.print(
-        f"Saved in [bold]{folder}[/bold]: index.html (all of it), accuracy.png, training.png, results.json, cells/"
+        f"Saved in [bold]{folder}[/bold]: index.html (all of it), scores.png, training.png, results.json, cells/"
     )
 
 
@@ -103,17 +118,24 @@ def _numbers(name: str, text: str) -> list[int]:
         raise ValueError(f"{name}: expected whole numbers separated by commas, got {text!r}") from None
 
 
+def _amount(name: str, text: str) -> int:
+    number, factor = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1)
+    try:
+        return round(float(number) * factor)
+    except ValueError:
+        raise ValueError(f"{name}: expected a number such as 3000000, 3M or 1.5B, got {text!r}") from None
+
+
 def _table(comparison: Comparison, rows: list[Row]) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, caption="accuracy: mean, and the range over initialisations", caption_justify="left"
-    )
+    caption = f"{comparison.exercise.names[0]}: mean, and the range over initialisations"
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("mixer", style="bold")
     for name in comparison.tests:
         table.add_column(name, justify="right")
     for name in ("parameters", "state", "at longest", "tokens/s"):
         table.add_column(name, justify="right")
     for row in rows:
-        reached = [_reached(values, row.seeds) for values in row.accuracy.values()]
+        reached = [_reached(values, row.seeds) for values in row.scores.values()]
         held = [size(n) for n in row.state_bytes]
         cells: list[Any] = [escape(row.label), *reached, number(row.parameters), *held, number(round(row.tokens_per_s))]
         table.add_row(*cells)

@@ -130,7 +130,7 @@ def track(spec: str, d_model: int, steps: int) -> dict[str, dict[str, Any]]:
             cells = compare(comparison, out=Path(folder, "run"))
         if cells is None:  # Ctrl-C
             raise KeyboardInterrupt
-        late = {n: values["late"] for n, values in cells[0].accuracy.items()}
+        late = {n: values["late"] for n, values in cells[0].scores.items()}
         near, far = late[str(_TESTS[0])], late[str(_TESTS[-1])]
         verdict = "generalizes" if far > 0.99 else "fits" if near > 0.99 else "fails"
         results[name] = {"accuracy": late, "chance": build_task(task).chance, "verdict": verdict}

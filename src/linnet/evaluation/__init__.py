@@ -3,6 +3,7 @@
 from .baselines import NGram, baselines, gzip_bits_per_byte, xz_bits_per_byte
 from .bits_per_byte import bits_per_byte
 from .dissection import Dissection, LinearPart, dissect
+from .exercises import Exercise, TaskExercise, TextExercise, build_exercise
 from .language import Bucket, by_position, copy_bits, question_score, swap_accuracy
 from .plots import plot_curves, plot_dissection, plot_loss_curve, plot_speed
 from .scoring import Accuracy, accuracy
@@ -11,11 +12,15 @@ __all__ = [
     "Accuracy",
     "Bucket",
     "Dissection",
+    "Exercise",
     "LinearPart",
     "NGram",
+    "TaskExercise",
+    "TextExercise",
     "accuracy",
     "baselines",
     "bits_per_byte",
+    "build_exercise",
     "by_position",
     "copy_bits",
     "dissect",

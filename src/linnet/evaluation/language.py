@@ -46,7 +46,7 @@ class Bucket(NamedTuple):
 @torch.no_grad()
 def _nats(model: Decoder, tokens: Tensor) -> Tensor:
     """Loss of each token but the first, ``[B, T - 1]``."""
-    tokens = tokens.to(model.embed_tokens.weight.device)
+    tokens = tokens.to(next(model.parameters()).device)
     logits = model(tokens[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(
         len(tokens), -1

@@ -283,7 +283,7 @@ def hardware(budget: str) -> str:
 
 def mean_accuracy(cells: Sequence[Cell], mixer: str, test: str, kind: str = "answers") -> float:
     """Mean over the initialisations of a mixer; ``kind`` is a field of :class:`linnet.evaluation.Accuracy`."""
-    return fmean(cell.accuracy[test][kind] for cell in cells if cell.mixer == mixer)
+    return fmean(cell.scores[test][kind] for cell in cells if cell.mixer == mixer)
 
 
 def by_test(

@@ -52,13 +52,13 @@ def run(experiment: Experiment) -> Outcome:
     parity = experiment.compare(
         "parity", task="parity", mixers=[SIGNED, UNSIGNED], seeds=1, tests=tests("parity"), training=training, **common
     )
-    runs = sorted(cell.accuracy["16"]["rows"] for cell in solved)
-    best = max(solved, key=lambda cell: cell.accuracy["16"]["rows"])
-    only = {cell.mixer: cell.accuracy["16"]["rows"] for cell in (*controls, *parity)}
+    runs = sorted(cell.scores["16"]["rows"] for cell in solved)
+    best = max(solved, key=lambda cell: cell.scores["16"]["rows"])
+    only = {cell.mixer: cell.scores["16"]["rows"] for cell in (*controls, *parity)}
     bars = [
         Bar("S3, 2 reflections: best of the initialisations", runs[-1], 0.95, published="converges"),
         Bar("S3, 2 reflections: median of the initialisations", median(runs)),
-        Bar("S3, 2 reflections at twice the length: the best run", best.accuracy["32"]["rows"], 0.9),
+        Bar("S3, 2 reflections at twice the length: the best run", best.scores["32"]["rows"], 0.9),
         Bar("S3, 1 reflection", only[ONE], at_most=0.05, published="does not converge"),
         Bar("S3, 2 reflections, eigenvalues in [0, 1]", only[POSITIVE], at_most=0.05, published="does not converge"),
         Bar("parity, 1 reflection", only[SIGNED], 0.99, published="solved with eigenvalues in [-1, 1]"),

@@ -1,4 +1,4 @@
-"""Training several mixers on one synthetic task, in the same decoder with the same budget, and testing them at lengths.
+"""Training several mixers on one task or text, in the same decoder with the same budget, and testing them at lengths.
 
 A *cell* is one mixer at one width from one initialisation. Each cell is an ordinary run of
 :func:`linnet.training.train` in a folder of its own, so that a comparison that was interrupted goes on in the middle
@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from linnet.evaluation import accuracy
-from linnet.mixers import parse_spec, split_specs
+from linnet.evaluation import Exercise, build_exercise
+from linnet.mixers import split_specs
 from linnet.models import Compressor, Decoder, DecoderConfig
 from linnet.ops.core import state_bytes
-from linnet.tasks import Task, TaskData, build_task, get_task
 
 from .checkpoint import checkpoints
 from .config import TrainingConfig
@@ -50,8 +49,8 @@ class Cell:
         tokens_per_s: training throughput, median.
         seconds: of training.
         loss: of the last training step.
-        accuracy: for every test :class:`linnet.evaluation.Accuracy` as a mapping.
-        curve: [step, accuracy at the first test] during training.
+        scores: for every test what :meth:`linnet.evaluation.Exercise.test` returns.
+        curve: [step, score at the first test] during training.
     """
 
     mixer: str
@@ -62,7 +61,7 @@ class Cell:
     tokens_per_s: float
     seconds: float
     loss: float
-    accuracy: dict[str, dict[str, float]]
+    scores: dict[str, dict[str, Any]]
     curve: list[list[float]]
 
 
@@ -71,13 +70,16 @@ class Comparison:
     """What is compared. Fields that make no sense raise a ValueError.
 
     Attributes:
-        task: spec of the task to train on.
+        task: spec of the task to train on, or of a text: "text(data='notes.txt')"; see
+            :func:`linnet.evaluation.build_exercise`.
         mixers: mixer specs; "gla + attention" repeats the two over the layers.
         sizes: widths.
         seeds: initialisations of each, counted from 0.
         length: positions of a training row; several are gone through in turn.
         tests: name to (task spec, length); by default the task at its own lengths. The first is followed in training.
         layers: number of layers.
+        parameters: the inner width of the MLPs is chosen, as a multiple of 64, so that every model has about so many
+            parameters; None leaves it alike for all.
         model: further fields of :class:`linnet.DecoderConfig`.
         training: fields of :class:`linnet.training.TrainingConfig`.
         batch_size: rows of a step.
@@ -91,13 +93,13 @@ class Comparison:
     length: int | Sequence[int] | None = None
     tests: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     layers: int = 2
+    parameters: int | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 32
     test_rows: int = 256
 
     def __post_init__(self) -> None:
-        task = build_task(self.task)
         for name in ("mixers", "sizes"):
             values = list(getattr(self, name))
             if not values or len(set(values)) < len(values):
@@ -107,14 +109,17 @@ class Comparison:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.length is None:
-            object.__setattr__(self, "length", task.lengths[0])
+            object.__setattr__(self, "length", self.exercise.lengths[0])
         elif not isinstance(self.length, int):
             object.__setattr__(self, "length", list(self.length))
-        tests = self.tests or {str(n): (self.task, n) for n in task.lengths}
+        tests = self.tests or {str(n): (self.task, n) for n in self.exercise.lengths}
         object.__setattr__(self, "tests", {name: (spec, n) for name, (spec, n) in tests.items()})
         for spec, n in self.tests.values():  # complain before anything is trained
-            TaskData(build_task(spec), length=n, batch_size=1).sample(0)
-        self.data(0).sample(0)
+            exercise = build_exercise(spec)
+            if exercise.score != self.exercise.score:
+                raise ValueError(f"tests: expected a score in {self.exercise.names[0]}, got {spec!r}")
+            exercise.check(n)
+        self.data(0).batch(0)
         assert self.vocab_size  # its grammars are built outside of the meta device
         with torch.device("meta"):
             for mixer, size, _ in self.cells():
@@ -132,22 +137,45 @@ class Comparison:
         """The decoder of a cell."""
         defaults = {"init_std": size**-0.5, "mlp_hidden": 2 * size}
         shape = {"vocab_size": self.vocab_size, "d_model": size, "num_layers": self.layers}
-        return DecoderConfig.from_dict({**defaults, **self.model, **shape, "mixers": split_specs(mixer, "+")})
+        values = {**defaults, **self.model, **shape, "mixers": split_specs(mixer, "+")}
+        if self.parameters is not None:
+            values["mlp_hidden"] = self._hidden(values, self.parameters)
+        return DecoderConfig.from_dict(values)
+
+    def _hidden(self, values: dict[str, Any], parameters: int) -> int:
+        """The inner width of the MLPs that brings a decoder nearest to so many parameters."""
+        with torch.device("meta"):
+            one, two = (
+                self.frame(DecoderConfig.from_dict(values | {"mlp_hidden": hidden})).num_parameters()
+                for hidden in (64, 128)
+            )
+        if two == one:
+            raise ValueError("parameters: expected None where no layer has an MLP whose width could be chosen")
+        if parameters < one:
+            least = f"at least {one} with the mixers {', '.join(values['mixers'])}"
+            raise ValueError(f"parameters: expected {least}, got {parameters}")
+        return 64 * (1 + round((parameters - one) / (two - one)))
+
+    @cached_property
+    def exercise(self) -> Exercise:
+        """What is trained on."""
+        return build_exercise(self.task)
 
     @property
     def frame(self) -> type[Decoder]:
         """The class of the models."""
-        return Compressor if get_task(parse_spec(self.task, "task")[0]).compressed else Decoder
+        return Compressor if self.exercise.compressed else Decoder
 
     @cached_property
     def vocab_size(self) -> int:
         """Of the task and its tests."""
-        return max(build_task(spec).vocab_size for spec in (self.task, *(spec for spec, _ in self.tests.values())))
+        tests = (build_exercise(spec) for spec, _ in self.tests.values())
+        return max(exercise.vocab_size for exercise in (self.exercise, *tests))
 
-    def data(self, seed: int) -> TaskData:
+    def data(self, seed: int) -> Any:
         """The training rows."""
         assert self.length is not None
-        return TaskData(build_task(self.task), length=self.length, batch_size=self.batch_size, seed=seed)
+        return self.exercise.batches(self.length, self.batch_size, seed)
 
     def training_config(self, seed: int) -> TrainingConfig:
         """The settings of a run."""
@@ -155,6 +183,11 @@ class Comparison:
         defaults = {"steps": steps, "lr": 3e-3, "warmup_steps": steps // 10, "weight_decay": 0.01, "final_lr": 0.0}
         defaults |= {"log_every": max(1, steps // 20), "keep_last": 1, "save_every": max(1, steps // 2)}
         return TrainingConfig.from_dict({**defaults, **self.training, "seed": seed})
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on a CUDA GPU here."""
+        return self.training_config(0).device != "cpu" and torch.cuda.is_available()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``Comparison(**values)`` restores them."""
@@ -203,7 +236,8 @@ def compare(
         if cell is None:
             return None
         found.append(cell)
-        reached = "  ".join(f"{name}: {values['answers']:.3f}" for name, values in cell.accuracy.items())
+        score = comparison.exercise.score
+        reached = "  ".join(f"{name}: {values[score]:.3f}" for name, values in cell.scores.items())
         console.print(
             f"{number}/{len(every)}  {mixer}  d={size}  seed {seed}  {cell.seconds:.0f} s  {reached}",
             highlight=False, markup=False, soft_wrap=True,
@@ -246,11 +280,12 @@ def _run_cell(comparison: Comparison, mixer: str, size: int, seed: int, folder: 
         shutil.rmtree(folder)
     torch.manual_seed(seed)
     model = comparison.frame(comparison.config(mixer, size))
-    tests = {name: (build_task(spec), n) for name, (spec, n) in comparison.tests.items()}
+    tests = {name: (build_exercise(spec), n) for name, (spec, n) in comparison.tests.items()}
     first, length = next(iter(tests.values()))
+    training = comparison.training_config(seed)
 
     def follow(model: Any, *, part: int, parts: int, **_: Any) -> dict[str, float]:
-        return {"accuracy": accuracy(model, first, length, rows=min(64, comparison.test_rows)).answers / parts}
+        return {"score": first.test(model, length, min(64, comparison.test_rows))[first.score] / parts}
 
     if (folder / "model").is_dir():  # trained, and stopped while it was tested
         model = comparison.frame.load(folder / "model")
@@ -261,7 +296,7 @@ def _run_cell(comparison: Comparison, mixer: str, size: int, seed: int, folder: 
         result = train(
             model,
             comparison.data(seed),
-            comparison.training_config(seed),
+            training,
             out=folder,
             resume=going_on,
             evaluate=follow,
@@ -270,7 +305,9 @@ def _run_cell(comparison: Comparison, mixer: str, size: int, seed: int, folder: 
         if not result.finished:
             return None
         records, seconds = result.records, result.seconds
-    cell = _test(model.eval(), tests, comparison.test_rows, records, seconds, (mixer, size, seed))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision)
+    with torch.autocast(model.embed_tokens.weight.device.type, dtype, enabled=dtype is not None):
+        cell = _test(model.eval(), tests, comparison.test_rows, records, seconds, (mixer, size, seed))
     partial = folder / f".{CELL_FILE}.partial"
     partial.write_text(json.dumps(dataclasses.asdict(cell), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / CELL_FILE)
@@ -280,7 +317,7 @@ def _run_cell(comparison: Comparison, mixer: str, size: int, seed: int, folder: 
 
 def _test(
     model: Decoder,
-    tests: Mapping[str, tuple[Task, int]],
+    tests: Mapping[str, tuple[Exercise, int]],
     rows: int,
     records: Sequence[Mapping[str, Any]],
     seconds: float,
@@ -288,13 +325,13 @@ def _test(
 ) -> Cell:
     held, reached = {}, {}
     device = model.embed_tokens.weight.device
-    for name, (task, length) in tests.items():
+    for name, (exercise, length) in tests.items():
         with torch.no_grad():
-            one = TaskData(task, length=length, batch_size=1, split="test").sample(0).tokens.to(device)
+            one = exercise.batches(length, 1, 0).batch(0).tokens.to(device)
             held[name] = state_bytes(model(one).state)
-        reached[name] = accuracy(model, task, length, rows=rows)._asdict()
+        reached[name] = exercise.test(model, length, rows)
     speeds = [r["perf/tokens_per_s"] for r in records if "perf/tokens_per_s" in r]
-    curve = [[r["step"], r["held_out/accuracy"]] for r in records if "held_out/accuracy" in r]
+    curve = [[r["step"], r["held_out/score"]] for r in records if "held_out/score" in r]
     losses = [r["train/loss"] for r in records if "train/loss" in r]
     return Cell(
         *key,
@@ -303,6 +340,6 @@ def _test(
         tokens_per_s=round(statistics.median(speeds), 1),
         seconds=round(seconds, 2),
         loss=round(losses[-1], 5),
-        accuracy=reached,
+        scores=reached,
         curve=curve,
     )

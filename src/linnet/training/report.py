@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,14 +16,12 @@ import torch
 
 import linnet
 from linnet.evaluation import plot_curves
-from linnet.tasks import build_task
 
 from .comparison import Cell, Comparison
 
 __all__ = ["Row", "summarise", "write_report"]
 
-PLOT, PROGRESS, PAGE, RESULTS = "accuracy.png", "training.png", "index.html", "results.json"
-_SHARES = (-0.02, 1.03)
+PLOT, PROGRESS, PAGE, RESULTS = "scores.png", "training.png", "index.html", "results.json"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } .note { color: #66727f }
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
     Attributes:
         label: spec, and width where there are several.
-        accuracy: test to (mean, lowest, highest) share of right answers.
+        scores: test to (mean, lowest, highest) score that counts.
         parameters: number of parameters.
         state_bytes: of a row after the training length and after the longest test.
         tokens_per_s: mean training throughput.
@@ -45,7 +45,7 @@ class Row(NamedTuple):
     """
 
     label: str
-    accuracy: dict[str, tuple[float, float, float]]
+    scores: dict[str, tuple[float, float, float]]
     parameters: int
     state_bytes: tuple[int, int]
     tokens_per_s: float
@@ -60,11 +60,12 @@ def summarise(comparison: Comparison, cells: Sequence[Cell]) -> list[Row]:
             own = [c for c in cells if (c.mixer, c.d_model) == (mixer, size)]
             if not own:
                 continue
-            reached = {name: [c.accuracy[name]["answers"] for c in own] for name in comparison.tests}
+            score = comparison.exercise.score
+            reached = {name: [c.scores[name][score] for c in own] for name in comparison.tests}
             held = list(own[0].state_bytes.values())
             rows.append(
                 Row(
-                    mixer if len(comparison.sizes) == 1 else f"{mixer}, d={size}",
+                    _label(comparison, mixer, size),
                     {name: (fmean(x), min(x), max(x)) for name, x in reached.items()},
                     own[0].parameters,
                     (held[0], max(held)),
@@ -76,55 +77,90 @@ def summarise(comparison: Comparison, cells: Sequence[Cell]) -> list[Row]:
 
 
 def write_report(out: str | Path, comparison: Comparison, cells: Sequence[Cell]) -> list[Row]:
-    """Write ``results.json``, ``accuracy.png``, ``training.png`` and ``index.html`` into ``out`` (replacing them).
+    """Write ``results.json``, ``scores.png``, ``training.png`` and ``index.html`` into ``out`` (replacing them).
 
     Returns:
         The rows of the table.
     """
     out, rows = Path(out), summarise(comparison, cells)
-    places = {name: float(n) for name, (_, n) in comparison.tests.items()}
-    task = build_task(comparison.task)
-    curves = {r.label: [(places[name], mean) for name, (mean, _, _) in r.accuracy.items()] for r in rows}
-    bands = {r.label: [(low, high) for _, low, high in r.accuracy.values()] for r in rows}
-    plot_curves(
-        out / PLOT,
-        curves,
-        x="positions of a test row",
-        y="accuracy",
-        title=f"{comparison.task}: mean over initialisations, band from the lowest to the highest",
-        bands=bands,
-        levels={"guessing": task.chance},
-        log_x=len(set(places.values())) > 1,
-        limits=_SHARES,
-    )
-    progress = {}
-    for cell in cells:
-        label = f"{cell.mixer}, d={cell.d_model}" if len(comparison.sizes) > 1 else cell.mixer
-        progress.setdefault(label, [(step, value) for step, value in cell.curve])
-    first = next(iter(comparison.tests))
-    title = f"{comparison.task}: first initialisation during training, test {first}"
-    plot_curves(out / PROGRESS, progress, x="optimiser step", y="accuracy", title=title, limits=_SHARES)
-    content = {"comparison": comparison.to_dict(), "rows": [row._asdict() for row in rows], "versions": _versions()}
+    draw(out, comparison, cells)
+    content = {
+        "comparison": comparison.to_dict(),
+        "rows": [row._asdict() for row in rows],
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+        "versions": _versions(),
+        "device": torch.cuda.get_device_name() if comparison.on_gpu else f"{platform.machine()} CPU",
+        "source": comparison.exercise.source,
+    }
     (out / RESULTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (out / PAGE).write_text(_page(out, comparison, cells, rows), encoding="utf-8")
     return rows
 
 
+def draw(out: Path, comparison: Comparison, cells: Sequence[Cell]) -> None:
+    """Write the two plots: the score over the length of a test or, of a text, over the position in the longest one;
+    and the score in training."""
+    exercise = comparison.exercise
+    own: dict[str, list[Cell]] = {}
+    for cell in cells:
+        own.setdefault(_label(comparison, cell.mixer, cell.d_model), []).append(cell)
+    curves, bands = {}, {}
+    for label, same in own.items():
+        profiles = [_profile(comparison, cell) for cell in same]
+        at = [x for x, _ in profiles[0]]
+        values = [[y for _, y in points] for points in zip(*profiles, strict=True)]
+        curves[label] = [(x, fmean(y)) for x, y in zip(at, values, strict=True)]
+        bands[label] = [(min(y), max(y)) for y in values]
+    plot_curves(
+        out / PLOT,
+        curves,
+        x="positions of a test row",
+        y=exercise.names[0],
+        title=f"{comparison.task}: mean over initialisations, band from the lowest to the highest",
+        bands=bands,
+        levels=exercise.levels,
+        log_x=any(len(curve) > 1 for curve in curves.values()),
+        limits=exercise.limits,
+    )
+    first = next(iter(comparison.tests))
+    plot_curves(
+        out / PROGRESS,
+        {label: [(step, value) for step, value in same[0].curve] for label, same in own.items()},
+        x="optimiser step",
+        y=exercise.names[0],
+        title=f"{comparison.task}: first initialisation during training, test {first}",
+        limits=exercise.limits,
+    )
+
+
+def _profile(comparison: Comparison, cell: Cell) -> list[tuple[float, float]]:
+    """(positions, score) of a cell."""
+    name, (_, _) = max(comparison.tests.items(), key=lambda test: test[1][1])
+    if "by_position" in cell.scores[name]:
+        return [(float(place), value) for place, value in cell.scores[name]["by_position"]]
+    score = comparison.exercise.score
+    return [(float(n), cell.scores[name][score]) for name, (_, n) in comparison.tests.items()]
+
+
+def _label(comparison: Comparison, mixer: str, size: int) -> str:
+    return mixer if len(comparison.sizes) == 1 else f"{mixer}, d={size}"
+
+
 def _page(out: Path, comparison: Comparison, cells: Sequence[Cell], rows: Sequence[Row]) -> str:
-    task = build_task(comparison.task)
-    summary = (task.__doc__ or "").strip().split("\n\n")[0].replace("``", "").replace("\n", " ")
+    exercise = comparison.exercise
+    what, also = exercise.names
     tests = list(comparison.tests)
-    head = ["mixer", *(f"accuracy {name}" for name in tests), "parameters", "state (B)", "at longest", "tokens/s"]
-    best = {name: max((r.accuracy[name][0] for r in rows), default=0.0) for name in tests}
+    head = ["mixer", *(f"{what} {name}" for name in tests), "parameters", "state (B)", "at longest", "tokens/s"]
+    best = {name: exercise.best((r.scores[name][0] for r in rows), default=0.0) for name in tests}
     body = []
     for r in rows:
         line = [_cell(r.label)]
-        for name, (mean, low, high) in r.accuracy.items():
+        for name, (mean, low, high) in r.scores.items():
             spread = f" <span class=note>{low:.3f}–{high:.3f}</span>" if r.seeds > 1 else ""
             line.append(f"<td{' class=best' if mean == best[name] else ''}>{mean:.3f}{spread}</td>")
         numbers = (r.parameters, *r.state_bytes, round(r.tokens_per_s))
         body.append("<tr>" + "".join([*line, *(_cell(f"{n:,}") for n in numbers)]) + "</tr>")
-    each = ["mixer", "width", "seed", *(f"{name}, whole rows" for name in tests), "last loss", "seconds"]
+    each = ["mixer", "width", "seed", *(f"{name}, {also}" for name in tests), "last loss", "seconds"]
     details = [
         "<tr>"
         + "".join(
@@ -133,7 +169,7 @@ def _page(out: Path, comparison: Comparison, cells: Sequence[Cell], rows: Sequen
                 c.mixer,
                 c.d_model,
                 c.seed,
-                *(f"{c.accuracy[name]['rows']:.3f}" for name in tests),
+                *(f"{c.scores[name][exercise.also]:.3f}" for name in tests),
                 f"{c.loss:.4g}",
                 f"{c.seconds:.1f}",
             )
@@ -147,17 +183,17 @@ def _page(out: Path, comparison: Comparison, cells: Sequence[Cell], rows: Sequen
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(comparison.task)}</title><style>{_STYLE}</style>
 <h1>{html.escape(comparison.task)}</h1>
-<p>{html.escape(summary)} <span class="note">{html.escape(task.source)}.</span></p>
+<p>{html.escape(exercise.summary)} <span class="note">{html.escape(exercise.source)}.</span></p>
 <p>{comparison.layers} layers, {comparison.seeds} initialisation(s) of each, {_training(comparison)["steps"]} steps of
-{comparison.batch_size} rows of {html.escape(str(comparison.length))} positions, {comparison.test_rows} test rows.
-Guessing reaches {task.chance:.3f}.</p>
-<h2>Accuracy</h2>
+{comparison.batch_size} rows of {html.escape(str(comparison.length))} positions, {comparison.test_rows} test
+rows.{"".join(f" {name.capitalize()} reaches {level:.3f}." for name, level in exercise.levels.items())}</p>
+<h2>{what.capitalize()}</h2>
 {_table(head, body)}
 <p class="note">Mean over the initialisations, lowest and highest behind it. State: what a row carries after a row of
 the first and of the longest test.</p>
-{_image(out / PLOT, "accuracy over the length of a test row")}
+{_image(out / PLOT, f"{what} over the positions of a test row")}
 <h2>Training</h2>
-{_image(out / PROGRESS, "accuracy during training")}
+{_image(out / PROGRESS, f"{what} during training")}
 <h2>Every run</h2>
 {_table(each, details)}
 <h2>Settings</h2>
