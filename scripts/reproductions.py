@@ -17,9 +17,12 @@ from typing import Any
 from linnet.mixers import get_mixer, parse_spec
 from linnet.reproductions import reproductions
 from linnet.reproductions.base import draw
+from linnet.training import Cell, Comparison
+from linnet.training.report import draw as draw_comparison
 
 ROOT = Path(__file__).parents[1]
 TRACKING = ROOT / "reproductions" / "state_tracking.json"
+LANGUAGE = ROOT / "reproductions" / "language.json"
 RESULTS, PLOTS, PAGE = (
     ROOT / "reproductions" / "results",
     ROOT / "docs" / "reproductions",
@@ -84,6 +87,7 @@ def page(results: list[dict[str, Any]]) -> str:
     table = ["| | claim | result |", "|---|---|---|"]
     table += [f"| [{cell(r['title'])}](#{anchor(r['title'])}) | {cell(r['claim'])} | {verdict(r)} |" for r in results]
     last = [tracking()] if TRACKING.is_file() else []
+    last += [language(json.loads(LANGUAGE.read_text(encoding="utf-8")))] if LANGUAGE.is_file() else []
     return "\n\n".join([head, "\n".join(table), *map(entry, results), *last]) + "\n"
 
 
@@ -113,6 +117,43 @@ def tracking() -> str:
     return "\n".join(lines)
 
 
+def language(found: dict[str, Any]) -> str:
+    """Language models of one size beside each other: what `linnet compare` left in results.json."""
+    setting, cells = found["comparison"], found["cells"]
+    training = setting["training"]
+    tests = sorted(setting["tests"], key=lambda name: setting["tests"][name][1])
+    read = training["steps"] * setting["batch_size"] * setting["length"]
+    lines = [
+        f"## Language models of {setting['parameters'] / 1e6:.0f}M parameters",
+        "",
+        f"Each reads {read / 1e6:.1f} million bytes of {found['source']}, {training['steps']} steps of"
+        f" {setting['batch_size']} rows of {setting['length']:,} bytes at a peak learning rate of {training['lr']:g},"
+        f" {training['precision']}, {setting['layers']} layers of width {setting['sizes'][0]}; the MLPs are as wide as"
+        " the number of parameters leaves room for. One initialisation and one learning rate for all: differences of a"
+        f" hundredth mean nothing. {found['device']}, {found['date']}, PyTorch {found['versions']['torch']}. Bits per"
+        f" byte of held-out text from an empty state, over windows of {' and '.join(tests)} bytes and over the last"
+        " half of the longest; the training throughput is the median, evaluations left out.",
+        "",
+        *(f"- {note}" for note in found["notes"]),
+        "",
+        f"    {found['command']}",
+        "",
+        " | ".join(
+            ["| mixer", *(f"bits per byte, {name}" for name in tests), "last half", "parameters", "state", "tokens/s |"]
+        ),
+        "|---|" + "---:|" * (len(tests) + 4),
+    ]
+    for row, cell_ in zip(found["rows"], cells, strict=True):
+        scores = cell_["scores"]
+        values = [f"{scores[name]['bits_per_byte']:.3f}" for name in tests]
+        values += [f"{scores[tests[-1]]['late']:.3f}", f"{cell_['parameters'] / 1e6:.1f}M"]
+        values += [f"{cell_['state_bytes'][tests[-1]] / 2**20:.1f} MiB", f"{cell_['tokens_per_s']:,.0f}"]
+        lines.append(" | ".join([f"| `{cell(row['label'])}`", *values]) + " |")
+    lines += ["", "![bits per byte over the position](reproductions/language.png)"]
+    lines += ["", "![bits per byte during training](reproductions/language-training.png)"]
+    return "\n".join(lines)
+
+
 def anchor(title: str) -> str:
     """The fragment that Markdown renderers give to a heading."""
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
@@ -137,6 +178,11 @@ def main() -> None:
     PAGE.write_text(text, encoding="utf-8")
     for plot, result in zip(plots, results, strict=True):
         draw(plot, result)
+    if LANGUAGE.is_file():
+        found = json.loads(LANGUAGE.read_text(encoding="utf-8"))
+        cells = [Cell(**values) for values in found["cells"]]
+        places = PLOTS / "language.png", PLOTS / "language-training.png"
+        draw_comparison(Comparison(**found["comparison"]), cells, *places)
     print(f"wrote {PAGE.relative_to(ROOT)} and {len(plots)} plots")
 
 

@@ -24,8 +24,8 @@ SMALL = {
 }
 
 
-def small(**changes) -> Comparison:
-    return Comparison("parity", **{**SMALL, **changes})
+def small(task="parity", **changes) -> Comparison:
+    return Comparison(task, **{**SMALL, **changes})
 
 
 def test_trains_tests_and_reports(tmp_path):
@@ -127,3 +127,52 @@ def test_bad_settings(changes, message):
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(FileNotFoundError, match="no comparison in"):
         compare(small(), out=tmp_path, resume=True)
+
+
+def test_text(tmp_path):
+    """A text in place of a task: bits per byte, which must fall, over the position; and one number of parameters."""
+    file = tmp_path / "text"
+    file.write_bytes(b"the same line again\n" * 200)
+    text = f"text(data={str(file)!r}, held_out=0.2)"
+    comparison = small(
+        task=text,
+        mixers=["gla(num_heads=2)", "gla(num_heads=2) + gla(num_heads=2) + attention(num_heads=2)"],
+        layers=3,
+        length=32,
+        tests={"32": (text, 32), "64": (text, 64)},
+        parameters=60_000,
+        training={"steps": 12, "save_every": 12, "evaluate_every": 3, "precision": "bf16", "device": "cpu"},
+    )
+    cells = compare(comparison, out=tmp_path / "out")
+    assert cells is not None
+    step = 3 * 3 * 64 * 16  # MLPs are as wide as multiples of 64
+    for cell in cells:
+        assert abs(cell.parameters - 60_000) <= step / 2
+        assert cell.curve[0][1] > cell.curve[-1][1] > 0
+        for name, scores in cell.scores.items():
+            assert [place for place, _ in scores["by_position"]][-1] == int(name)
+            assert scores["bits_per_byte"] < 8.1
+    rows = write_report(tmp_path / "out", comparison, cells)
+    assert rows[1].label == "2 x gla(num_heads=2) + attention(num_heads=2)"
+    assert "bits per byte 64" in (tmp_path / "out" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "text(datum='x')"}, "task 'text': unknown option 'datum'"),
+        ({"task": "text(max_bytes=50000)", "length": [8, 16]}, "length: expected one number of tokens for a text"),
+        (
+            {"task": "text(max_bytes=50000)", "tests": {"x": ("text(max_bytes=50000)", 50_000)}},
+            "tokens of held-out text",
+        ),
+        ({"tests": {"x": ("text(max_bytes=50000)", 16)}}, "tests: expected a score in accuracy"),
+        ({"parameters": 100}, r"parameters: expected at least \d+ with the mixers gla"),
+        ({"parameters": 10_000, "model": {"mlp": "none"}}, "parameters: expected None where no layer has an MLP"),
+    ],
+)
+def test_bad_text_and_parameters(changes, message):
+    if "text" in changes.get("task", ""):
+        changes = {"tests": {"8": (changes["task"], 8)}} | changes
+    with pytest.raises(ValueError, match=message):
+        Comparison(**{"task": "parity", **SMALL, **changes})

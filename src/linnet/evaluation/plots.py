@@ -115,7 +115,8 @@ def plot_curves(
     if limits is not None:
         axes.set_ylim(*limits)
     if curves:
-        figure.legend(frameon=False, labelcolor=_INK, loc="outside lower left", ncols=2, fontsize=8.5)
+        columns = 2 if max(map(len, curves)) <= 50 else 1
+        figure.legend(frameon=False, labelcolor=_INK, loc="outside lower left", ncols=columns, fontsize=8.5)
     figure.savefig(path)
 
 

@@ -8,6 +8,8 @@ import html
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import torch
 
 import linnet
 from linnet.evaluation import plot_curves
+from linnet.mixers import split_specs
 
 from .comparison import Cell, Comparison
 
@@ -36,7 +39,7 @@ class Row(NamedTuple):
     """One mixer at one width, over its initialisations.
 
     Attributes:
-        label: spec, and width where there are several.
+        label: spec, with neighbours that are alike counted, and width where there are several.
         scores: test to (mean, lowest, highest) score that counts.
         parameters: number of parameters.
         state_bytes: of a row after the training length and after the longest test.
@@ -83,7 +86,7 @@ def write_report(out: str | Path, comparison: Comparison, cells: Sequence[Cell])
         The rows of the table.
     """
     out, rows = Path(out), summarise(comparison, cells)
-    draw(out, comparison, cells)
+    draw(comparison, cells, out / PLOT, out / PROGRESS)
     content = {
         "comparison": comparison.to_dict(),
         "rows": [row._asdict() for row in rows],
@@ -91,15 +94,16 @@ def write_report(out: str | Path, comparison: Comparison, cells: Sequence[Cell])
         "versions": _versions(),
         "device": torch.cuda.get_device_name() if comparison.on_gpu else f"{platform.machine()} CPU",
         "source": comparison.exercise.source,
+        "date": datetime.now(UTC).date().isoformat(),
     }
     (out / RESULTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (out / PAGE).write_text(_page(out, comparison, cells, rows), encoding="utf-8")
     return rows
 
 
-def draw(out: Path, comparison: Comparison, cells: Sequence[Cell]) -> None:
-    """Write the two plots: the score over the length of a test or, of a text, over the position in the longest one;
-    and the score in training."""
+def draw(comparison: Comparison, cells: Sequence[Cell], scores: Path, training: Path) -> None:
+    """Write two PNG files: the score over the length of a test or, of a text, over the position in the longest one; and
+    the score in training."""
     exercise = comparison.exercise
     own: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -112,7 +116,7 @@ def draw(out: Path, comparison: Comparison, cells: Sequence[Cell]) -> None:
         curves[label] = [(x, fmean(y)) for x, y in zip(at, values, strict=True)]
         bands[label] = [(min(y), max(y)) for y in values]
     plot_curves(
-        out / PLOT,
+        scores,
         curves,
         x="positions of a test row",
         y=exercise.names[0],
@@ -124,7 +128,7 @@ def draw(out: Path, comparison: Comparison, cells: Sequence[Cell]) -> None:
     )
     first = next(iter(comparison.tests))
     plot_curves(
-        out / PROGRESS,
+        training,
         {label: [(step, value) for step, value in same[0].curve] for label, same in own.items()},
         x="optimiser step",
         y=exercise.names[0],
@@ -143,7 +147,9 @@ def _profile(comparison: Comparison, cell: Cell) -> list[tuple[float, float]]:
 
 
 def _label(comparison: Comparison, mixer: str, size: int) -> str:
-    return mixer if len(comparison.sizes) == 1 else f"{mixer}, d={size}"
+    runs = [(spec, len(list(same))) for spec, same in groupby(split_specs(mixer, "+"))]
+    name = " + ".join(spec if count == 1 else f"{count} x {spec}" for spec, count in runs)
+    return name if len(comparison.sizes) == 1 else f"{name}, d={size}"
 
 
 def _page(out: Path, comparison: Comparison, cells: Sequence[Cell], rows: Sequence[Row]) -> str:
