@@ -21,10 +21,14 @@ HYBRIDS = (f"{SMALL} + {FULL}", f"{FULL} + {GATED}")
 PURE = (f"{SMALL} + {SMALL}", f"{GATED} + {GATED}")
 
 TRIED = (
-    "With the linear layer in front of the attention layer it learns, but not within the budget: 0.46 after 300 steps."
-    " With the division in place of the RMSNorm 0.44; after 200 steps, where it stands at about 0.24, 0.22 with a"
-    " query-key norm, 0.23 with a second moment of 0.999, and 0.10 with a gate in the linear layer. With attention in"
-    " front it is solved at once.",
+    "With the linear layer in front of the attention layer it learns, but not within the budget: 0.46 after 300 steps,"
+    " 0.60 after 600. With the division in place of the RMSNorm 0.44; after 200 steps, where it stands at about 0.24,"
+    " 0.22 with a query-key norm, 0.23 with a second moment of 0.999, and 0.10 with a gate in the linear layer. With"
+    " attention in front it is solved at once.",
+    "What is missing is not in the layers but in how the model begins: the same two layers recall 1.00 after 150 steps"
+    " when the linear layer's block begins as the identity (its two output maps at zero), and 0.99 after 75 steps with"
+    " embeddings of unit variance, the initialisation of nn.Linear and an output over the 16 values in place of all 81"
+    " ids. With that initialisation alone, or that output alone, it is not learned within 150.",
 )
 
 
