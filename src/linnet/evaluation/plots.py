@@ -252,8 +252,9 @@ def plot_speed(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for axes in grid.flat:
         named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if named:
-        style = {"frameon": False, "labelcolor": _INK, "fontsize": 8}
-        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=8, **style)
+        columns = max(1, min(8, int(figure.get_figwidth() // 2)))  # two inches hold the longest name
+        style = {"frameon": False, "labelcolor": _INK, "fontsize": 8, "ncols": columns}
+        figure.legend(named.values(), named.keys(), loc="outside lower center", **style)
     figure.savefig(path)
 
 
