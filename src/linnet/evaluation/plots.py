@@ -116,6 +116,7 @@ def plot_curves(
         axes.set_ylim(*limits)
     if curves:
         columns = 2 if max(map(len, curves)) <= 50 else 1
+        figure.set_figheight(figure.get_figheight() + 0.2 * max(0, len(curves) // columns - 4))
         figure.legend(frameon=False, labelcolor=_INK, loc="outside lower left", ncols=columns, fontsize=8.5)
     figure.savefig(path)
 

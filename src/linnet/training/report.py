@@ -120,7 +120,7 @@ def draw(comparison: Comparison, cells: Sequence[Cell], scores: Path, training: 
         curves,
         x="positions of a test row",
         y=exercise.names[0],
-        title=f"{comparison.task}: mean over initialisations, band from the lowest to the highest",
+        title=comparison.task + (": mean and range over initialisations" if comparison.seeds > 1 else ""),
         bands=bands,
         levels=exercise.levels,
         log_x=any(len(curve) > 1 for curve in curves.values()),
