@@ -53,6 +53,7 @@ class TestCompare:
             (["--task", "nope"], "task: expected one of"),
             (["--mixers", "gla,"], "mixers: expected specs"),
             (["--sizes", "x"], "sizes: expected whole numbers"),
+            (["--parameters", "many"], "parameters: expected a number such as"),
             (["--resume"], "no comparison in"),
         ],
     )

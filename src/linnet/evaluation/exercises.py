@@ -3,9 +3,10 @@ another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 from linnet.mixers import parse_spec
 from linnet.tasks import (
@@ -25,7 +26,7 @@ from .scoring import accuracy
 __all__ = ["Exercise", "TaskExercise", "TextExercise", "build_exercise"]
 
 
-class Exercise(Protocol):
+class Exercise:
     """What models are trained and tested on.
 
     Attributes:
@@ -36,7 +37,7 @@ class Exercise(Protocol):
         score: the score of a test that counts: a key of what :meth:`test` returns.
         also: a second one.
         names: what the two are called.
-        best: ``max`` or ``min``: which scores are good.
+        rising: whether a higher score is the better one.
         levels: name to score, for a line in the plots.
         limits: lowest and highest score shown in plots; None: what the curves need.
     """
@@ -49,28 +50,28 @@ class Exercise(Protocol):
     score: str
     also: str
     names: tuple[str, str]
-    best: Callable[..., Any]
-    levels: dict[str, float]
-    limits: tuple[float, float] | None
+    rising: bool
+    levels: Mapping[str, float] = MappingProxyType({})
+    limits: tuple[float, float] | None = None
 
     def batches(self, length: int | Sequence[int], batch_size: int, seed: int) -> Any:
         """The training rows: what :func:`linnet.training.train` takes as data."""
-        ...
+        raise NotImplementedError
 
     def check(self, length: int) -> None:
         """Raise the ValueError of a length that cannot be tested at."""
-        ...
+        raise NotImplementedError
 
     def test(self, model: Any, length: int, rows: int) -> dict[str, Any]:
         """Scores of a model in evaluation mode on rows it was not trained on."""
-        ...
+        raise NotImplementedError
 
 
-class TaskExercise:
+class TaskExercise(Exercise):
     """A synthetic task; the score is the accuracy. ``test`` returns the fields of
     :class:`linnet.evaluation.Accuracy`."""
 
-    score, also, names, best = "answers", "rows", ("accuracy", "whole rows"), max
+    score, also, names, rising = "answers", "rows", ("accuracy", "whole rows"), True
     limits = (-0.02, 1.03)
 
     def __init__(self, task: Task):
@@ -88,7 +89,7 @@ class TaskExercise:
         return accuracy(model, self.task, length, rows=rows)._asdict()
 
 
-class TextExercise:
+class TextExercise(Exercise):
     """Next-token prediction on a text; the score is bits per byte of its held-out part, in windows that begin with an
     empty state. ``test`` returns their mean as ``bits_per_byte``, that of the last half of a window as ``late``, and
     ``by_position``: [tokens up to here, bits per byte] for stretches of a window that double.
@@ -102,9 +103,8 @@ class TextExercise:
 
     summary = "Next-token prediction on a text; bits per byte of its held-out part, from an empty state."
     compressed = False
-    score, also, names, best = "bits_per_byte", "late", ("bits per byte", "last half"), min
+    score, also, names, rising = "bits_per_byte", "late", ("bits per byte", "last half"), False
     lengths = (256, 512, 1024, 2048)
-    limits, levels = None, {}
 
     def __init__(
         self,

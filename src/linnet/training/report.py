@@ -157,7 +157,8 @@ def _page(out: Path, comparison: Comparison, cells: Sequence[Cell], rows: Sequen
     what, also = exercise.names
     tests = list(comparison.tests)
     head = ["mixer", *(f"{what} {name}" for name in tests), "parameters", "state (B)", "at longest", "tokens/s"]
-    best = {name: exercise.best((r.scores[name][0] for r in rows), default=0.0) for name in tests}
+    top = max if exercise.rising else min
+    best = {name: top((r.scores[name][0] for r in rows), default=0.0) for name in tests}
     body = []
     for r in rows:
         line = [_cell(r.label)]
