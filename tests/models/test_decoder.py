@@ -462,10 +462,22 @@ def test_mixtures_of_tokens() -> None:
         model(torch.zeros(1, 2, 8))
 
 
+def test_scaled_embeddings_and_biased_mlps():
+    model = decoder(embed_scale=3.0, mlp="geglu", mlp_bias=True)
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids = tokens(1, 4)
+    model(ids)
+    assert torch.equal(seen[0], 3.0 * model.embed_tokens(ids))
+    assert "layers.0.mlp.up_proj.bias" in model.state_dict()
+    with pytest.raises(ValueError, match=r"^embed_scale: expected a number > 0, got 0"):
+        config(embed_scale=0)
+
+
 def test_mlps_by_layer_are_repeated_over_the_layers_like_mixers():
     model = decoder(mlp=["none", "swiglu", "none"])
     assert [layer.mlp is not None for layer in model.layers] == [False, True, False, False]
     assert DecoderConfig.from_dict(json.loads(json.dumps(model.config.to_dict()))) == model.config
     assert model(tokens(1, 4)).logits.shape == (1, 4, VOCAB)
-    with pytest.raises(ValueError, match=r"^mlp: expected 'swiglu', 'moe', 'none' or a list of these, got"):
-        config(mlp=["swiglu", "geglu"])
+    with pytest.raises(ValueError, match=r"^mlp: expected 'swiglu', 'geglu', 'moe', 'none' or a list of these, got"):
+        config(mlp=["swiglu", "glu"])
