@@ -221,8 +221,8 @@ class GateLinear(nn.Linear):
 def matrix(projection: nn.Module) -> Tensor:
     """The matrix ``[out, in]`` of a projection without bias, for what multiplies it in another order than its forward.
     Read off the forward where that is not a plain linear map's: an adapter or a quantised layer in its place."""
-    if type(projection) is nn.Linear:
-        return projection.weight
+    if type(projection).forward is nn.Linear.forward:
+        return projection.weight  # type: ignore[return-value]
     like = next(p for p in projection.parameters() if p.is_floating_point())
     return projection(torch.eye(projection.in_features, dtype=like.dtype, device=like.device)).T  # type: ignore[arg-type]
 

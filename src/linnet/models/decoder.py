@@ -413,7 +413,12 @@ class Decoder(nn.Module):
                 )
 
     def _project(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        if self.lm_head is not None:
+            return self.lm_head(x)
+        table = self.embed_tokens.weight
+        if hasattr(table, "to_local"):  # a DTensor that is whole
+            table = table.to_local()  # type: ignore[operator]
+        return F.linear(x, table)
 
     def _soft_cap(self, logits: Tensor) -> Tensor:
         cap = self.config.logit_soft_cap
