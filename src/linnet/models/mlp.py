@@ -226,7 +226,7 @@ class MixtureOfExperts(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         count, k = tokens.shape[0], self.experts_per_token
         with no_autocast(x):
-            logits = F.linear(at_least_fp32(tokens), at_least_fp32(matrix(self.router)))
+            logits = F.linear(at_least_fp32(tokens), at_least_fp32(matrix(self.router, tokens)))
             scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
             experts = (scores if self.router_bias is None else scores + self.router_bias).topk(k, dim=-1).indices
             weights = scores.gather(-1, experts)
