@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from linnet.models import Decoder, DecoderConfig
 from linnet.models import decoder as decoder_module
@@ -481,3 +483,27 @@ def test_mlps_by_layer_are_repeated_over_the_layers_like_mixers():
     assert model(tokens(1, 4)).logits.shape == (1, 4, VOCAB)
     with pytest.raises(ValueError, match=r"^mlp: expected 'swiglu', 'geglu', 'moe', 'none' or a list of these, got"):
         config(mlp=["swiglu", "glu"])
+
+
+def test_selective_checkpointing_keeps_an_op_whole():
+    """Its recording of single products would be added to in place by the chunked engines."""
+    mixers = ["gla(num_heads=2)", "gated_deltanet(num_heads=2, head_dim=4)", "mlstm(num_heads=2)", "rglru(num_heads=2)"]
+    model = decoder(num_layers=len(mixers), mixers=mixers)
+    kept = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default}
+
+    def policy(ctx, func, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if func in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    x = torch.randn(1, 24, 16, dtype=torch.float64, requires_grad=True)
+    for layer in model.layers:
+        found = checkpoint(
+            lambda x, layer=layer: layer(x)[0],
+            x,
+            use_reentrant=False,
+            context_fn=partial(create_selective_checkpoint_contexts, policy),
+        )
+        weight = torch.randn_like(found)
+        given = [x, *layer.parameters()]
+        got = torch.autograd.grad((found * weight).sum(), given)
+        for a, b in zip(got, torch.autograd.grad((layer(x)[0] * weight).sum(), given), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
