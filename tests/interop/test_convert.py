@@ -23,6 +23,16 @@ DELTA = {"linear_key_head_dim": 4, "linear_value_head_dim": 6, "linear_num_key_h
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
 CASES = {
     "llama": ("Llama", {"rope_theta": 500.0, "tie_word_embeddings": True}),
+    "llama-3.1": (
+        "Llama",
+        {
+            "head_dim": 16, "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+            },
+        },
+    ),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 6}),
     "qwen3_next": (
@@ -45,6 +55,10 @@ CASES = {
     ),
     "mamba": ("Mamba", {"state_size": 8, "time_step_rank": 3, "intermediate_size": 32}),
     "xlstm": ("xLSTM", {"num_heads": 2, "num_blocks": 4, "ffn_proj_factor": 1.3, "autocast_kernel_dtype": "float32"}),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        {"intermediate_size": 48, "lru_width": 24, "attention_window_size": 5, "logits_soft_cap": 5.0},
+    ),
     "mamba2": ("Mamba2", {"num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 2}),
 }  # fmt: skip
 
@@ -90,7 +104,7 @@ def test_same_logits_and_nothing_lost(case, tmp_path):
     assert back.parameters >= done.parameters - 40 * 16
     again, report = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    tolerance = 2**-23 if kind == "qwen3_next" else 0  # weights of norms go through 1 + w
+    tolerance = 2**-23 if kind in ("qwen3_next", "recurrent_gemma") else 0  # weights of norms go through 1 + w
     for key, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=tolerance)
     kept, config = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("theirs", "back"))
@@ -123,9 +137,11 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path):
     attempt({"model.layers.1.self_attn.k_proj.bias": torch.zeros(8)}, "unexpected model.layers.1.self_attn.k_proj.bias")
     attempt({key: torch.zeros(4, 16)}, r"layers.1.mixer.k_proj.weight of shape \[4, 16\] instead of \[8, 16\]")
     attempt({}, "missing model.layers.4", num_hidden_layers=5)
-    attempt({}, "rotary positions of type 'llama3'", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
+    attempt({}, "rotary positions of type 'yarn'", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    attempt({}, "the field 'low_freq_factor' is missing", rope_parameters={"rope_type": "llama3", "factor": 8.0})
     attempt({}, "attention_bias = True is not supported", attention_bias=True)
     attempt({}, "model_type: expected one of llama, .* got 'gpt2'", model_type="gpt2")
+    attempt({}, "'rwkv' is RWKV-4, for which linnet has no mixer", model_type="rwkv")
     (tmp_path / "theirs" / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match=r"model.safetensors: damaged"):
         convert(tmp_path / "theirs", tmp_path / "ours")

@@ -322,3 +322,40 @@ def test_adapters_are_saved_merged_and_trained(tmp_path):
     )
     torch.testing.assert_close(again.eval()(ids).logits, expected, rtol=0, atol=0)
     torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes", "bitsandbytes-4"])
+@torch.no_grad()
+def test_quantised_matrices_and_exact_gates(library, tmp_path):
+    from linnet.interop.transformers import LinnetForCausalLM
+
+    pytest.importorskip(library.partition("-")[0], reason="needs torchao or bitsandbytes, of no extra of linnet")
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        quantization = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    elif library == "bitsandbytes":
+        quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    torch.manual_seed(0)
+    mixers = ["gated_deltanet(num_heads=2, head_dim=32)", "mla(num_heads=2, kv_rank=32, nope_dim=16, rope_dim=16)"]
+    options = {"mixers": mixers, "mlp_hidden": 64, "mlp": ["moe", "swiglu"], "num_experts": 4, "init_std": 0.1}
+    decoder = Decoder(DecoderConfig(vocab_size=64, d_model=64, num_layers=2, **options)).eval()
+    decoder.save(tmp_path / "m")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=quantization)
+    assert isinstance(model, LinnetForCausalLM)
+    exact = {name: p for name, p in model.named_parameters() if type(p) is torch.nn.Parameter}
+    assert {"model.lm_head.weight", "model.layers.0.mixer.a_proj.weight", "model.layers.0.mlp.router.weight"} <= {
+        *exact
+    }
+    assert sum("proj.weight" in name for name in exact) == 2  # the two gates
+    ids = torch.randint(64, (2, 9))
+    expected = decoder(ids).logits
+    error = (model(ids).logits - expected).abs().max() / expected.std()
+    assert error < (1.0 if library.endswith("4") else 0.15)
+    ways = [model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*ways)
+    model.save_pretrained(tmp_path / "q")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)

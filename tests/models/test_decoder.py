@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from linnet.models import Decoder, DecoderConfig
 from linnet.models import decoder as decoder_module
@@ -462,10 +464,46 @@ def test_mixtures_of_tokens() -> None:
         model(torch.zeros(1, 2, 8))
 
 
+def test_scaled_embeddings_and_biased_mlps():
+    model = decoder(embed_scale=3.0, mlp="geglu", mlp_bias=True)
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids = tokens(1, 4)
+    model(ids)
+    assert torch.equal(seen[0], 3.0 * model.embed_tokens(ids))
+    assert "layers.0.mlp.up_proj.bias" in model.state_dict()
+    with pytest.raises(ValueError, match=r"^embed_scale: expected a number > 0, got 0"):
+        config(embed_scale=0)
+
+
 def test_mlps_by_layer_are_repeated_over_the_layers_like_mixers():
     model = decoder(mlp=["none", "swiglu", "none"])
     assert [layer.mlp is not None for layer in model.layers] == [False, True, False, False]
     assert DecoderConfig.from_dict(json.loads(json.dumps(model.config.to_dict()))) == model.config
     assert model(tokens(1, 4)).logits.shape == (1, 4, VOCAB)
-    with pytest.raises(ValueError, match=r"^mlp: expected 'swiglu', 'moe', 'none' or a list of these, got"):
-        config(mlp=["swiglu", "geglu"])
+    with pytest.raises(ValueError, match=r"^mlp: expected 'swiglu', 'geglu', 'moe', 'none' or a list of these, got"):
+        config(mlp=["swiglu", "glu"])
+
+
+def test_selective_checkpointing_keeps_an_op_whole():
+    """Its recording of single products would be added to in place by the chunked engines."""
+    mixers = ["gla(num_heads=2)", "gated_deltanet(num_heads=2, head_dim=4)", "mlstm(num_heads=2)", "rglru(num_heads=2)"]
+    model = decoder(num_layers=len(mixers), mixers=mixers)
+    kept = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default}
+
+    def policy(ctx, func, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if func in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    x = torch.randn(1, 24, 16, dtype=torch.float64, requires_grad=True)
+    for layer in model.layers:
+        found = checkpoint(
+            lambda x, layer=layer: layer(x)[0],
+            x,
+            use_reentrant=False,
+            context_fn=partial(create_selective_checkpoint_contexts, policy),
+        )
+        weight = torch.randn_like(found)
+        given = [x, *layer.parameters()]
+        got = torch.autograd.grad((found * weight).sum(), given)
+        for a, b in zip(got, torch.autograd.grad((layer(x)[0] * weight).sum(), given), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from linnet.models.mlp import MixtureOfExperts, SwiGLU, grouped_matmul, grouped_outer
+from linnet.models.mlp import GeGLU, MixtureOfExperts, SwiGLU, grouped_matmul, grouped_outer
 
 
 def experts(**options):
@@ -33,14 +35,18 @@ def naive(moe, x):
     return out
 
 
-def test_swiglu_is_its_formula():
+@pytest.mark.parametrize(("kind", "activation"), [(SwiGLU, F.silu), (GeGLU, partial(F.gelu, approximate="tanh"))])
+def test_gated_layers_are_their_formula(kind, activation):
     torch.manual_seed(0)
-    mlp = SwiGLU(8, 20, init_std=0.5, out_std=0.1)
+    mlp = kind(8, 20, init_std=0.5, out_std=0.1)
     x = torch.randn(2, 3, 8)
     y, aux = mlp(x)
     assert aux is None
     gate, up, down = (p.weight for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    torch.testing.assert_close(y, (F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+    torch.testing.assert_close(y, (activation(x @ gate.T) * (x @ up.T)) @ down.T)
+    biased = kind(8, 20, bias=True)
+    assert not any(p.count_nonzero() for name, p in biased.named_parameters() if name.endswith("bias"))
+    assert sum(p.numel() for p in biased.parameters()) == sum(p.numel() for p in mlp.parameters()) + 48
     assert 0.4 < mlp.gate_proj.weight.std() < 0.6 and 0.08 < mlp.down_proj.weight.std() < 0.12
 
 

@@ -186,6 +186,32 @@ def test_rotary_depends_on_distance_alone() -> None:
     assert abs(scores[0] - scores[1]) < 1e-10
 
 
+def test_rotary_slows_down_long_wavelengths() -> None:
+    """Llama 3.1's rule, pair by pair: kept, interpolated or divided, by the turns in the original length."""
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    x, position = torch.randn(1, 1, 1, 16, dtype=torch.float64), 7
+    y = rotary(x, torch.tensor([position]), base=300.0, scaling=scaling)
+    kinds = set()
+    for i in range(8):
+        rate = 300.0 ** (-i / 8)
+        turns = 64 * rate / (2 * math.pi)
+        kinds.add("kept" if turns > 4 else "divided" if turns < 1 else "between")
+        smooth = (turns - 1) / 3
+        if turns > 4:
+            slowed = rate
+        elif turns < 1:
+            slowed = rate / 8
+        else:
+            slowed = (1 - smooth) * rate / 8 + smooth * rate
+        turned = torch.polar(torch.ones(1, dtype=torch.float64), torch.tensor([position * slowed], dtype=torch.float64))
+        z = torch.complex(x[0, 0, 0, i], x[0, 0, 0, i + 8]) * turned[0]
+        torch.testing.assert_close(torch.complex(y[0, 0, 0, i], y[0, 0, 0, i + 8]), z)
+    assert kinds == {"kept", "between", "divided"}
+    for wrong in ({**scaling, "factor": 0}, {"factor": 8.0}, {**scaling, "high_freq_factor": 1.0}, 8.0):
+        with pytest.raises(ValueError, match=r"^scaling: expected numbers above 0 for factor, "):
+            rotary(x, torch.tensor([position]), scaling=wrong)
+
+
 def test_rotary_keeps_its_angles_in_half_precision() -> None:
     """A position of 4001 is not a bfloat16 number; its angle must be right all the same."""
     x, positions = torch.randn(1, 1, 1, 16), torch.tensor([4001])

@@ -3,12 +3,16 @@ is loaded, so that the processes share the cost of it."""
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from linnet import ops, parallel
 from linnet.models import Decoder, DecoderConfig
@@ -169,6 +173,87 @@ def check_decoder(group, split_rows):
         close("removed", model(tokens).logits, whole.logits)
 
 
+def check_tensor_parallel(group):
+    torch.manual_seed(2)
+    mixers = [
+        "gated_deltanet(num_heads=2, num_v_heads=4, head_dim=4)", "gla(num_heads=4, num_kv_heads=2, conv_size=3)",
+        "attention(num_heads=4, num_kv_heads=2, qkv_bias=True, o_bias=True, qk_norm=True, output_gate=True)",
+        "mamba2(head_dim=4, state_dim=3, num_groups=2)", "mlstm(num_heads=2)", "kda(num_heads=2, head_dim=4)",
+        "deltaproduct(num_heads=2, gate=True, output_gate=True)", "rglru(num_heads=2)", "simple_gla(num_heads=2)",
+        "mla(num_heads=2, kv_rank=4, q_rank=6, nope_dim=4, rope_dim=2, v_dim=6)", "linear_attention(num_heads=2)",
+        "gated_deltanet2(num_heads=2, head_dim=4)", "deltanet(num_heads=2)",
+    ]  # fmt: skip
+    shape = {"vocab_size": 11, "d_model": 16, "num_layers": len(mixers), "mlp_hidden": 12, "init_std": 0.3}
+    moe = {"num_experts": 3, "shared_experts": 1, "shared_gate": True, "expert_hidden": 4}
+    for options in (
+        {"mixers": mixers, "mlp": ["swiglu", "none", "moe", "geglu"], "mlp_bias": True, **moe},
+        {"mixers": mixers[1:3], "num_layers": 2, "tie_embeddings": True, "logit_soft_cap": 5.0},
+    ):
+        model = Decoder(DecoderConfig(**{**shape, **options})).double()
+        with torch.no_grad():
+            for p in model.parameters():  # no weight that a wrong part of would go unnoticed
+                p.add_(0.1 * torch.randn_like(p))
+        spread = copy.deepcopy(model)
+        tokens, targets = torch.randint(11, (B, T)), torch.randint(11, (B, T))
+        expected = model.loss(tokens, targets)
+        expected.backward()
+        mesh = DeviceMesh.from_group(group, "cpu")
+        assert parallel.tensor_parallel(spread, mesh) is spread
+        loss = spread.loss(tokens, targets)
+        loss.backward()
+        close("loss", loss.detach(), expected.detach())
+        whole = dict(model.named_parameters())
+        split = 0
+        for name, p in spread.named_parameters():
+            close(name, p.grad.full_tensor(), whole[name].grad)
+            close(name, p.full_tensor(), whole[name])
+            split += p.numel() - p.to_local().numel()
+        assert split > 0.35 * sum(p.numel() for p in whole.values())
+        norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0) for m in (spread, model)]
+        close("norm", norms[0].full_tensor(), norms[1])
+        for m in (spread, model):
+            torch.optim.AdamW(m.parameters(), lr=0.01).step()
+        tokens = tokens.view(1, -1)
+        lengths = ops.Segments.from_lengths([5, 14, 19])
+        with torch.no_grad():
+            close("logits", spread(tokens, segments=lengths).logits, model(tokens, segments=lengths).logits)
+            first = [m(tokens[:, :30]).state for m in (spread, model)]
+            outputs = [m(tokens[:, 30:], state).logits for m, state in zip((spread, model), first, strict=True)]
+            close("from a state", *outputs)
+            close("from zeros", spread(tokens, spread.init_state(1)).logits, model(tokens).logits)
+    for mixer, text in (
+        ("hgrn2(head_dim=4)", "layer 1: the mixer hgrn2 cannot be split by heads"),
+        ("attention(num_heads=2, qk_norm='joint')", "qk_norm='joint' is over all of them"),
+        ("gla(num_heads=3, expand_k=0.75, expand_v=0.75)", "the mixer gla has num_heads=3"),
+    ):
+        model = Decoder(DecoderConfig(**{**shape, "d_model": 16, "num_layers": 2, "mixers": ["gla", mixer]}))
+        before = model.state_dict()
+        refuses(lambda model=model: parallel.tensor_parallel(model, mesh), text)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    refuses(lambda: parallel.tensor_parallel(Decoder.meta(model.config), mesh), "decoder: expected initialised weights")
+
+
+def check_sharded_and_split():
+    """Two processes for the layers, times two for the batch."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(3)
+    mixers = ["gated_deltanet(num_heads=2, head_dim=4)", "attention(num_heads=2)"]
+    model = Decoder(DecoderConfig(vocab_size=11, d_model=8, num_layers=2, mixers=mixers, mlp_hidden=8)).double()
+    spread = parallel.tensor_parallel(copy.deepcopy(model), mesh["tensor"])
+    for module in (*spread.layers, spread):
+        fully_shard(module, mesh=mesh["data"])
+    register_fsdp_forward_method(spread, "loss")
+    tokens = torch.randint(11, (2, T))
+    spread.loss(*[tokens[mesh["data"].get_local_rank()][None]] * 2).backward()
+    model.loss(tokens, tokens).backward()
+    for m in (spread, model):
+        torch.optim.SGD(m.parameters(), lr=0.1).step()
+    found = get_model_state_dict(spread, options=StateDictOptions(full_state_dict=True))
+    for name, x in model.state_dict().items():
+        if dist.get_rank() == 0:
+            close(name, found[name], x)
+
+
 def refuses(call, text):
     try:
         call()
@@ -194,6 +279,7 @@ def main(rank, size, port):
     pair = dist.new_group([0, 1])
     torch.manual_seed(0)
     given = list(cases())
+    check_sharded_and_split()
     for group in (None, pair):
         if group is pair and rank > 1:
             break
@@ -204,8 +290,13 @@ def main(rank, size, port):
         for split_rows in (False, True) if group is None else (False,):
             check_decoder(group, split_rows)
         check_refusals(group)
-        if rank == 0 and group is None:
-            for name in [*done, "decoder", "decoder-rows", "refusals"]:
+        if group is pair:
+            check_tensor_parallel(pair)
+            done = ["tensor-parallel"]
+        else:
+            done += ["decoder", "decoder-rows", "refusals"]
+        if rank == 0:
+            for name in done:
                 print("OK", name)
     dist.barrier()
     dist.destroy_process_group()

@@ -28,7 +28,7 @@ def test_slices_equal_the_whole():
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     names = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("OK")}
-    expected = {"conv", "attention", "selective_scan", "decoder", "decoder-rows", "refusals"}
+    expected = {"conv", "attention", "selective_scan", "decoder", "decoder-rows", "refusals", "tensor-parallel"}
     expected |= {f"decay-{kind}" for kind in ("none", "constant", "scalar", "vector", "values", "bonus", "normalised")}
     expected |= {f"delta-{kind}" for kind in ("plain", "scalar", "vector", "channels", "substeps")}
     expected |= {f"scan-{kind}" for kind in ("real", "complex", "block")}

@@ -23,7 +23,6 @@ from linnet.mixers.attention import Attention
 from linnet.models import Decoder, DecoderConfig, DecodingStep, parameter_groups
 from linnet.ops import backend
 from linnet.ops.attention import cost as attention_cost
-from linnet.ops.attention import rotary
 from linnet.ops.core import state_bytes
 
 from .protocol import Ceilings, Timer, Timing, reason
@@ -195,7 +194,7 @@ class _StaticAttention(nn.Module):
                 (mixer.v_proj, mixer.num_kv_heads),
             )
         )
-        q, k = (rotary(y, state.length[:, None], base=mixer.rope_base) for y in (q, k))
+        q, k = (mixer.rotate(y, state.length[:, None]) for y in (q, k))
         state.k[:, :, -1] = k[:, 0]
         state.v[:, :, -1] = v[:, 0]
         o = F.scaled_dot_product_attention(q.transpose(1, 2), state.k, state.v)

@@ -25,7 +25,8 @@ def convert(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the target holds.")] = False,
 ) -> None:
-    """Convert a checkpoint: Llama, Qwen2, Qwen3, Qwen3-Next, Olmo Hybrid, Kimi Linear, Mamba, Mamba-2, xLSTM.
+    """Convert a checkpoint: Llama, Qwen2, Qwen3, Qwen3-Next, Olmo Hybrid, Kimi Linear, Mamba, Mamba-2, xLSTM,
+    RecurrentGemma; of flash-linear-attention GLA, RetNet, DeltaNet, Gated DeltaNet, KDA, HGRN-2, Mamba-2.
 
     The direction is read off the source. Example: `linnet convert downloads/Qwen3-0.6B models/qwen3`, and back with
     `linnet convert models/qwen3 out --to qwen3`.

@@ -64,8 +64,8 @@ def convert(
         target: folder to write. A ``tokenizer.json`` comes along, and so does the source's configuration, from which
             the way back fills in what a decoder does not know.
         to: the layout to write ("llama", "qwen3", …); for a linnet model only.
-        dtype: of the tensors to write; that of the source when None, but fp32 where a layout's norm weights are
-            differences from 1, which half precision would round.
+        dtype: of the tensors to write; that of the source when None, but fp32 where some tensors are computed (norm
+            weights that a layout stores as differences from 1), which half precision would round.
         overwrite: replace ``target`` if it holds something.
 
     Raises:
@@ -94,6 +94,8 @@ def convert(
 
 
 def _layout(name: str, kind: str | None) -> Layout:
+    if kind == "rwkv":
+        raise ValueError(f"{name}: 'rwkv' is RWKV-4, for which linnet has no mixer (it has those of RWKV-6 and RWKV-7)")
     if kind not in LAYOUTS:
         raise ValueError(f"{name}: expected one of {', '.join(LAYOUTS)}; got {kind!r}")
     return LAYOUTS[kind]
@@ -120,7 +122,7 @@ def _import(
             missing += absent
             continue
         parts = [load(str(name)) for name in present]
-        if layout.zero_centred and dtype is None:
+        if layout.widen and dtype is None:
             dtype = torch.promote_types(parts[0].dtype, torch.float32)
         parts = [x if dtype is None or not x.is_floating_point() else x.to(dtype) for x in parts]
         tensors |= _apply(rule.read, parts, rule.theirs, rule.ours)

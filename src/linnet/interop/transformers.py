@@ -15,6 +15,7 @@ so that padding is never computed; and weight decay must spare decays and gates,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -33,7 +34,8 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from linnet.models import Decoder, DecoderConfig
+from linnet.mixers.parts import GateLinear
+from linnet.models import Decoder, DecoderConfig, MixtureOfExperts
 from linnet.models.io import FORMAT_VERSION, MODEL_TYPE
 from linnet.ops import Segments
 from linnet.ops.core import map_state, repeat_rows, select_rows
@@ -109,6 +111,21 @@ def _model_folder(name: Any) -> Any:
         )
     except FileNotFoundError:
         return name
+
+
+def _sparing(quantization: Any, config: LinnetConfig) -> Any:
+    """A quantisation of matrices alone: what decides over thousands of tokens what a state keeps, and which experts a
+    token gets, keeps its precision."""
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):  # of bitsandbytes; of the others
+        if getattr(quantization, field, "") is None:
+            decoder = Decoder.meta(config.decoder_config())
+            kept = [module for module in decoder.modules() if isinstance(module, GateLinear)]
+            kept += [module.router for module in decoder.modules() if isinstance(module, MixtureOfExperts)]
+            names = [f"model.{name}" for name, module in decoder.named_modules() if module in kept]
+            quantization = copy.copy(quantization)
+            setattr(quantization, field, [*names, "model.lm_head"])
+            break
+    return quantization
 
 
 class StateCache(Cache):
@@ -264,8 +281,12 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the folder may also be a whole run of ``linnet train``. Generation ends with the document
-        where the folder holds a tokenizer that says how documents end."""
+        where the folder holds a tokenizer that says how documents end. A ``quantization_config`` that does not say
+        itself what to leave out leaves out gates, routers and the head."""
         folder = _model_folder(pretrained_model_name_or_path)
+        if kwargs.get("quantization_config") is not None:
+            config: Any = kwargs.get("config") or LinnetConfig.from_pretrained(folder)
+            kwargs["quantization_config"] = _sparing(kwargs["quantization_config"], config)
         loaded = super().from_pretrained(folder, *args, **kwargs)
         settings = (loaded[0] if isinstance(loaded, tuple) else loaded).generation_config
         if settings.eos_token_id is None and isinstance(folder, str) and Path(folder, TOKENIZER_FILE).is_file():

@@ -145,7 +145,7 @@ class MLA(Mixer):
             o, _ = attention(q, k, v, scale=scale, segments=segments)
             cache = append(cache, key, key[..., :0], None, segments)
         else:
-            up = parts.matrix(self.kv_up).view(self.num_heads, self.nope_dim + self.v_dim, self.kv_rank)
+            up = parts.matrix(self.kv_up, latent).view(self.num_heads, self.nope_dim + self.v_dim, self.kv_rank)
             inner = torch.einsum("bthd,hdr->bthr", q[..., : self.nope_dim], up[:, : self.nope_dim])
             q = torch.cat([inner, q[..., self.nope_dim :]], -1)
             cache = AttentionState(cache.k, cache.k[..., : self.kv_rank], cache.length)

@@ -218,12 +218,12 @@ class GateLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-def matrix(projection: nn.Module) -> Tensor:
-    """The matrix ``[out, in]`` of a projection without bias, for what multiplies it in another order than its forward.
-    Read off the forward where that is not a plain linear map's: an adapter or a quantised layer in its place."""
-    if type(projection) is nn.Linear:
-        return projection.weight
-    like = next(p for p in projection.parameters() if p.is_floating_point())
+def matrix(projection: nn.Module, x: Tensor) -> Tensor:
+    """The matrix ``[out, in]`` of a projection of ``x`` without bias, for what multiplies it in another order than its
+    forward. Read off the forward where that is not a plain linear map's: an adapter in its place, quantised weights."""
+    if type(projection).forward is nn.Linear.forward and type(projection.weight) in (Tensor, nn.Parameter):
+        return projection.weight  # type: ignore[return-value]
+    like = next((p for p in projection.parameters() if p.is_floating_point()), x)
     return projection(torch.eye(projection.in_features, dtype=like.dtype, device=like.device)).T  # type: ignore[arg-type]
 
 

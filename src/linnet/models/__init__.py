@@ -6,7 +6,7 @@ from .decoder import Decoder, DecoderConfig, DecoderLayer, DecoderOutput
 from .encoder import Bidirectional, Encoder, EncoderOutput
 from .generation import DecodingStep, Generation, GenerationStep, generate, sample, stream
 from .io import atomic_folder, recover_folder
-from .mlp import MixtureOfExperts, SwiGLU
+from .mlp import GeGLU, MixtureOfExperts, SwiGLU
 from .parameters import no_decay_names, parameter_groups
 from .rnn import GRU, LSTM, RNN
 from .seq2seq import Seq2Seq, beam_search
@@ -24,6 +24,7 @@ __all__ = [
     "DecodingStep",
     "Encoder",
     "EncoderOutput",
+    "GeGLU",
     "Generation",
     "GenerationStep",
     "MixtureOfExperts",

@@ -20,7 +20,7 @@ from linnet.ops import Segments
 from linnet.ops.core import check_segments
 
 from .io import atomic_folder, read_checkpoint, write_checkpoint
-from .mlp import MixtureOfExperts, SwiGLU, at_least_fp32
+from .mlp import GeGLU, MixtureOfExperts, SwiGLU, at_least_fp32
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "DecoderOutput"]
 
@@ -38,10 +38,11 @@ class DecoderConfig:
         num_layers: number of layers.
         mixers: mixer specs, repeated over the layers in turn: ``["gla", "gla", "gla", "attention(window=256)"]`` is
             three to one. A spec is a name, a name with options, or a mapping with a ``name``.
-        mlp: "swiglu", "moe" (mixture of experts) or "none" (the layer is its mixer alone); or a list of these, repeated
-            over the layers like the mixers.
+        mlp: "swiglu", "geglu", "moe" (mixture of experts) or "none" (the layer is its mixer alone); or a list of these,
+            repeated over the layers like the mixers.
         mlp_hidden: inner width of the MLP; by default ``mlp_ratio * d_model`` rounded up to a multiple of 64.
         mlp_ratio: inner width relative to ``d_model`` when ``mlp_hidden`` is not given.
+        mlp_bias: biases in "swiglu" and "geglu".
         num_experts, experts_per_token: experts of "moe", and how many of them a token runs.
         expert_hidden: inner width of one expert (default: that of the MLP).
         shared_experts: always-on experts beside them.
@@ -56,6 +57,7 @@ class DecoderConfig:
             repeated over the layers like ``mixers``.
         norm_eps: epsilon of the RMS norms.
         tie_embeddings: the head shares the weight of the embedding; there is then no ``lm_head``.
+        embed_scale: factor of the embeddings on their way into the first layer.
         logit_soft_cap: c in ``c * tanh(logits / c)``; None has no cap.
         init_std: standard deviation of the initial embedding, head and MLP weights. Mixers initialise themselves.
         scale_residual_init: divide the initial output weights of the MLPs by ``sqrt(2 * num_layers)``.
@@ -68,6 +70,7 @@ class DecoderConfig:
     mlp: str | Sequence[str] = "swiglu"
     mlp_hidden: int | None = None
     mlp_ratio: float = 8 / 3
+    mlp_bias: bool = False
     num_experts: int = 8
     experts_per_token: int = 2
     expert_hidden: int | None = None
@@ -83,6 +86,7 @@ class DecoderConfig:
     norm_position: str | Sequence[str] = "pre"
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    embed_scale: float = 1.0
     logit_soft_cap: float | None = None
     init_std: float = 0.02
     scale_residual_init: bool = False
@@ -94,16 +98,17 @@ class DecoderConfig:
             self._expect(name, "an integer >= 0", lambda x: _is_int(x) and x >= 0)
         for name in ("mlp_hidden", "expert_hidden"):
             self._expect(name, "an integer >= 1 or None", lambda x: x is None or (_is_int(x) and x >= 1))
-        for name in ("mlp_ratio", "norm_eps", "init_std", "router_scale"):
+        for name in ("mlp_ratio", "norm_eps", "init_std", "router_scale", "embed_scale"):
             self._expect(name, "a number > 0", lambda x: _is_number(x) and x > 0)
         for name in ("balance_loss", "router_z_loss", "router_bias_rate"):
             self._expect(name, "a number >= 0", lambda x: _is_number(x) and x >= 0)
-        for name in ("tie_embeddings", "scale_residual_init", "shared_gate"):
+        for name in ("tie_embeddings", "scale_residual_init", "shared_gate", "mlp_bias"):
             self._expect(name, "true or false", lambda x: isinstance(x, bool))
         self._expect("logit_soft_cap", "a number > 0 or None", lambda x: x is None or (_is_number(x) and x > 0))
         kinds = (self.mlp,) if isinstance(self.mlp, str) else tuple(self.mlp)
-        allowed = ("swiglu", "moe", "none")
-        self._expect("mlp", "'swiglu', 'moe', 'none' or a list of these", lambda _: kinds and set(kinds) <= {*allowed})
+        allowed = ("swiglu", "geglu", "moe", "none")
+        what = f"{', '.join(map(repr, allowed[:-1]))}, 'none' or a list of these"
+        self._expect("mlp", what, lambda _: kinds and set(kinds) <= {*allowed})
         if not isinstance(self.mlp, str):
             object.__setattr__(self, "mlp", kinds)
         self._expect("router", "'softmax' or 'sigmoid'", lambda x: x in ("softmax", "sigmoid"))
@@ -153,8 +158,9 @@ class DecoderConfig:
         if kind == "none":
             return None
         sparse = layer >= self.dense_layers and (layer - self.dense_layers + 1) % self.experts_every == 0
-        if kind == "swiglu" or not sparse:
-            return SwiGLU(self.d_model, self.hidden, init_std=self.init_std, out_std=std)
+        if kind != "moe" or not sparse:
+            dense = GeGLU if kind == "geglu" else SwiGLU
+            return dense(self.d_model, self.hidden, init_std=self.init_std, out_std=std, bias=self.mlp_bias)
         return MixtureOfExperts(
             self.d_model,
             self.expert_hidden or self.hidden,
@@ -372,6 +378,8 @@ class Decoder(nn.Module):
             x = tokens.to(self.embed_tokens.weight.dtype) @ self.embed_tokens.weight[: tokens.shape[-1]]
         else:
             x = self.embed_tokens(tokens)
+        if self.config.embed_scale != 1:
+            x = x * self.config.embed_scale
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states: list[Any] = []
         losses: list[Tensor] = []
@@ -405,7 +413,12 @@ class Decoder(nn.Module):
                 )
 
     def _project(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        if self.lm_head is not None:
+            return self.lm_head(x)
+        table = self.embed_tokens.weight
+        if hasattr(table, "to_local"):  # a DTensor that is whole
+            table = table.to_local()  # type: ignore[operator]
+        return F.linear(x, table)
 
     def _soft_cap(self, logits: Tensor) -> Tensor:
         cap = self.config.logit_soft_cap

@@ -1,4 +1,4 @@
-"""Position-wise layers of a decoder: SwiGLU and a mixture of SwiGLU experts.
+"""Position-wise layers of a decoder: SwiGLU, GeGLU and a mixture of SwiGLU experts.
 
 Both return ``(y, aux)``: the output and a scalar to add to the training loss (``None`` when there is none).
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from linnet.mixers.parts import matrix
 from linnet.ops.core import no_autocast
 
-__all__ = ["MixtureOfExperts", "SwiGLU", "grouped_matmul"]
+__all__ = ["GeGLU", "MixtureOfExperts", "SwiGLU", "grouped_matmul"]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ grouped_outer.register_autograd(_outer_backward, setup_context=_save)
 
 
 class SwiGLU(nn.Module):
-    """Gated position-wise layer: ``down(silu(gate(x)) * up(x))``, ``[..., D] -> [..., D]``, no biases.
+    """Gated position-wise layer: ``down(silu(gate(x)) * up(x))``, ``[..., D] -> [..., D]``.
 
     Source: "GLU Variants Improve Transformer", 2020, arXiv 2002.05202, equation 6.
 
@@ -105,23 +105,41 @@ class SwiGLU(nn.Module):
         d_model: width D.
         hidden: inner width; 8/3 of D has the size of a plain layer of width 4 D.
         init_std, out_std: standard deviation of the initial input and output weights (out_std: like init_std).
+        bias: biases on the three maps, which start at zero.
     """
 
-    def __init__(self, d_model: int, hidden: int, *, init_std: float = 0.02, out_std: float | None = None):
+    def __init__(
+        self, d_model: int, hidden: int, *, init_std: float = 0.02, out_std: float | None = None, bias: bool = False
+    ):
         super().__init__()
         self.init_std, self.out_std = init_std, init_std if out_std is None else out_std
-        self.gate_proj = nn.Linear(d_model, hidden, bias=False)
-        self.up_proj = nn.Linear(d_model, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, d_model, bias=False)
+        self.gate_proj = nn.Linear(d_model, hidden, bias=bias)
+        self.up_proj = nn.Linear(d_model, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, d_model, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.gate_proj.weight, std=self.init_std)
-        nn.init.normal_(self.up_proj.weight, std=self.init_std)
-        nn.init.normal_(self.down_proj.weight, std=self.out_std)
+        for linear, std in (
+            (self.gate_proj, self.init_std),
+            (self.up_proj, self.init_std),
+            (self.down_proj, self.out_std),
+        ):
+            nn.init.normal_(linear.weight, std=std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.silu(gate)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
+        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x)), None
+
+
+class GeGLU(SwiGLU):
+    """The same with a GELU (its tanh form) in place of the SiLU, as in Gemma and Griffin; equation 6 of that paper."""
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh")
 
 
 class MixtureOfExperts(nn.Module):
@@ -208,7 +226,7 @@ class MixtureOfExperts(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         count, k = tokens.shape[0], self.experts_per_token
         with no_autocast(x):
-            logits = F.linear(at_least_fp32(tokens), at_least_fp32(matrix(self.router)))
+            logits = F.linear(at_least_fp32(tokens), at_least_fp32(matrix(self.router, tokens)))
             scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
             experts = (scores if self.router_bias is None else scores + self.router_bias).topk(k, dim=-1).indices
             weights = scores.gather(-1, experts)

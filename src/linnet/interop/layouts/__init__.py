@@ -7,11 +7,11 @@ back) and ``rules`` (which of their tensors are which of ours). Names are those 
 
 from __future__ import annotations
 
-from . import kimi_linear, mamba, olmo_hybrid, qwen3_next, transformer, xlstm
+from . import fla, kimi_linear, mamba, olmo_hybrid, qwen3_next, recurrent_gemma, transformer, xlstm
 from .base import Fields, Layout, Rule, Shape
 
 __all__ = ["LAYOUTS", "Fields", "Layout", "Rule", "Shape"]
 
-_FAMILIES = (transformer, qwen3_next, olmo_hybrid, kimi_linear, mamba, xlstm)
+_FAMILIES = (transformer, qwen3_next, olmo_hybrid, kimi_linear, mamba, xlstm, recurrent_gemma, fla)
 
 LAYOUTS: dict[str, Layout] = {name: layout for family in _FAMILIES for name, layout in family.LAYOUTS.items()}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from linnet.mixers import get_mixer
 from linnet.mixers.base import parse_spec
-from linnet.models import Decoder, DecoderConfig, MixtureOfExperts, SwiGLU
+from linnet.models import Decoder, DecoderConfig, GeGLU, MixtureOfExperts, SwiGLU
+from linnet.ops.attention.rotary import SCALING
 
 __all__ = [
     "NORMS",
@@ -140,14 +141,22 @@ class Fields:
             if found is not None and found != value:
                 raise ValueError(f"config.json: {name} = {found!r} is not supported, only {value!r}")
 
-    def rotation(self) -> tuple[float, float]:
-        """Base of the rotary frequencies, and the share of channels that are rotated."""
+    def rotation(self, fraction: float = 1.0) -> dict[str, Any]:
+        """Rotary positions as options of ``attention``; ``fraction`` is their default share of rotated channels."""
         rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"config.json: rotary positions of type {kind!r} are not supported, only 'default'")
-        base = rope.get("rope_theta") or self("rope_theta", 10000.0)
-        return float(base), float(rope.get("partial_rotary_factor") or self("partial_rotary_factor", 1.0))
+        if kind not in ("default", "llama3"):
+            raise ValueError(
+                f"config.json: rotary positions of type {kind!r} are not supported, only 'default' and 'llama3'"
+            )
+        options: dict[str, Any] = {
+            "rope_base": float(rope.get("rope_theta") or self("rope_theta", 10000.0)),
+            "rope_fraction": float(rope.get("partial_rotary_factor") or self("partial_rotary_factor", fraction)),
+        }
+        if kind == "llama3":
+            given = {SCALING[-1]: self.values.get("max_position_embeddings"), **rope}
+            options["rope_scaling"] = {name: Fields(given)(name) for name in SCALING}
+        return options
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,7 @@ class Shape:
     Attributes:
         config: the configuration.
         layers: name and options of the mixer of each layer, defaults included.
-        mlps: kind of the MLP of each layer: "none", "swiglu" or "moe".
+        mlps: kind of the MLP of each layer: "none", "swiglu", "geglu" or "moe".
     """
 
     config: DecoderConfig
@@ -175,7 +184,7 @@ class Shape:
             # What None stands for is an attribute of the mixer.
             full = {key: getattr(layer.mixer, key, None) if value is None else value for key, value in full.items()}
             layers.append((name, full))
-        kinds = {type(None): "none", SwiGLU: "swiglu", MixtureOfExperts: "moe"}
+        kinds = {type(None): "none", SwiGLU: "swiglu", GeGLU: "geglu", MixtureOfExperts: "moe"}
         return cls(config, tuple(layers), tuple(kinds[type(layer.mlp)] for layer in built))
 
     def options(self, layer: int, expected: str) -> dict[str, Any]:
@@ -198,12 +207,13 @@ class Shape:
                 f"layer {i}, {key}": value for key, value in options.items() if key not in ("layer", "num_layers")
             }
             found |= {f"layer {i}, norm behind": c.norm_after(i), f"layer {i}, mlp": self.mlps[i]}
-        names = ["vocab_size", "d_model", "num_layers", "norm_eps", "tie_embeddings", "logit_soft_cap"]
+        names = ["vocab_size", "d_model", "num_layers", "norm_eps", "tie_embeddings", "embed_scale"]
+        names += ["logit_soft_cap"]
         if "moe" in self.mlps:
             names += ["num_experts", "experts_per_token", "shared_experts", "shared_gate", "router", "router_scale"]
             found |= {"expert_hidden": c.expert_hidden or c.hidden, "router bias": c.router_bias_rate > 0}
-        if "swiglu" in self.mlps:
-            found["mlp_hidden"] = c.hidden
+        if {"swiglu", "geglu"} & {*self.mlps}:
+            found |= {"mlp_hidden": c.hidden, "mlp_bias": c.mlp_bias}
         return found | {name: getattr(c, name) for name in names}
 
     def dense(self) -> int:
@@ -224,7 +234,7 @@ class Layout:
         write: ours to the fields of theirs that ours decides.
         rules: correspondence of the tensors.
         ignored: patterns of tensors that are not part of the language model.
-        zero_centred: norm weights are stored as differences from 1, which need fp32 to be added to it.
+        widen: some tensors are computed, not copied (norm weights stored as differences from 1), which needs fp32.
     """
 
     architecture: str
@@ -232,7 +242,7 @@ class Layout:
     write: Callable[[Shape], dict[str, Any]]
     rules: Callable[[Shape], Iterator[Rule]]
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
-    zero_centred: bool = False
+    widen: bool = False
 
 
 def pattern(mixers: list[Any]) -> list[Any]:
@@ -243,14 +253,19 @@ def pattern(mixers: list[Any]) -> list[Any]:
 
 def read_common(f: Fields, mixers: list[dict[str, Any]], **fields: Any) -> DecoderConfig:
     """A decoder of these mixers, one a layer, with what most configurations say in the same words; ``fields`` win."""
-    f.only(hidden_act="silu", attention_bias=False, mlp_bias=False)
-    defaults = {"mlp_hidden": f.values.get("intermediate_size"), "norm_eps": f("rms_norm_eps", 1e-6)}
+    f.only(attention_bias=False, mlp_bias=False)
+    if f("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
+        f.only(hidden_act="silu")
+    defaults = {
+        "mlp_hidden": f.values.get("intermediate_size"),
+        "norm_eps": f("rms_norm_eps", 1e-6),
+        "tie_embeddings": f("tie_word_embeddings", False),
+    }
     return DecoderConfig(
         vocab_size=f("vocab_size"),
         d_model=f("hidden_size"),
         num_layers=len(mixers),
         mixers=pattern(mixers),
-        tie_embeddings=f("tie_word_embeddings", False),
         **{**defaults, **fields},
     )
 
@@ -313,7 +328,9 @@ NORMS = "input_layernorm.weight=mixer_norm.weight, post_attention_layernorm.weig
 
 def write_rotation(options: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary positions, from options of ``attention``."""
-    rope = {"rope_type": "default", "rope_theta": options["rope_base"]}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": options["rope_base"]}
+    if options["rope_scaling"] is not None:
+        rope |= {"rope_type": "llama3", **options["rope_scaling"]}
     if options["rope_fraction"] != 1:
         rope["partial_rotary_factor"] = options["rope_fraction"]
     return {"rope_parameters": rope}
@@ -336,6 +353,8 @@ def attention(
     names = "k_proj.weight, v_proj.weight, o_proj.weight"
     if options["qkv_bias"]:
         names += ", q_proj.bias, k_proj.bias, v_proj.bias"
+    if options["o_bias"]:
+        names += ", o_proj.bias"
     yield from renamed(theirs, ours, names)
     if options["output_gate"]:
         heads, size = options["num_heads"], options["head_dim"]

@@ -14,12 +14,13 @@ __all__ = ["LAYOUTS"]
 
 
 def _read_mamba2(f: Fields) -> DecoderConfig:
-    f.only(use_bias=False, use_conv_bias=True)
-    low, high = f("time_step_limit", [0.0, float("inf")])
+    f.only(use_bias=False, use_conv_bias=True, rmsnorm=True, norm_before_gate=False, D_has_hdim=False)
+    # Second names: flash-linear-attention's.
+    low, high = f.values.get("time_step_limit") or f("dt_limit", [0.0, float("inf")])
     high = float("inf") if isinstance(high, dict) else float(high)  # JSON has no infinity: {"__float__": "Infinity"}
     if (float(low), high) != (0.0, float("inf")):
         raise ValueError(f"config.json: time_step_limit = {[low, high]} is not supported, only no limit")
-    eps = f("layer_norm_epsilon", 1e-5)
+    eps = f.values.get("layer_norm_epsilon") or f("norm_eps", 1e-5)
     mixer = {
         "name": "mamba2",
         "expand": f("expand", 2),

@@ -49,7 +49,7 @@ def _read_olmo_hybrid(f: Fields) -> DecoderConfig:
         "norm_eps": f("rms_norm_eps", 1e-6),
     }
     rope = f.values.get("rope_parameters") or {}
-    full |= {"rope_base": f.rotation()[0]} if rope.get("rope_theta") is not None else {"rope": False}
+    full |= f.rotation() if rope.get("rope_theta") is not None else {"rope": False}
     count = f("num_hidden_layers")
     types = layer_types(f, lambda i: "full_attention" if i % 4 == 3 or i + 1 == count < 4 else "linear_attention")
     mixers = [linear if kind == "linear_attention" else full for kind in types]

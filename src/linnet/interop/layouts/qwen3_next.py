@@ -35,9 +35,6 @@ __all__ = ["LAYOUTS"]
 
 
 def _read_qwen3_next(f: Fields) -> DecoderConfig:
-    base, fraction = f.rotation()
-    if f.values.get("rope_parameters") is None and f.values.get("partial_rotary_factor") is None:
-        fraction = 0.25
     eps = f("rms_norm_eps", 1e-6)
     linear = read_delta(f, eps)
     full = {
@@ -45,8 +42,7 @@ def _read_qwen3_next(f: Fields) -> DecoderConfig:
         "num_heads": f("num_attention_heads"),
         "num_kv_heads": f("num_key_value_heads"),
         "head_dim": f("head_dim"),
-        "rope_base": base,
-        "rope_fraction": fraction,
+        **f.rotation(1.0 if f.values.get("rope_parameters") else 0.25),
         "qk_norm": True,
         "output_gate": True,
         "norm_eps": eps,
@@ -141,6 +137,6 @@ LAYOUTS = {
         _write_qwen3_next,
         _qwen3_next_rules,
         ignored=(*Layout.ignored, r"^mtp\."),  # its second head, which predicts further tokens
-        zero_centred=True,
+        widen=True,
     )
 }

@@ -28,7 +28,7 @@ __all__ = ["LAYOUTS"]
 
 
 def _read_transformer(f: Fields, **options: Any) -> DecoderConfig:
-    base, fraction = f.rotation()
+    rotation = f.rotation()
     heads = f("num_attention_heads")
     windows = f("use_sliding_window", False)
     types = layer_types(
@@ -39,8 +39,8 @@ def _read_transformer(f: Fields, **options: Any) -> DecoderConfig:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"config.json: layer_types: {kind!r} is not supported here")
         window = {"window": f("sliding_window")} if kind == "sliding_attention" else {}
-        shared = {"num_heads": heads, "num_kv_heads": f("num_key_value_heads", heads), "rope_base": base}
-        head = {"head_dim": f("head_dim", f("hidden_size") // heads), "rope_fraction": fraction}
+        shared = {"num_heads": heads, "num_kv_heads": f("num_key_value_heads", heads), **rotation}
+        head = {"head_dim": f("head_dim", f("hidden_size") // heads)}
         mixers.append({"name": "attention", **shared, **head, **window, **options})
     return read_common(f, mixers)
 

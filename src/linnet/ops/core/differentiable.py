@@ -7,8 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = ["differentiable"]
+
+
+def _recorded() -> bool:
+    """Whether selective checkpointing is recording or replaying: it keeps results by their operators, and has to see
+    one op, not the steps of an implementation that adds to its intermediate results in place."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+    return any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())
 
 
 def differentiable(
@@ -24,8 +35,8 @@ def differentiable(
     """Register ``linnet::name`` and ``linnet::name_backward`` and return what calls them.
 
     ``torch.library`` dispatches every call through Python layers that cost more than a small kernel takes; only graph
-    capture, fake tensors and tensor subclasses need them. Any other call runs ``forward`` itself inside an
-    ``autograd.Function``.
+    capture, fake tensors, tensor subclasses and selective checkpointing need them. Any other call runs ``forward``
+    itself inside an ``autograd.Function``.
 
     Args:
         forward, backward: typed as ``torch.library.custom_op`` wants them; the first positional argument is a tensor.
@@ -54,7 +65,7 @@ def differentiable(
             return gradients(backward, ctx, *grads)
 
     def call(x: Tensor, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta":
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta" or _recorded():
             return op(x, *args)
         return Eager.apply(x, *args)
 

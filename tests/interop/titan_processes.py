@@ -1,0 +1,212 @@
+"""torchtitan's trainer on a linnet decoder, two processes with sharded weights, against a plain loop.
+
+It expects an accelerator; what it asks one for is answered here for the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+torch._utils._get_available_device_type = lambda: "cpu"
+for name, answer in {
+    "get_device_name": "CPU",
+    "get_device_properties": SimpleNamespace(total_memory=1 << 30),
+    "memory_stats": {},
+    "reset_peak_memory_stats": None,
+    "empty_cache": None,
+}.items():
+    setattr(torch.cpu, name, lambda *_, answer=answer: answer)
+dist.barrier = lambda *_, barrier=dist.barrier, **__: barrier()
+if not hasattr(dist, "set_timeout"):  # new in torch 2.15
+    dist.set_timeout = lambda *_, **__: None
+
+from torchtitan.components.checkpoint import CheckpointManager  # noqa: E402
+from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
+from torchtitan.components.loss import ChunkedLossWrapper  # noqa: E402
+from torchtitan.components.metrics import MetricsProcessor  # noqa: E402
+from torchtitan.components.optimizer import LRSchedulersContainer  # noqa: E402
+from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
+from torchtitan.config import ConfigManager, TrainingConfig  # noqa: E402
+from torchtitan.distributed.activation_checkpoint import FullAC  # noqa: E402
+
+from linnet.interop import torchtitan as bridge  # noqa: E402
+from linnet.models import Decoder, DecoderConfig, parameter_groups  # noqa: E402
+from linnet.ops import Segments  # noqa: E402
+
+T, STEPS, LR = 12, 3, 0.05
+EPS = 0.1  # so large that AdamW does not blow up the rounding of small gradients
+SHAPE = DecoderConfig(
+    vocab_size=11,
+    d_model=16,
+    num_layers=3,
+    mixers=["gated_deltanet(num_heads=2, head_dim=4)", "gla(num_heads=2)", "attention(num_heads=2)"],
+    mlp_hidden=16,
+    init_std=0.2,
+)
+LENGTHS = [[5, 7], [12], [1, 8, 3]]  # of the documents in a row, by step
+
+
+def batch(step: int, rank: int):
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    tokens = torch.randint(11, (2, T + 1), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS[step]]).expand(2, -1)
+    labels = tokens[:, 1:].clone()
+    labels[:, : 2 + rank] = -100
+    return tokens[:, :-1], positions, labels
+
+
+class Data(BaseDataLoader):
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        pass
+
+    def __init__(self, config: Config, *, dp_rank: int, **_):
+        self.rank = dp_rank
+
+    def __iter__(self):
+        for step in range(STEPS):
+            tokens, positions, labels = batch(step, self.rank)
+            yield {"input": tokens, "positions": positions}, labels
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class Tokens(BaseTokenizer):
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseTokenizer.Config):
+        pass
+
+    def __init__(self, config: Config, **_):
+        super().__init__()
+
+    def encode(self, *_, **__):
+        return []
+
+    def decode(self, *_, **__):
+        return ""
+
+    def get_vocab_size(self):
+        return 11
+
+
+def tiny():
+    config = bridge.trainer_config(
+        SHAPE,
+        lr=LR,
+        dataloader=Data.Config(),
+        tokenizer=Tokens.Config(),
+        training=TrainingConfig(
+            local_batch_size=2, seq_len=T, steps=STEPS, mixed_precision_param="float32", disable_cuda_graphs=True
+        ),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=0, min_lr_factor=1.0),
+        metrics=MetricsProcessor.Config(log_freq=1),
+        checkpoint=CheckpointManager.Config(
+            enable=True, interval=STEPS, last_save_model_only=True, last_save_in_hf=True
+        ),
+    )
+    for group in config.optimizer.param_groups:
+        group.optimizer_kwargs["eps"] = EPS
+    return config
+
+
+def chunked():
+    config = tiny()
+    config.loss = ChunkedLossWrapper.Config(num_chunks=2, loss_fn=config.loss)
+    config.activation_checkpoint = FullAC.Config()
+    return config
+
+
+def reference(state: dict[str, torch.Tensor]) -> Decoder:
+    model = Decoder(SHAPE)
+    model.load_state_dict(state)
+    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.1), LR, (0.9, 0.95), EPS)
+    for step in range(STEPS):
+        tokens, _, labels = (torch.cat(x) for x in zip(*[batch(step, rank) for rank in (0, 1)], strict=True))
+        segments = Segments.from_lengths(LENGTHS[step] * 4)
+        optimizer.zero_grad()
+        model.loss(tokens.view(1, -1), labels.view(1, -1), segments).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
+
+
+def refusals() -> None:
+    for change, message in (
+        (["--parallelism.tensor_parallel_degree", "2"], "parallelism.tensor_parallel_degree: expected 1, got 2"),
+        (["--training.no-disable-cuda-graphs"], "training.disable_cuda_graphs: expected True"),
+    ):
+        config = ConfigManager().parse_args(["--module", __name__, "--config", "tiny", *change])
+        try:
+            config.model_spec.model.update_from_config(config=config)
+        except ValueError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(message)
+    config = ConfigManager().parse_args(["--module", "linnet.interop.torchtitan", "--config", "gla-340m"])
+    assert config.model_spec.flavor == "gla-340m"
+
+
+def main(rank: int, port: str, folder: Path, name: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank)}
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
+    options = ["--module", __name__, "--config", name, "--dump_folder", str(folder / "outputs")]
+    trainer = ConfigManager().parse_args(options).build()
+    for module in trainer.model_parts[0].modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum that is divided
+    before = {name: x.full_tensor().clone() for name, x in trainer.model_parts[0].state_dict().items()}
+    assert all(torch.isfinite(x).all() for x in before.values())
+    trainer.train()
+    after = {name: x.full_tensor() for name, x in trainer.model_parts[0].state_dict().items()}
+    trainer.close()
+    if rank == 0:
+        (saved,) = (file.parent for file in folder.rglob("model.safetensors.index.json"))
+        bridge.save_model(saved, folder / "model", SHAPE)
+        loaded = Decoder.load(folder / "model").state_dict()
+        expected = reference(before).state_dict()
+        for name, x in expected.items():
+            torch.testing.assert_close(
+                after[name], x, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+            assert torch.equal(loaded[name], after[name]), name
+        moved = max(float((x - before[name]).abs().max()) for name, x in expected.items())
+        assert moved > 0.2 * LR
+        refusals()
+        print("OK")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.modules["titan_processes"] = sys.modules["__main__"]
+    __name__ = "titan_processes"
+    children = []
+    for index in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                main(index, sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
