@@ -368,10 +368,16 @@ class Decoder(nn.Module):
         self, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None
     ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
         self._check(tokens, state, segments)
+        return self._through(self._embed(tokens), state, segments)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.is_floating_point():
-            x = tokens.to(self.embed_tokens.weight.dtype) @ self.embed_tokens.weight[: tokens.shape[-1]]
-        else:
-            x = self.embed_tokens(tokens)
+            return tokens.to(self.embed_tokens.weight.dtype) @ self.embed_tokens.weight[: tokens.shape[-1]]
+        return self.embed_tokens(tokens)
+
+    def _through(
+        self, x: Tensor, state: tuple[Any, ...] | None, segments: Segments | None
+    ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states: list[Any] = []
         losses: list[Tensor] = []
