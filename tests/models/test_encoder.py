@@ -72,8 +72,9 @@ def test_the_decoder_goes_on_where_the_encoder_ends(mixer):
     torch.testing.assert_close(model(source, target).logits, whole, **EXACT)
 
 
-def test_sources_and_targets_of_any_length():
-    model = seq2seq(reverse_source=True)
+@pytest.mark.parametrize("context", [False, True])
+def test_sources_and_targets_of_any_length(context):
+    model = seq2seq(reverse_source=True, context=context)
     sources, targets = [tokens(1, n, seed=n) for n in (3, 1, 6)], [tokens(1, n, seed=9 + n) for n in (2, 5, 1)]
     packed = model(torch.cat(sources, 1), torch.cat(targets, 1), Segments.from_lengths([3, 1, 6]),
                    Segments.from_lengths([2, 5, 1])).logits  # fmt: skip
@@ -87,8 +88,9 @@ def test_sources_and_targets_of_any_length():
     torch.testing.assert_close(loss, F.cross_entropy(logits[padded >= 0], padded[padded >= 0]))
 
 
-def test_generation_from_sources():
-    model = seq2seq()
+@pytest.mark.parametrize("context", [False, True])
+def test_generation_from_sources(context):
+    model = seq2seq(context=context)
     source = tokens(3, 5)
     found = model.generate(source, start=0, max_new_tokens=4, temperature=0.0)
     begin = generate(model.decoder, torch.zeros(3, 1, dtype=torch.int64), state=model.encode(source),
@@ -132,6 +134,23 @@ def test_learns_to_reverse():
     source = torch.randint(1, 7, (256, 3))
     found = model.eval().generate(source, start=0, max_new_tokens=3, temperature=0.0).tokens
     assert float((found == source.flip(1)).double().mean()) > 0.97
+
+
+def test_the_context_is_given_at_every_step():
+    """Added to every embedding."""
+    model, plain = seq2seq(context=True), seq2seq()
+    plain.decoder.load_state_dict(model.decoder.state_dict())
+    source, inputs = tokens(2, 5), tokens(2, 4, seed=5)
+    *states, context = model.encode(source)
+    torch.testing.assert_close(context, model.context(model.encoder(source).hidden[:, -1]), **EXACT)
+    x = plain.decoder.embed_tokens(inputs) + context[:, None]
+    for layer, state in zip(plain.decoder.layers, states, strict=True):
+        x, _, _ = layer(x, state, None)
+    torch.testing.assert_close(model(source, inputs).logits, plain.decoder.lm_head(plain.decoder.norm(x)), **EXACT)
+    with pytest.raises(ValueError, match=r"^state: expected what the source left"):
+        model.decoder(inputs)
+    with pytest.raises(ValueError, match=r"^segments: expected sources of at least one token"):
+        model.encode(source[:1], Segments.from_lengths([5, 0]))
 
 
 def test_rows_of_a_state_can_be_chosen():

@@ -56,6 +56,7 @@ CALLS = {
     "paralstm": lambda: call_paralstm(10, BF16),
     "paralstm tiles": lambda: call_paralstm(40, FP32),
     "m2rnn": lambda: call_m2rnn(64, 16, BF16),
+    "m2rnn wide": lambda: call_m2rnn(128, 128, BF16),
 }
 
 

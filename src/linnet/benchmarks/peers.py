@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linnet.ops.core import get_op
 
-from .workloads import Inputs
+from .workloads import Inputs, run_mixer, weights_of
 
 __all__ = ["Peer", "peers"]
 
@@ -36,6 +36,7 @@ class Peer(NamedTuple):
         restore: its output -> [B, T, H, V].
         packed: whether it takes packed sequences.
         cpu: whether it runs without a GPU.
+        heads: how many it takes at most; any number when None.
     """
 
     name: str
@@ -46,13 +47,16 @@ class Peer(NamedTuple):
     restore: Callable[[Tensor], Tensor]
     packed: bool = True
     cpu: bool = False
+    heads: int | None = None
 
-    def obstacle(self, device: torch.device, packed: bool) -> str | None:
-        """Why it cannot run there, on packed sequences or not; None when it can."""
+    def obstacle(self, device: torch.device, packed: bool, heads: int = 1) -> str | None:
+        """Why it cannot run there, on packed sequences or not, with so many heads; None when it can."""
         if device.type == "cpu" and not self.cpu:
             return "runs on GPUs only"
         if packed and not self.packed:
             return "does not take packed sequences"
+        if self.heads is not None and heads > self.heads:
+            return f"takes {self.heads} head" + ("s" if self.heads > 1 else "")
         return None if find_spec(self.module) is not None else f"{self.package} is not installed"
 
     @property
@@ -81,9 +85,11 @@ def _peer(
     convert: Callable[[Inputs], Inputs] = lambda x: x,
     restore: Callable[[Tensor], Tensor] = lambda o: o,
     packed: bool = True,
+    heads: int | None = None,
 ) -> Callable[[Run], Run]:
     def add(run: Run) -> Run:
-        _peers.setdefault(workload, []).append(Peer(name, package, module, run, convert, restore, packed))
+        peer = Peer(name, package, module, run, convert, restore, packed, heads=heads)
+        _peers.setdefault(workload, []).append(peer)
         return run
 
     return add
@@ -331,6 +337,81 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
     return _sdpa(x, torch.nn.attention.SDPBackend.FLASH_ATTENTION)
 
 
+# cuDNN: layers of one head.
+
+
+def _cudnn(kind: str) -> None:
+    def convert(x: Inputs) -> Inputs:
+        """The layer of `torch.nn` with these weights, which lie in one piece as cuDNN wants them."""
+        width = x["x"].shape[-1]
+        layer = getattr(torch.nn, kind)(width, width, batch_first=True).to(x["x"].device, x["x"].dtype)
+        if x["R"].shape[0] == 1:
+            layer.weight_ih_l0.copy_(x["W"].mT)
+            layer.weight_hh_l0.copy_(x["R"][0].mT)
+            layer.bias_ih_l0.copy_(x["bias"])
+            layer.bias_hh_l0.zero_()
+        layer.flatten_parameters()
+        return {"x": x["x"], **dict(layer.named_parameters())}
+
+    @_peer(f"{kind.lower()}_layer", "torch-cudnn", "torch", "torch", convert=convert, packed=False, heads=1)
+    def _(x: Inputs, cu: Tensor | None) -> Tensor:
+        y, *weights = x.values()
+        state = y.new_zeros(1, y.shape[0], y.shape[2])
+        run: Any = getattr(torch, kind.lower())
+        return run(y, (state, state) if kind == "LSTM" else state, weights, True, 1, 0.0, True, False, True)[0]
+
+
+_cudnn("LSTM")
+_cudnn("GRU")
+
+
+# FlashRNN: its Triton kernels, which hold a head's weights on one multiprocessor, and the CUDA kernels that alternate
+# with matrix products. Those are compiled when they first run.
+
+
+def _for_flashrnn(x: Inputs) -> Inputs:
+    H, D, gates = x["R"].shape[0], x["R"].shape[1], x["R"].shape[2] // x["R"].shape[1]
+    R = x["R"].unflatten(-1, (gates, D)).permute(2, 0, 3, 1)
+    R = R.roll(1, 0) if gates == 3 else R  # of the GRU the candidate's comes first, with a bias of its own
+    bias = torch.zeros(4, H, D, dtype=R.dtype, device=R.device)
+    return {"gates": x["x"].unflatten(-1, (gates, D)).transpose(2, 3), "R": R, "bias": bias}
+
+
+def _flashrnn(kind: str, name: str, backend: str) -> None:
+    @_peer(kind, name, "flashrnn", "flashrnn", convert=_for_flashrnn, packed=False)
+    def _(x: Inputs, cu: Tensor | None) -> Tensor:
+        from flashrnn import flashrnn
+
+        dtype = str(x["R"].dtype).removeprefix("torch.")
+        return flashrnn(x["gates"], x["R"], x["bias"], function=kind, backend=backend, dtype=dtype)[0][0]
+
+
+for _kind in ("lstm", "slstm"):
+    _flashrnn(_kind, "flashrnn-triton", "triton_fused")
+for _kind in ("lstm", "gru", "slstm"):
+    _flashrnn(_kind, "flashrnn-alternating", "cuda")
+
+
+# Beside an M2RNN layer: this library's Gated DeltaNet layer of the same width, with the heads that the M2RNN's paper
+# compares with.
+
+
+def _gated_deltanet(width: int) -> str:
+    return f"gated_deltanet(num_heads={max(1, width // 512)}, head_dim=256, expand_v=2.0)"
+
+
+@_peer(
+    "m2rnn_layer",
+    "gated-deltanet",
+    "linnet",
+    "linnet",
+    convert=lambda x: {"x": x["x"], **weights_of(_gated_deltanet(x["x"].shape[-1]), x["x"])},
+    packed=False,
+)
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    return run_mixer(_gated_deltanet(x["x"].shape[-1]), x, None)
+
+
 # What a cell costs as a loop over tokens in PyTorch: linnet's own definitions, which are written that way.
 
 
@@ -344,3 +425,4 @@ for _kind in ("lstm", "gru", "slstm"):
     _loop(_kind, "cell", kind=_kind)
 _loop("paragru", "paragru")
 _loop("m2rnn", "m2rnn", clip=1.0)
+_loop("selective_scan", "selective_scan")  # the published kernel (mamba-ssm) has to be built from source

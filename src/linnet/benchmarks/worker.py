@@ -143,7 +143,8 @@ def _measure(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> Non
         if workload.name not in job["ops"]:
             continue
         for shape in (Shape.of(sizes) for sizes in job["shapes"]):
-            _Comparison(job, workload, shape, timer, ceilings, first, emit).go()
+            if workload.fits(shape):
+                _Comparison(job, workload, shape, timer, ceilings, first, emit).go()
 
 
 class _Comparison:
@@ -267,7 +268,7 @@ class _Comparison:
             return "not run: it ended the process on other shapes of this op"
         if name == "linnet":
             return None
-        return self.peers[name].obstacle(self.timer.device, bool(self.shape.lengths))
+        return self.peers[name].obstacle(self.timer.device, bool(self.shape.lengths), self.shape.H)
 
     def _first(self, name: str) -> float | None:
         if not self.job["first_call"]:

@@ -10,12 +10,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
+from linnet.mixers import Mixer, build_mixer
+from linnet.ops import backend as using
+from linnet.ops import cell
 from linnet.ops.core import Cost, Segments, get_op
 
 __all__ = ["GRIDS", "SUITES", "Shape", "Workload", "grid", "suite"]
 
 Inputs = dict[str, Tensor]
+STATES = 16  # of a channel of the selective scan, Mamba's default
 
 
 class Shape(NamedTuple):
@@ -56,6 +61,9 @@ class Workload:
         options: further arguments of linnet's op.
         cost: arguments of the op's cost function beside shape, itemsize and direction.
         constants: inputs that a layer does not train, which ask for no gradient.
+        layer: for a whole layer around the op, ``layer(inputs, segments, backend)`` -> output ``[B, T, H V]``; its
+            inputs are ``x`` of that shape and weights.
+        fits: the shapes it is for.
     """
 
     name: str
@@ -64,6 +72,8 @@ class Workload:
     options: dict[str, Any]
     cost: dict[str, Any]
     constants: tuple[str, ...] = ()
+    layer: Callable[[Inputs, Segments | None, str], Tensor] | None = None
+    fits: Callable[[Shape], bool] = lambda shape: True
 
     def inputs(self, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
         """Random inputs, as leaves of the autograd graph."""
@@ -82,21 +92,35 @@ class Workload:
 
     def run(self, inputs: Inputs, segments: Segments | None, backend: str = "auto") -> Tensor:
         """linnet's output."""
+        if self.layer is not None:
+            return self.layer(inputs, segments, backend)
         return get_op(self.engine).function(**inputs, **self.options, segments=segments, backend=backend)[0]
 
     def floor(self, shape: Shape, itemsize: int, backward: bool) -> Cost:
         """Operations and bytes that the call needs at least, after the op's own account."""
         sizes = self._sizes(shape)
         cost = get_op(self.engine).cost(*sizes, itemsize=itemsize, backward=backward, **self.cost)
+        if self.layer is not None:
+            cost = self._floor_of_layer(cost, shape, itemsize, backward)
         if shape.lengths:  # that account counts one state a row; packing has one a sequence, read and written
             more = cost.state_bytes * (len(shape.lengths) - 1)
             cost = Cost(cost.flops, cost.bytes + 2 * more, cost.state_bytes + more)
         return cost
 
+    def _floor_of_layer(self, op: Cost, shape: Shape, itemsize: int, backward: bool) -> Cost:
+        """The op's operations and a product with every weight of a map; of memory only weights, input and output."""
+        made = self.make(lambda *size: torch.empty(*size, device="meta"), shape)
+        maps = sum(x.numel() for name, x in made.items() if name != "x" and x.dim() == 2)
+        width = shape.H * shape.V
+        moved = (3 * maps + 5 * width * shape.tokens) if backward else (maps + 2 * width * shape.tokens)
+        return Cost(op.flops + 2 * maps * shape.tokens * (3 if backward else 1), itemsize * moved, op.state_bytes)
+
     def _sizes(self, shape: Shape) -> tuple[int, ...]:
         B, T, H, K, V, _ = shape
         if self.engine in ("scan", "paragru"):
             return B, T, H * V
+        if self.engine == "selective_scan":
+            return B, T, H * V, STATES
         return (B, T, H, V) if self.engine == "cell" else (B, T, H, K, V)
 
 
@@ -154,6 +178,19 @@ def _elementwise(draw: Callable[..., Tensor], s: Shape) -> Inputs:
     return {"a": (draw(s.B, s.T, width) + 3).sigmoid(), "b": draw(s.B, s.T, width)}
 
 
+def _selective(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    width = s.H * s.V
+    rates = torch.arange(1, STATES + 1, dtype=torch.float32, device=draw(1).device)
+    return {
+        "x": draw(s.B, s.T, width),
+        "delta": F.softplus(draw(s.B, s.T, width).float() - 4),
+        "A": -rates.expand(width, STATES),
+        "B": draw(s.B, s.T, STATES),
+        "C": draw(s.B, s.T, STATES),
+        "D": draw(width).float(),
+    }
+
+
 def _cell(gates: int) -> Callable[[Callable[..., Tensor], Shape], Inputs]:
     """Inputs of the gates and recurrent weights of a cell, heads of V units (K means nothing)."""
 
@@ -161,6 +198,25 @@ def _cell(gates: int) -> Callable[[Callable[..., Tensor], Shape], Inputs]:
         return {"x": draw(s.B, s.T, s.H, gates * s.V), "R": draw(s.H, s.V, gates * s.V) * s.V**-0.5}
 
     return make
+
+
+def _cell_layer(gates: int) -> Callable[[Callable[..., Tensor], Shape], Inputs]:
+    """A cell with the map from its input to its gates, as `torch.nn.LSTM` has it."""
+
+    def make(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+        width, size = s.H * s.V, s.H * gates * s.V
+        weights = {"W": draw(width, size) * width**-0.5, "bias": draw(size), "R": _cell(gates)(draw, s)["R"]}
+        return {"x": draw(s.B, s.T, width), **weights}
+
+    return make
+
+
+def _run_cell_layer(kind: str) -> Callable[[Inputs, Segments | None, str], Tensor]:
+    def run(x: Inputs, segments: Segments | None, backend: str) -> Tensor:
+        gates = (x["x"] @ x["W"] + x["bias"]).unflatten(-1, (x["R"].shape[0], -1))
+        return cell(gates, x["R"], kind=kind, segments=segments, backend=backend)[0].flatten(2)
+
+    return run
 
 
 def _paragru(draw: Callable[..., Tensor], s: Shape) -> Inputs:
@@ -172,6 +228,39 @@ def _m2rnn(draw: Callable[..., Tensor], s: Shape) -> Inputs:
     q, k = draw(s.B, s.T, 1, s.K) * s.K**-0.5, draw(s.B, s.T, 1, s.K)
     W = torch.eye(s.V, dtype=q.dtype, device=q.device).repeat(s.H, 1, 1)
     return {"q": q, "k": k, "v": draw(s.B, s.T, s.H, s.V), "g": _scalar_decay(draw, s), "W": W}
+
+
+def _on_meta(spec: str, width: int) -> Mixer:
+    with torch.device("meta"):
+        return build_mixer(spec, width)
+
+
+def weights_of(spec: str, like: Tensor) -> Inputs:
+    """Weights of a mixer as it starts, on the device and in the dtype of its input ``[B, T, width]``."""
+    mixer = _on_meta(spec, like.shape[-1]) if like.is_meta else build_mixer(spec, like.shape[-1])
+    return {name: p.detach().to(like.device, like.dtype) for name, p in mixer.named_parameters()}
+
+
+def run_mixer(spec: str, x: Inputs, segments: Segments | None) -> Tensor:
+    """A mixer's output from its input ``x["x"]`` and its weights, the rest of ``x``."""
+    mixer, weights = _on_meta(spec, x["x"].shape[-1]), {name: w for name, w in x.items() if name != "x"}
+    return functional_call(mixer, weights, (x["x"],), {"segments": segments})[0]
+
+
+def _m2rnn_layer(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    x = draw(s.B, s.T, s.H * s.V)
+    return {"x": x, **weights_of(f"m2rnn(num_heads={s.H}, head_k={s.K}, head_v={s.V})", x)}
+
+
+def _run_m2rnn_layer(x: Inputs, segments: Segments | None, backend: str) -> Tensor:
+    H, V = x["D"].shape
+    K = (x["in_proj.weight"].shape[0] - 2 * H * V - H) // 2
+    with using(backend):
+        return run_mixer(f"m2rnn(num_heads={H}, head_k={K}, head_v={V})", x, segments)
+
+
+def _narrow(shape: Shape) -> bool:
+    return shape.V <= 128
 
 
 # Suites are lists of workloads; a workload's peers are in peers.py under its name.
@@ -213,13 +302,21 @@ SUITES: dict[str, tuple[Workload, ...]] = {
         ),
         Workload("rwkv7", "dplr", _rwkv7, {}, {}),
     ),
-    "scan": (Workload("gated_scan", "scan", _elementwise, {}, {}),),
+    "scan": (
+        Workload("gated_scan", "scan", _elementwise, {}, {}),
+        Workload("selective_scan", "selective_scan", _selective, {}, {}),
+    ),
     "cell": (
         Workload("lstm", "cell", _cell(4), {"kind": "lstm"}, {"kind": "lstm"}),
         Workload("gru", "cell", _cell(3), {"kind": "gru"}, {"kind": "gru"}),
         Workload("slstm", "cell", _cell(4), {"kind": "slstm"}, {"kind": "slstm"}),
+        *(
+            Workload(f"{kind}_layer", "cell", _cell_layer(gates), {}, {"kind": kind}, layer=_run_cell_layer(kind))
+            for kind, gates in (("lstm", 4), ("gru", 3))
+        ),
         Workload("paragru", "paragru", _paragru, {}, {}),
-        Workload("m2rnn", "m2rnn", _m2rnn, {"clip": 1.0}, {"query_heads": 1}),
+        Workload("m2rnn", "m2rnn", _m2rnn, {"clip": 1.0}, {"query_heads": 1}, fits=_narrow),
+        Workload("m2rnn_layer", "m2rnn", _m2rnn_layer, {}, {"query_heads": 1}, layer=_run_m2rnn_layer, fits=_narrow),
     ),
     "attention": (Workload("attention", "attention", _qkv, {}, {}),),
 }
@@ -260,7 +357,12 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
         _packed(64, 32, 64, 64),
         _packed(64, 4, 256, 512),
     ),
-    "cell": (Shape(16, 1024, 12, 64, 64), Shape(16, 1024, 6, 128, 128), Shape(4, 1024, 64, 64, 16)),
+    "cell": (
+        Shape(16, 1024, 12, 64, 64),
+        Shape(16, 1024, 6, 128, 128),
+        Shape(16, 1024, 1, 768, 768),
+        Shape(8, 2048, 64, 64, 16),
+    ),
     "tiny": (Shape(2, 128, 2, 16, 16), _packed(5, 2, 16, 16, 200)),
 }
 

@@ -374,12 +374,18 @@ class Decoder(nn.Module):
         self, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None
     ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
         self._check(tokens, state, segments)
+        return self._through(self._embed(tokens), state, segments)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.is_floating_point():
             x = tokens.to(self.embed_tokens.weight.dtype) @ self.embed_tokens.weight[: tokens.shape[-1]]
         else:
             x = self.embed_tokens(tokens)
-        if self.config.embed_scale != 1:
-            x = x * self.config.embed_scale
+        return x if self.config.embed_scale == 1 else x * self.config.embed_scale
+
+    def _through(
+        self, x: Tensor, state: tuple[Any, ...] | None, segments: Segments | None
+    ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states: list[Any] = []
         losses: list[Tensor] = []

@@ -19,6 +19,21 @@ from .mlp import at_least_fp32
 __all__ = ["Seq2Seq", "beam_search"]
 
 
+class _WithContext(Decoder):
+    """A decoder whose state ends in a vector ``[B, d_model]`` that is added to every embedding."""
+
+    def _hidden(
+        self, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None
+    ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
+        if not state:
+            raise ValueError(f"state: expected what the source left, got {state}")
+        *states, context = state
+        self._check(tokens, tuple(states), segments)
+        everywhere = context[:, None] if segments is None else context.index_select(0, segments.ids)[None]
+        x, new, aux = self._through(self._embed(tokens) + everywhere, tuple(states), segments)
+        return x, (*new, context), aux
+
+
 class Seq2Seq(nn.Module):
     """An encoder and a decoder of one shape, with weights of their own; layer by layer the decoder starts from the
     state in which the encoder ends. Any mixers will do, attention included, whose cache is then what is handed over.
@@ -27,21 +42,34 @@ class Seq2Seq(nn.Module):
         config: of both.
         reverse_source: let the encoder read every source from its end, which brings its beginning close to that of the
             target.
+        context: also give the decoder ``W tanh(V h)`` at every step, h the encoder's last output (Cho et al. 2014,
+            arXiv 1406.1078), so that it need not remember the source.
 
     >>> model = Seq2Seq(DecoderConfig(vocab_size=16, d_model=64, num_layers=1, mixers=["gru"]))
     >>> loss = model.loss(source, inputs, targets)     # inputs: a start token, then the target
     >>> model.generate(source, start=0, max_new_tokens=20).tokens
     """
 
-    def __init__(self, config: DecoderConfig, *, reverse_source: bool = False):
+    def __init__(self, config: DecoderConfig, *, reverse_source: bool = False, context: bool = False):
         super().__init__()
         self.config, self.reverse_source = config, reverse_source
-        self.encoder, self.decoder = Encoder(config, bidirectional=False), Decoder(config)
+        self.encoder = Encoder(config, bidirectional=False)
+        self.decoder, self.context = Decoder(config), None
+        if context:
+            width = config.d_model
+            self.decoder = _WithContext(config)
+            self.context = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width, bias=False))
 
     def encode(self, source: Tensor, segments: Segments | None = None) -> tuple[Any, ...]:
         """The state after the sources ``[B, T]``, or packed ``[1, total]`` with ``segments``, where their lengths
         differ: a row each."""
-        return self.encoder(reverse(source, segments) if self.reverse_source else source, None, segments).state
+        hidden, state, _ = self.encoder(reverse(source, segments) if self.reverse_source else source, None, segments)
+        if self.context is None:
+            return state
+        if segments is not None and min(segments.lengths) == 0:
+            raise ValueError("segments: expected sources of at least one token, there is no context of an empty one")
+        last = hidden[:, -1] if segments is None else hidden[0].index_select(0, segments.cu_seqlens[1:] - 1)
+        return *state, self.context(last)
 
     def forward(
         self, source: Tensor, inputs: Tensor, source_segments: Segments | None = None, segments: Segments | None = None

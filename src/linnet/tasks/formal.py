@@ -1,4 +1,4 @@
-"""Formal languages: parity, even pairs, cycle navigation, arithmetic with and without brackets, Dyck words.
+"""Formal languages: parity, even pairs, cycle navigation, arithmetic, Dyck words, events in order.
 
 The versions of Beck et al. 2024 (xLSTM, arXiv 2405.04517) and Grazzi et al. 2024 (arXiv 2411.12537), after Delétang et
 al. 2022 (arXiv 2207.02098): token 0 is padding, the answer is due once, after the last token. ``dense=True`` asks for
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import IGNORE, Sample, Task, register_task
 
-__all__ = ["BracketArithmetic", "CycleNavigation", "Dyck", "EvenPairs", "ModularArithmetic", "Parity"]
+__all__ = ["BracketArithmetic", "CycleNavigation", "Dyck", "EvenPairs", "ModularArithmetic", "OrderedEvents", "Parity"]
 
 _SUITE = "Delétang et al. 2022, Neural Networks and the Chomsky Hierarchy (arXiv 2207.02098), in the version of xLSTM"
 
@@ -270,4 +270,59 @@ class Dyck(Task):
                 else:
                     stack.pop()
                 found[t] = self.kinds + stack[-1] if stack else 0
+        return answers
+
+
+@register_task(
+    "ordered_events",
+    "after Ronca 2026, MinMax Recurrent Neural Cascades (arXiv 2605.06384), 'sequences': which of two are complete",
+)
+class OrderedEvents(Task):
+    """Two sequences of ``n`` events, each in order: at every position, which of them are complete.
+
+    An event counts when it is the next one of its sequence and is ignored otherwise; a reset begins its sequence anew.
+    The language is star-free: it takes flip-flops one behind another, and no counting. Ids: ``4 n`` events (by
+    sequence, event, and which of its two synonyms), 2 resets, 10 distractors. Answers are 0 to 3, a bit a sequence.
+
+    Args:
+        k: 1 to 5, for n = 2, 3, 4, 8 or 16.
+        p_set: chance of an event at a position.
+        p_reset: chance of a reset; a distractor otherwise.
+    """
+
+    lengths = (64, 256, 1024)
+    examples = ({}, {"k": 3, "p_reset": 0.002})
+
+    def __init__(self, *, k: int = 1, p_set: float = 0.5, p_reset: float = 0.02):
+        self.expect(1 <= k <= 5, "k", "1 to 5", k)
+        possible = min(p_set, p_reset) >= 0 and p_set + p_reset <= 1
+        self.expect(possible, "p_set, p_reset", "probabilities with a sum of at most 1", (p_set, p_reset))
+        self.events, self.p_set, self.p_reset = (2, 3, 4, 8, 16)[k - 1], p_set, p_reset
+        self.resets = 4 * self.events
+        self.vocab_size = self.resets + 12
+        step, reset = p_set / (2 * self.events), p_reset / 2
+        complete = (step / (step + reset)) ** self.events if step else 0.0  # of long rows
+        self.chance = max(complete, 1 - complete) ** 2
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        draw = torch.rand(rows, length, generator=generator)
+        event, reset, distractor = (
+            first + torch.randint(count, (rows, length), generator=generator)
+            for first, count in ((0, self.resets), (self.resets, 2), (self.resets + 2, 10))
+        )
+        quiet = torch.where(draw < self.p_set + self.p_reset, reset, distractor)
+        tokens = torch.where(draw < self.p_set, event, quiet)
+        return Sample(tokens, self.solve(tokens))
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        at, answers = torch.arange(tokens.shape[1]).expand_as(tokens), torch.zeros_like(tokens)
+        for i in range(2):
+            begun = at.where(tokens == self.resets + i, -1).cummax(1).values
+            done = torch.ones_like(tokens, dtype=torch.bool)  # up to the event before, since the last reset
+            for j in range(self.events):
+                next_one = (tokens // 2 == i * self.events + j) & done.roll(1, 1)
+                if j:
+                    next_one[:, 0] = False
+                done = at.where(next_one, -1).cummax(1).values > begun
+            answers += done << i
         return answers

@@ -1,4 +1,7 @@
-"""Triton kernels of the M2RNN: one program a head of a sequence, its state in registers from first to last token.
+"""Triton kernels of the M2RNN: one program some rows of a head's state, in registers from first to last token.
+
+The rows of a state never meet but in sums over them (readings, gradients of values and weights), of which a program
+gives its part. Time is the loop, and the inputs of the next AHEAD - 1 tokens are on their way meanwhile.
 
 The backward kernel goes back piece by piece of KEEP tokens. It runs a piece forward from the state that was kept before
 it, leaving the states of its tokens in a scratch of its own, and then back over them.
@@ -14,9 +17,9 @@ from .kernels_para import _span
 
 
 @triton.jit
-def _gate(g_ptr, at, live):
+def _gate(g_ptr, at):
     """The forget gate and what it leaves, both exact."""
-    g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + at).to(tl.float32)
     f = tl.exp(g)
     near = -g * (1.0 + g * (0.5 + g * (1.0 / 6.0 + g * (1.0 / 24.0))))
     return f, tl.where(g > -0.1, near, 1.0 - f)
@@ -29,6 +32,21 @@ def _inside(S, W, k, v, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _place(cu_ptr, piece_ptr, T, H, K, BK: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr):
+    """Which rows of which state a program has: part, head, sequence, its first token, length and first piece."""
+    parts = tl.cdiv(K, BK)
+    part = tl.program_id(0) % parts
+    h = tl.program_id(0) // parts % H
+    n = tl.program_id(0) // parts // H
+    first, length = _span(n, cu_ptr, T, PACKED)
+    if PACKED:
+        piece = tl.load(piece_ptr + n).to(tl.int64)
+    else:
+        piece = (n * tl.cdiv(T, KEEP)).to(tl.int64)
+    return part, h, n, first, length, piece
+
+
+@triton.jit
 def m2rnn_forward_kernel(
     q_ptr,  # [tokens, HQ, K]
     k_ptr,
@@ -36,11 +54,12 @@ def m2rnn_forward_kernel(
     g_ptr,  # [tokens, H]
     W_ptr,  # [H, V, V]
     S0_ptr,  # [N, H, K, V] fp32
-    y_ptr,  # [tokens, H, V]
+    y_ptr,  # [parts, tokens, H, V]
     kept_ptr,  # SAVE: states before every KEEP tokens [pieces, H, K, V] fp32
     S1_ptr,
     cu_ptr,
     piece_ptr,  # [N] number of pieces before a sequence (PACKED)
+    tokens,
     T,
     H,
     HQ,
@@ -49,52 +68,35 @@ def m2rnn_forward_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     KEEP: tl.constexpr,
+    AHEAD: tl.constexpr,
     SAVE: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    h = tl.program_id(0) % H
-    n = tl.program_id(0) // H
-    first, length = _span(n, cu_ptr, T, PACKED)
-    if PACKED:
-        piece = tl.load(piece_ptr + n).to(tl.int64)
-    else:
-        piece = (n * tl.cdiv(T, KEEP)).to(tl.int64)
-    ks, vs = tl.arange(0, BK), tl.arange(0, BV)
+    part, h, n, first, length, piece = _place(cu_ptr, piece_ptr, T, H, K, BK, KEEP, PACKED)
+    ks, vs = part * BK + tl.arange(0, BK), tl.arange(0, BV)
     in_k, in_v = ks < K, vs < V
     mask = in_k[:, None] & in_v[None, :]
     W = tl.load(W_ptr + h * V * V + vs[:, None] * V + vs[None, :], mask=in_v[:, None] & in_v[None, :], other=0.0)
     tile = ks[:, None] * V + vs[None, :]
     S = tl.load(S0_ptr + (n * H + h).to(tl.int64) * K * V + tile, mask=mask, other=0.0)
-    qk_at = (first * HQ + h // (H // HQ)) * K + ks
-    v_at = (first * H + h) * V + vs
-    g_at = first * H + h
-    q = tl.load(q_ptr + qk_at, mask=in_k & (length > 0), other=0.0)
-    k = tl.load(k_ptr + qk_at, mask=in_k & (length > 0), other=0.0)
-    v = tl.load(v_ptr + v_at, mask=in_v & (length > 0), other=0.0)
-    f, rest = _gate(g_ptr, g_at, length > 0)
-    for t in range(0, length):
-        more = t + 1 < length
-        qk_at += HQ * K
-        g_at += H
-        next_q = tl.load(q_ptr + qk_at, mask=in_k & more, other=0.0)
-        next_k = tl.load(k_ptr + qk_at, mask=in_k & more, other=0.0)
-        next_v = tl.load(v_ptr + (v_at + H * V), mask=in_v & more, other=0.0)
-        next_f, next_rest = _gate(g_ptr, g_at, more)
+    group = h // (H // HQ)
+    y_ptr += part.to(tl.int64) * tokens * H * V
+    span = KEEP if SAVE else length
+    for begin in range(0, length, span):
         if SAVE:
-            if t % KEEP == 0:
-                tl.store(kept_ptr + ((piece + t // KEEP) * H + h) * K * V + tile, S, mask=mask)
-        S = f * S + rest * _tanh(_inside(S, W, k, v, PRECISION), EXACT, FAST)
-        y = tl.sum(S * q.to(tl.float32)[:, None], 0)
-        tl.store(y_ptr + v_at, y.to(y_ptr.dtype.element_ty), mask=in_v)
-        v_at += H * V
-        q = next_q
-        k = next_k
-        v = next_v
-        f = next_f
-        rest = next_rest
+            tl.store(kept_ptr + ((piece + begin // KEEP) * H + h) * K * V + tile, S, mask=mask)
+        for t in tl.range(begin, tl.minimum(begin + span, length), num_stages=AHEAD):
+            at = first + t
+            q = tl.load(q_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0)
+            k = tl.load(k_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0)
+            v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
+            f, rest = _gate(g_ptr, at * H + h)
+            S = f * S + rest * _tanh(_inside(S, W, k, v, PRECISION), EXACT, FAST)
+            y = tl.sum(S * q.to(tl.float32)[:, None], 0)
+            tl.store(y_ptr + (at * H + h) * V + vs, y.to(y_ptr.dtype.element_ty), mask=in_v)
     tl.store(S1_ptr + (n * H + h).to(tl.int64) * K * V + tile, S, mask=mask)
 
 
@@ -111,13 +113,15 @@ def m2rnn_backward_kernel(
     scratch_ptr,  # [programs, KEEP, BK, BV]: states before the tokens of a piece
     dq_ptr,  # [tokens, H, K]
     dk_ptr,
-    dv_ptr,
-    dg_ptr,  # [tokens, H] fp32
-    dW_ptr,  # [N, H, V, V] fp32
+    dv_ptr,  # [parts, tokens, H, V]
+    dg_ptr,  # [parts, tokens, H] fp32
+    dW_ptr,  # [parts, N, H, V, V] fp32
     dS0_ptr,
     cu_ptr,
     piece_ptr,
     clip,
+    tokens,
+    N,
     T,
     H,
     HQ,
@@ -126,20 +130,15 @@ def m2rnn_backward_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     KEEP: tl.constexpr,
+    AHEAD: tl.constexpr,
     CLIP: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    h = tl.program_id(0) % H
-    n = tl.program_id(0) // H
-    first, length = _span(n, cu_ptr, T, PACKED)
-    if PACKED:
-        piece = tl.load(piece_ptr + n).to(tl.int64)
-    else:
-        piece = (n * tl.cdiv(T, KEEP)).to(tl.int64)
-    ks, vs = tl.arange(0, BK), tl.arange(0, BV)
+    part, h, n, first, length, piece = _place(cu_ptr, piece_ptr, T, H, K, BK, KEEP, PACKED)
+    ks, vs = part * BK + tl.arange(0, BK), tl.arange(0, BV)
     in_k, in_v = ks < K, vs < V
     mask = in_k[:, None] & in_v[None, :]
     square = in_v[:, None] & in_v[None, :]
@@ -148,42 +147,45 @@ def m2rnn_backward_kernel(
     tile = ks[:, None] * V + vs[None, :]
     dS = tl.load(dS1_ptr + (n * H + h).to(tl.int64) * K * V + tile, mask=mask, other=0.0)
     dW = tl.zeros([BV, BV], tl.float32)
-    own = scratch_ptr + tl.program_id(0).to(tl.int64) * KEEP * BK * BV + ks[:, None] * BV + vs[None, :]
+    own = tl.program_id(0).to(tl.int64) * KEEP * BK * BV
+    place = tl.arange(0, BK)[:, None] * BV + vs[None, :]
     group = h // (H // HQ)
     low = W_ptr.dtype.element_ty
+    dv_ptr += part.to(tl.int64) * tokens * H * V
+    dg_ptr += part.to(tl.int64) * tokens * H
     for back in range(0, tl.cdiv(length, KEEP)):
         leg = tl.cdiv(length, KEEP) - 1 - back
         begin = leg * KEEP
         count = tl.minimum(KEEP, length - begin)
         S = tl.load(kept_ptr + ((piece + leg) * H + h) * K * V + tile, mask=mask, other=0.0)
-        for i in range(0, count):
-            tl.store(own + i * (BK * BV), S.to(scratch_ptr.dtype.element_ty))
+        for i in tl.range(0, count, num_stages=AHEAD):
             at = first + begin + i
+            tl.store(scratch_ptr + (own + i * (BK * BV)) + place, S.to(scratch_ptr.dtype.element_ty))
             k = tl.load(k_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0)
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
-            f, rest = _gate(g_ptr, at * H + h, True)
+            f, rest = _gate(g_ptr, at * H + h)
             S = f * S + rest * _tanh(_inside(S, W, k, v, PRECISION), EXACT, FAST)
         tl.debug_barrier()  # the scratch is read by other threads than wrote it
-        for j in range(0, count):
+        for j in tl.range(0, count, num_stages=AHEAD):
             i = count - 1 - j
             at = first + begin + i
-            old = tl.load(own + i * (BK * BV)).to(tl.float32)
+            old = tl.load(scratch_ptr + (own + i * (BK * BV)) + place)
             q = tl.load(q_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0).to(tl.float32)
             k = tl.load(k_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0)
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             dy = tl.load(dy_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0).to(tl.float32)
-            f, rest = _gate(g_ptr, at * H + h, True)
+            f, rest = _gate(g_ptr, at * H + h)
             Z, slope = _tanh_slope(_inside(old, W, k, v, PRECISION), EXACT, FAST)
-            new = f * old + rest * Z
-            dq = tl.sum(new * dy[None, :], 1)
+            change = old.to(tl.float32) - Z
+            dq = tl.sum((f * change + Z) * dy[None, :], 1)
             if CLIP:
                 dS = tl.minimum(tl.maximum(dS, -clip), clip)
             G = dS + q[:, None] * dy[None, :]
-            dg = f * tl.sum(tl.sum(G * (old - Z), 1), 0)
+            dg = f * tl.sum(tl.sum(G * change, 1), 0)
             dX = rest * G * slope
             dk = tl.sum(dX * v.to(tl.float32)[None, :], 1)
             dv = tl.sum(dX * k.to(tl.float32)[:, None], 0)
-            dW += tl.dot(tl.trans(old).to(low), dX.to(low), input_precision=PRECISION)
+            dW = tl.dot(tl.trans(old.to(low)), dX.to(low), dW, input_precision=PRECISION)
             dS = tl.dot(dX.to(low), W_back, f * G, input_precision=PRECISION)
             out = dq_ptr.dtype.element_ty
             tl.store(dq_ptr + (at * H + h) * K + ks, dq.to(out), mask=in_k)
@@ -191,5 +193,6 @@ def m2rnn_backward_kernel(
             tl.store(dv_ptr + (at * H + h) * V + vs, dv.to(dv_ptr.dtype.element_ty), mask=in_v)
             tl.store(dg_ptr + at * H + h, dg)
         tl.debug_barrier()
-    tl.store(dW_ptr + (n * H + h).to(tl.int64) * V * V + vs[:, None] * V + vs[None, :], dW, mask=square)
+    into = dW_ptr + ((part * N + n) * H + h).to(tl.int64) * V * V
+    tl.store(into + vs[:, None] * V + vs[None, :], dW, mask=square)
     tl.store(dS0_ptr + (n * H + h).to(tl.int64) * K * V + tile, dS, mask=mask)

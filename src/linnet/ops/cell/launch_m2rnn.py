@@ -13,22 +13,38 @@ from .launch import numerics
 from .m2rnn import KEEP, kept_states
 
 
-def launch_settings(K: int, V: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tile of a state and the warps that share it: alone, a warp waits for nobody. In fp32 there are no matrix
-    units, and a product is written out: so many warps that its share of one stays short."""
-    BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
-    warps = 1 if BK * BV <= 1024 else 4
+def launch_settings(K: int, V: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
+    """Rows of a program and the warps that share them; a program has all columns. Measured on Hopper: few rows where
+    columns are many, but in the backward pass, which has more to do for each program, no fewer than 64 or 32. In fp32
+    there are no matrix units, and a product is written out: so many warps that its share of one stays short."""
+    BV = max(16, triton.next_power_of_2(V))
+    widest = 64 if backward else 32  # columns that 64 rows go with
+    BK = min(64 if widest >= BV else 32, max(16, triton.next_power_of_2(K)))
+    warps = 1 if BK * BV <= 1024 else 8 if backward and BV > 64 else 4
     if dtype == torch.float32:
-        warps = min(16, max(warps, BK * BV * BV // (32 * 1024)))
-    return {"BK": BK, "BV": BV, "KEEP": KEEP, "num_warps": warps, "num_stages": 1}
+        BK = min(BK, max(16, (256 << 10) // BV**2))
+        warps = min(16, max(warps, BK * BV**2 // (32 << 10 if BV <= 64 else 16 << 10)))
+    return {"BK": BK, "BV": BV, "KEEP": KEEP, "AHEAD": 3, "num_warps": warps, "num_stages": 1}
 
 
-def _call(q: Tensor, v: Tensor, cu_host: Tensor | None) -> tuple[int, Tensor | None, Tensor | None, dict[str, Any]]:
-    settings = launch_settings(q.shape[3], v.shape[3], q.dtype) | numerics(q) | {"PACKED": cu_host is not None}
+def _call(
+    q: Tensor, v: Tensor, cu_host: Tensor | None, backward: bool
+) -> tuple[int, Tensor | None, Tensor | None, dict[str, Any]]:
+    settings = launch_settings(q.shape[3], v.shape[3], q.dtype, backward) | numerics(q)
+    settings |= {"PACKED": cu_host is not None}
     if cu_host is None:
         return q.shape[0], None, None, settings
     counts = -(-cu_host.diff() // KEEP)
     return len(counts), cu_host.to(q.device), (counts.cumsum(0) - counts).int().to(q.device), settings
+
+
+def _partial(like: Tensor, parts: int) -> Tensor:
+    """Room for what the programs of a state add up to, in fp32 if that is a sum."""
+    return torch.empty_like(like)[None] if parts == 1 else like.new_empty(parts, *like.shape, dtype=torch.float32)
+
+
+def _total(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
 
 
 def forward(
@@ -37,13 +53,14 @@ def forward(
     """Reading, final state and, in training, the states the backward pass starts from."""
     q, k, v, g, W, S = (x.contiguous() for x in (q, k, v, g, W, S))
     (B, T, H, V), (HQ, K) = v.shape, q.shape[2:]
-    rows, cu, pieces, settings = _call(q, v, cu_host)
-    y, last = torch.empty_like(v), torch.empty_like(S)
+    rows, cu, pieces, settings = _call(q, v, cu_host, False)
+    parts = triton.cdiv(K, settings["BK"])
+    y, last = _partial(v, parts), torch.empty_like(S)
     kept = S.new_empty(kept_states(B, T, cu_host) if training else 0, H, K, V)
-    m2rnn_forward_kernel[(rows * H,)](
-        q, k, v, g, W, S, y, kept, last, cu, pieces, T, H, HQ, K, V, SAVE=training, **settings
+    m2rnn_forward_kernel[(rows * H * parts,)](
+        q, k, v, g, W, S, y, kept, last, cu, pieces, B * T, T, H, HQ, K, V, SAVE=training, **settings
     )  # fmt: skip
-    return y, last, kept
+    return _total(y, v.dtype), last, kept
 
 
 def backward(
@@ -61,14 +78,15 @@ def backward(
     """Gradients of q, k, v, g, W and the initial state."""
     q, k, v, g, W, dy, dS = (x.contiguous() for x in (q, k, v, g, W, dy, dS))
     (B, T, H, V), (HQ, K) = v.shape, q.shape[2:]
-    rows, cu, pieces, settings = _call(q, v, cu_host)
-    dq, dk, dv = v.new_empty(B, T, H, K), v.new_empty(B, T, H, K), torch.empty_like(v)
-    dg, dW, dS0 = dS.new_empty(B, T, H), dS.new_empty(rows, *W.shape), torch.empty_like(dS)
-    scratch = v.new_empty(rows * H, KEEP, settings["BK"], settings["BV"])
-    m2rnn_backward_kernel[(rows * H,)](
+    rows, cu, pieces, settings = _call(q, v, cu_host, True)
+    parts = triton.cdiv(K, settings["BK"])
+    dq, dk, dv = v.new_empty(B, T, H, K), v.new_empty(B, T, H, K), _partial(v, parts)
+    dg, dW, dS0 = dS.new_empty(parts, B, T, H), dS.new_empty(parts, rows, *W.shape), torch.empty_like(dS)
+    scratch = v.new_empty(rows * H * parts, KEEP, settings["BK"], settings["BV"])
+    m2rnn_backward_kernel[(rows * H * parts,)](
         q, k, v, g, W, kept, dy, dS, scratch, dq, dk, dv, dg, dW, dS0, cu, pieces,
-        float("inf") if clip is None else clip, T, H, HQ, K, V, CLIP=clip is not None, **settings,
+        float("inf") if clip is None else clip, B * T, rows, T, H, HQ, K, V, CLIP=clip is not None, **settings,
     )  # fmt: skip
     if HQ != H:
         dq, dk = (x.unflatten(2, (HQ, -1)).sum(3) for x in (dq, dk))
-    return dq, dk, dv, dg.to(g.dtype), dW.sum(0).to(W.dtype), dS0
+    return dq, dk, _total(dv, v.dtype), _total(dg, g.dtype), dW.sum((0, 1)).to(W.dtype), dS0

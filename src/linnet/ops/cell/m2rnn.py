@@ -62,7 +62,7 @@ def m2rnn(
         state: the state before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
         backend: "auto", "reference" (token by token), "chunked" (PyTorch, the weight gradient deferred) or
-            "triton" (one launch; K up to 128, V up to 64).
+            "triton" (one launch; V up to 128).
 
     Returns:
         ``y`` ``[B, T, H, V]`` in v's dtype and the :class:`M2RNNState` after the last token in fp32 (float64 for
@@ -98,7 +98,7 @@ def m2rnn(
         Shapes(N=rows, H=H, K=K, V=V)("state.S", state.S, "N H K V")
         check_floating("state.S", state.S, q.device)
         S = state.S.to(acc)
-    covered = q.dtype != torch.float64 and K <= 128 and V <= 64
+    covered = q.dtype != torch.float64 and V <= 128
     name = resolve_backend(backend, BACKENDS if covered else BACKENDS[:2], q)
     with no_autocast(q):
         if name == "reference" or (q.shape[1] == 1 and segments is None and backend == "auto"):

@@ -208,6 +208,40 @@ def _factors(ptr, base, at, hop, mask, ALGEBRA: tl.constexpr):
 
 
 @triton.jit
+def _wide(w, l, begin, tokens, STEP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Offsets of the rows of the tile's 2x2 blocks, in words of one, and which of them are there. The two of a block
+    are neighbours, and a thread moves them at once."""
+    L: tl.constexpr = l.shape[1]
+    col = 2 * begin + tl.arange(0, 2 * BD)[None, None, :]
+    at = tl.multiple_of(w * (2 * L * STEP * D) + col, (1, 1, 2))
+    return at, l * (2 * STEP * D), tokens & tl.max_constancy(col < 2 * D, (1, 1, 2))
+
+
+@triton.jit
+def _words(ptr):
+    return ptr.to(tl.pointer_type(tl.int64 if ptr.dtype.element_ty.primitive_bitwidth == 32 else tl.int32))
+
+
+@triton.jit
+def _load_blocks(ptr, base, wide):
+    BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+    at, hop, mask = wide
+    rows = tl.load(_words(ptr) + tl.multiple_of(2 * base, 2) + at + hop, mask=mask, other=0)
+    first, second = tl.split(rows.reshape(rows.shape[0], rows.shape[1], rows.shape[2] // 2, 2))
+    return _split(first, ptr.dtype.element_ty, BITS) + _split(second, ptr.dtype.element_ty, BITS)
+
+
+@triton.jit
+def _write_blocks(ptr, base, wide, x):
+    to: tl.constexpr = ptr.dtype.element_ty
+    BITS: tl.constexpr = to.primitive_bitwidth
+    at, hop, mask = wide
+    rows = tl.join(_join(x[0].to(to), x[1].to(to), BITS), _join(x[2].to(to), x[3].to(to), BITS))
+    rows = rows.reshape(rows.shape[0], rows.shape[1], 2 * rows.shape[2])
+    tl.store(_words(ptr) + tl.multiple_of(2 * base, 2) + at + hop, rows, mask=mask)
+
+
+@triton.jit
 def _own(ptr, base, at, hop, mask, CONSTANT: tl.constexpr, col, ALGEBRA: tl.constexpr):
     """Factors of these tokens, or the one factor of all."""
     if CONSTANT:
@@ -352,6 +386,7 @@ def _tile(
     w,
     l,
     col,
+    begin,
     within,
     origin,
     end,
@@ -372,7 +407,8 @@ def _tile(
     IDLE: tl.constexpr = float("-inf") if KIND == MINMAX else 0.0
     L: tl.constexpr = l.shape[1]
     lane = w * L + l
-    ok = within & (lane < end - p0)
+    token = lane < end - p0
+    ok = within & token
     first_row = origin + p0 * STEP
     base = tl.multiple_of(first_row * D, V)
     at = tl.multiple_of(w * (L * STEP * D) + col, (1, 1, V))
@@ -383,10 +419,15 @@ def _tile(
         p = p0 + lane
         row = first_row.to(tl.int32) + lane * STEP
         seq, first = _sequence(ids_ptr, row, p < T, -STEP, p > 0)
-        known = ok & first
     else:
-        known = ok & (lane + p0 == 0)
-    if GRAD:
+        first = lane + p0 == 0
+    known = ok & first
+    if KIND == BLOCK and not CONSTANT:
+        leads = token & (first == 0) if GRAD else token
+        x, y, u, v = _load_blocks(a_ptr, back if GRAD else base, _wide(w, l, begin, leads, STEP, D, col.shape[2]))
+        leads = within & leads
+        a = (tl.where(leads, x, 1.0).to(x.dtype), y, u, tl.where(leads, v, 1.0).to(v.dtype))
+    elif GRAD:
         # The factor that led on from this token; nothing leads on from the last one of a sequence.
         led = ok & (known == 0)
         if ALGEBRA == MINMAX:
@@ -467,7 +508,8 @@ def scan_kernel(
     w = tl.arange(0, W)[:, None, None]
     l = _tokens(L, T, D)
     lane = w * L + l
-    cols = (pid % blocks) * BD + tl.arange(0, BD)
+    left = (pid % blocks) * BD
+    cols = left + tl.arange(0, BD)
     col = cols[None, None, :]
     within = tl.max_constancy(cols < D, V)[None, None, :]
 
@@ -491,14 +533,14 @@ def scan_kernel(
             carry = _where(fresh, carry, edge)
 
     here = _tile(
-        a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, begin, w, l, col, within, origin, end, T, D,
+        a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, begin, w, l, col, left, within, origin, end, T, D,
         CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
     )  # fmt: skip
     coming = here
     if AHEAD == 2:
         coming = _tile(
-            a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, begin + W * L, w, l, col, within, origin, end, T, D,
-            CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
+            a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, begin + W * L, w, l, col, left, within, origin, end,
+            T, D, CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
         )  # fmt: skip
     for start_of_round in range(begin, end, AHEAD * W * L):
         for i in tl.static_range(AHEAD):
@@ -507,8 +549,8 @@ def scan_kernel(
             a = _factor(factors, KIND, FLIP)
             b = _fp32(values)
             later = _tile(
-                a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, p0 + AHEAD * W * L, w, l, col, within, origin, end,
-                T, D, CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
+                a_ptr, b_ptr, h_ptr, code_ptr, start_ptr, ids_ptr, p0 + AHEAD * W * L, w, l, col, left, within, origin,
+                end, T, D, CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, TOTALS, PACKED,
             )  # fmt: skip
             to_a, to_b, k, m = _over_tokens(a, b, KIND)
             k, m, e, f = _over_runs(k, m, KIND)
@@ -542,7 +584,11 @@ def scan_kernel(
                     state = tl.multiple_of(seq * D + col, (1, 1, V))
                     if GRAD_A:
                         earliest = _fp32(_vector(init_ptr, 0, state, 0, ended, KIND, 0.0))
-                        _write(da_ptr, base, at, hop, _outer(h, _where(ended, earliest, _fp32(extra)), KIND), ok)
+                        da = _outer(h, _where(ended, earliest, _fp32(extra)), KIND)
+                        if KIND == BLOCK:
+                            _write_blocks(da_ptr, base, _wide(w, l, left, lane < end - p0, STEP, D, BD), da)
+                        else:
+                            _write(da_ptr, base, at, hop, da, ok)
                     if GRAD and ALGEBRA == MINMAX:
                         _write(last_ptr, 0, state, 0, (tl.where(extra[0] == 0, h[0], 0.0),), ended)
                     elif GRAD:
@@ -551,7 +597,13 @@ def scan_kernel(
                     else:
                         _write(last_ptr, 0, state, 0, h, ended)
                 elif GRAD_A:  # the last token of the walk: see below
-                    _write(da_ptr, base, at, hop, _outer(h, _fp32(extra), KIND), ok & (lane + p0 + 1 < T))
+                    inner = (lane < end - p0) & (lane + p0 + 1 < T)
+                    if KIND == BLOCK:
+                        _write_blocks(
+                            da_ptr, base, _wide(w, l, left, inner, STEP, D, BD), _outer(h, _fp32(extra), KIND)
+                        )
+                    else:
+                        _write(da_ptr, base, at, hop, _outer(h, _fp32(extra), KIND), within & inner)
             if AHEAD == 2:
                 here = coming
                 coming = later

@@ -1,51 +1,65 @@
 """Triton kernels of the selective scan.
 
-A program has one sequence (or packed row) and a block of channels, and walks it tile by tile. A tile ``[W, L, BD]`` of
-inputs and steps is loaded once; then every state channel n in turn makes its factors and inputs from it, scans them as
-the plain scan does, and adds what is read to the output. So the states of tokens are in registers only; in memory are
-those before every tile, from which the backward pass makes them again, tile by tile from the last one. The hints about
-offsets give a thread one channel and all tokens of its run, as in the plain scan.
+A thread has a channel of the features with all its states in registers and walks token by token; a program has a block
+of channels and CHUNK tokens, and the chunks of a sequence run side by side. A first launch (LOCAL) walks every chunk
+from zeros for what it leaves behind, `carry_kernel` takes that from chunk to chunk, and a last launch walks every chunk
+from the states before it, which are kept. The backward pass does the same from the end, and makes the states of a chunk
+again from those: first every SUB-th, then those between, SUB at a time.
+
+Powers are of two: ``A`` comes in multiplied by log2(e).
 """
+# ruff: noqa: RUF005 (Triton's language has no unpacking into tuples)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .kernels import REAL, _after_real, _combine_real, _over_runs, _over_tokens, _sequence, _tokens
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _onto_real(a, b, a1, b1):
-    """The map (a, b) after (a1, b1), which stands to its right."""
-    return a * a1, a * b1 + b
+def _place(unit, chunks, D, G, BD: tl.constexpr):
+    """Row, chunk, group of the maps, block within it and channels of a program."""
+    width = D // G
+    blocks = tl.cdiv(width, BD)
+    block = unit % blocks
+    group = unit // blocks % G
+    chunk = unit // (blocks * G) % chunks
+    row = unit // (blocks * G * chunks)
+    place = block * BD + tl.arange(0, BD)
+    return row.to(tl.int64), chunk, group, block, group * width + place, place < width
 
 
 @triton.jit
-def _states(a, b, carry):
-    """States of every token and the one after the tile."""
-    to_a, to_b, k, m = _over_tokens((a,), (b,), REAL)
-    k, m, e, f = _over_runs(k, m, REAL)
-    return to_a[0] * (e[0] * carry + f[0]) + to_b[0], k[0] * carry + m[0]
+def _tile(n, D, col):
+    """Where the states of some channels are. Without a claim about alignment a thread gets whole columns of the tile,
+    and sums over the states stay within it."""
+    return tl.multiple_of(n[:, None] * D + col[None, :], (1, 1))
 
 
 @triton.jit
-def _states_back(a, b, carry):
-    """The same from the last token to the first."""
-    to_a, to_b = tl.associative_scan((a, b), 1, _after_real, reverse=True)
-    k, m = tl.reduce((a, b), 1, _onto_real, keep_dims=True)
-    one = tl.zeros_like(k) + 1.0
-    k, m, e, f = tl.associative_scan((k, m, one, one - 1.0), 0, _combine_real, reverse=True)
-    return to_a * (e * carry + f) + to_b, k * carry + m
+def _numbers(ptr, at, D, col, ok):
+    """One token's value of every channel."""
+    return tl.load(ptr + at * D + col, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _pick(x, w, which):
-    """The run ``which`` of ``[W, 1, BD]``."""
-    return tl.sum(tl.where(w == which, x, 0.0), 0, keep_dims=True)
+def _map(ptr, at, S, n, ok):
+    """One token's input or output map."""
+    return tl.load(ptr + at * S + n, mask=ok, other=0.0).to(tl.float32)[:, None]
 
 
-@triton.jit(do_not_specialize=["T", "S", "rows"])
+@triton.jit
+def _bounds(ids_ptr, p, T, live):
+    """The sequence of a packed token, and whether it is the first and the last one of it."""
+    seq = tl.load(ids_ptr + p, mask=live, other=-1)
+    first = live & (seq != tl.load(ids_ptr + p - 1, mask=live & (p > 0), other=-1))
+    final = live & (seq != tl.load(ids_ptr + p + 1, mask=live & (p + 1 < T), other=-1))
+    return seq.to(tl.int64), first, final
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
 def forward_kernel(
     x_ptr,
     dt_ptr,
@@ -53,77 +67,153 @@ def forward_kernel(
     B_ptr,
     C_ptr,
     skip_ptr,
-    start_ptr,  # packed: states the sequences start from, [N, S, D]
-    edge_ptr,  # states before every tile and after the last one, [tiles + 1, rows, S, D]; the first are given
-    last_ptr,  # packed: states the sequences end with, [N, S, D]
+    start_ptr,  # states the sequences start from, [N, S, D]
+    edge_ptr,  # states before every chunk but the first, [chunks, rows, S, D]
+    reach_ptr,  # LOCAL: sums of a chunk's steps, [chunks, rows, D]
+    last_ptr,  # states the sequences end with, [N, S, D]
     y_ptr,
     ids_ptr,
     T,
-    S,
+    chunks,
     rows,
-    D: tl.constexpr,
-    G: tl.constexpr,
-    W: tl.constexpr,
-    L: tl.constexpr,
+    S,
+    D,
+    G,
+    CHUNK: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
+    LOCAL: tl.constexpr,  # then the last chunk is left out
+    PACKED: tl.constexpr,
+):
+    row, chunk, group, _block, col, within = _place(tl.program_id(0), chunks - 1 if LOCAL else chunks, D, G, BD)
+    n = tl.arange(0, BS)
+    real = n < S
+    both = real[:, None] & within[None, :]
+    tile = _tile(n, D, col)
+    A = tl.load(A_ptr + tile, mask=both, other=0.0).to(tl.float32) * LOG2E
+    p0 = chunk * CHUNK
+    h = tl.zeros([BS, BD], tl.float32)
+    if not PACKED:
+        h = tl.load(start_ptr + row * D * S + tile, mask=both & (chunk == 0), other=0.0)
+    reach = tl.zeros([BD], tl.float32)
+    skip = tl.zeros([BD], tl.float32)
+    if not LOCAL:
+        h += tl.load(edge_ptr + (chunk * rows + row) * S * D + tile, mask=both & (chunk > 0), other=0.0)
+        if skip_ptr is not None:
+            skip = tl.load(skip_ptr + col, mask=within, other=0.0).to(tl.float32)
+    for i in range(0, tl.minimum(CHUNK, T - p0)):
+        at = row * T + p0 + i
+        x = _numbers(x_ptr, at, D, col, within)
+        dt = _numbers(dt_ptr, at, D, col, within)
+        B = _map(B_ptr, at * G + group, S, n, real)
+        if PACKED:
+            seq, first, final = _bounds(ids_ptr, p0 + i, T, True)
+            entering = tl.load(start_ptr + seq * D * S + tile, mask=both & first, other=0.0)
+            h = tl.where(first, entering, h)
+        h = tl.exp2(dt[None, :] * A) * h + B * (dt * x)[None, :]
+        if LOCAL:
+            reach += dt
+        else:
+            y = tl.sum(_map(C_ptr, at * G + group, S, n, real) * h, 0) + skip * x
+            tl.store(y_ptr + at * D + col, y.to(y_ptr.dtype.element_ty), mask=within)
+            if PACKED:
+                tl.store(last_ptr + seq * D * S + tile, h, mask=both & final)
+    if LOCAL:
+        tl.store(edge_ptr + ((chunk + 1) * rows + row) * S * D + tile, h, mask=both)
+        tl.store(reach_ptr + (chunk * rows + row) * D + col, reach, mask=within)
+    elif not PACKED:
+        tl.store(last_ptr + row * D * S + tile, h, mask=both & (chunk == chunks - 1))
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def carry_kernel(
+    A_ptr,
+    edge_ptr,  # what every chunk passes on by itself, then with all that comes through it
+    reach_ptr,
+    ids_ptr,
+    T,
+    chunks,
+    rows,
+    S,
+    D,
+    CHUNK: tl.constexpr,
+    BD: tl.constexpr,
+    BACK: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """From chunk to chunk, for one state of BD channels."""
+    blocks = tl.cdiv(D, BD)
+    n = tl.program_id(0) // blocks % S
+    row = (tl.program_id(0) // (blocks * S)).to(tl.int64)
+    col = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    ok = col < D
+    A = tl.load(A_ptr + n * D + col, mask=ok, other=0.0).to(tl.float32) * LOG2E
+    at = n * D + col
+    carry = tl.load(edge_ptr + ((chunks - 2 if BACK else 1) * rows + row) * S * D + at, mask=ok, other=0.0)
+    for i in tl.range(1, chunks - 1, num_stages=4):
+        chunk = chunks - 1 - i if BACK else i
+        to = chunk - 1 if BACK else chunk + 1
+        own = tl.load(edge_ptr + (to * rows + row) * S * D + at, mask=ok, other=0.0)
+        keep = tl.exp2(tl.load(reach_ptr + (chunk * rows + row) * D + col, mask=ok, other=0.0) * A)
+        if PACKED:  # nothing passes from one sequence to the next
+            begin = tl.load(ids_ptr + chunk * CHUNK - 1)
+            end = tl.load(ids_ptr + (chunk + 1) * CHUNK - (0 if BACK else 1))
+            keep = tl.where(begin == end, keep, 0.0)
+        carry = keep * carry + own
+        tl.store(edge_ptr + (to * rows + row) * S * D + at, carry, mask=ok)
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def backward_local_kernel(
+    dt_ptr,
+    A_ptr,
+    C_ptr,
+    dy_ptr,
+    dlast_ptr,
+    edge_ptr,  # gradients of the states after every chunk but the last, [chunks, rows, S, D]
+    reach_ptr,
+    ids_ptr,
+    T,
+    chunks,
+    rows,
+    S,
+    D,
+    G,
+    CHUNK: tl.constexpr,
+    BS: tl.constexpr,
     BD: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    width: tl.constexpr = D // G
-    blocks: tl.constexpr = (width + BD - 1) // BD
-    pid = tl.program_id(0)
-    row = pid // (G * blocks)
-    this_row = row.to(tl.int64)
-    group = pid // blocks % G
-    w = tl.arange(0, W)[:, None, None]
-    l = _tokens(L, T, D)
-    lane = w * L + l
-    place = (pid % blocks) * BD + tl.arange(0, BD)
-    within = (place < width)[None, None, :]
-    col = (group * width + place)[None, None, :]
-    skip = tl.zeros([1, 1, BD], tl.float32)
-    if skip_ptr is not None:
-        skip = tl.load(skip_ptr + col, mask=within, other=0.0).to(tl.float32)
-    for i in range(tl.cdiv(T, W * L)):
-        p0 = i * (W * L)
-        first_row = this_row * T + p0
-        there = lane < T - p0
-        ok = within & there
-        at = tl.multiple_of(w * (L * D) + col, (1, 1, 1))
-        hop = l * D
-        maps = (first_row * G + group) * S
-        token = lane * (G * S)
-        x = tl.load(x_ptr + first_row * D + at + hop, mask=ok, other=0.0).to(tl.float32)
-        dt = tl.load(dt_ptr + first_row * D + at + hop, mask=ok, other=0.0).to(tl.float32)
-        y = skip * x
+    """What every chunk but the first passes back."""
+    row, chunk, group, _block, col, within = _place(tl.program_id(0), chunks - 1, D, G, BD)
+    chunk += 1
+    n = tl.arange(0, BS)
+    real = n < S
+    both = real[:, None] & within[None, :]
+    tile = _tile(n, D, col)
+    A = tl.load(A_ptr + tile, mask=both, other=0.0).to(tl.float32) * LOG2E
+    p0 = chunk * CHUNK
+    count = tl.minimum(CHUNK, T - p0)
+    g = tl.zeros([BS, BD], tl.float32)
+    if not PACKED:
+        g = tl.load(dlast_ptr + row * D * S + tile, mask=both & (chunk == chunks - 1), other=0.0)
+    reach = tl.zeros([BD], tl.float32)
+    for i in range(0, count):
+        p = p0 + count - 1 - i
+        at = row * T + p
+        dt = _numbers(dt_ptr, at, D, col, within)
+        dy = _numbers(dy_ptr, at, D, col, within)
         if PACKED:
-            p = p0 + lane
-            seq, first = _sequence(ids_ptr, p, there, -1, p > 0)
-            _, final = _sequence(ids_ptr, p, there, 1, p + 1 < T)
-            known = ok & first
-        edge = (this_row + i * rows) * S * D
-        behind = (this_row + (i + 1) * rows) * S * D
-        for n in range(S):
-            A = tl.load(A_ptr + n * D + col, mask=within, other=0.0)
-            B = tl.load(B_ptr + maps + n + token, mask=there, other=0.0).to(tl.float32)
-            C = tl.load(C_ptr + maps + n + token, mask=there, other=0.0).to(tl.float32)
-            carry = tl.load(edge_ptr + edge + n * D + col, mask=within, other=0.0)
-            a = tl.exp(dt * A)
-            b = dt * x * B
-            if PACKED:
-                state = tl.multiple_of((seq * S + n) * D + col, (1, 1, 1))
-                entering = tl.load(start_ptr + state, mask=known, other=0.0)
-                b += tl.where(known, a * entering, 0.0)
-                a = tl.where(known, 0.0, a)
-            h, after = _states(a, b, carry)
-            y += C * h
-            tl.store(edge_ptr + behind + n * D + col, _pick(after, w, W - 1), mask=within)
-            if PACKED:
-                tl.store(last_ptr + state, h, mask=ok & final)
-        tl.store(y_ptr + first_row * D + at + hop, y.to(y_ptr.dtype.element_ty), mask=ok)
-        tl.debug_barrier()  # the states after this tile are read by other threads than have written them
+            seq, _first, final = _bounds(ids_ptr, p, T, True)
+            ending = tl.load(dlast_ptr + seq * D * S + tile, mask=both & final, other=0.0)
+            g = tl.where(final, ending, g)
+        g = tl.exp2(dt[None, :] * A) * (g + _map(C_ptr, at * G + group, S, n, real) * dy[None, :])
+        reach += dt
+    tl.store(edge_ptr + ((chunk - 1) * rows + row) * S * D + tile, g, mask=both)
+    tl.store(reach_ptr + (chunk * rows + row) * D + col, reach, mask=within)
 
 
-@triton.jit(do_not_specialize=["T", "S", "rows"])
+@triton.jit(do_not_specialize=["T", "chunks"])
 def backward_kernel(
     x_ptr,
     dt_ptr,
@@ -133,109 +223,115 @@ def backward_kernel(
     skip_ptr,
     start_ptr,
     edge_ptr,
-    ids_ptr,
     dy_ptr,
-    dlast_ptr,  # packed: gradients of the last states, [N, S, D]
-    carry_ptr,  # gradients of the states after the tile, [2, rows, S, D]; tiles take turns, the last one's are given
+    dlast_ptr,
+    dedge_ptr,
+    scratch_ptr,  # [programs, CHUNK / SUB, BS, BD]: states before every SUB tokens
     dx_ptr,
     ddt_ptr,
-    dA_ptr,  # by tiles, [tiles, rows, S, D]
-    dB_ptr,  # by blocks of channels, [rows, T, G, S, blocks]
+    dA_ptr,  # by chunks, [chunks, rows, S, D]
+    dB_ptr,  # by blocks of channels, [blocks, rows, T, G, S]
     dC_ptr,
-    dskip_ptr,  # by tiles, [tiles, rows, D]
-    dstart_ptr,  # packed
+    dskip_ptr,  # by chunks, [chunks, rows, D]
+    dstart_ptr,
+    ids_ptr,
     T,
-    S,
+    chunks,
     rows,
-    D: tl.constexpr,
-    G: tl.constexpr,
-    W: tl.constexpr,
-    L: tl.constexpr,
+    S,
+    D,
+    G,
+    CHUNK: tl.constexpr,
+    SUB: tl.constexpr,
+    BS: tl.constexpr,
     BD: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    width: tl.constexpr = D // G
-    blocks: tl.constexpr = (width + BD - 1) // BD
-    pid = tl.program_id(0)
-    row = pid // (G * blocks)
-    this_row = row.to(tl.int64)
-    group = pid // blocks % G
-    block = pid % blocks
-    w = tl.arange(0, W)[:, None, None]
-    l = _tokens(L, T, D)
-    lane = w * L + l
-    place = block * BD + tl.arange(0, BD)
-    within = (place < width)[None, None, :]
-    col = (group * width + place)[None, None, :]
-    skip = tl.zeros([1, 1, BD], tl.float32)
-    if skip_ptr is not None:
-        skip = tl.load(skip_ptr + col, mask=within, other=0.0).to(tl.float32)
-    tiles = tl.cdiv(T, W * L)
-    for back in range(tiles):
-        i = tiles - 1 - back
-        p0 = i * (W * L)
-        first_row = this_row * T + p0
-        there = lane < T - p0
-        ok = within & there
-        at = tl.multiple_of(w * (L * D) + col, (1, 1, 1))
-        hop = l * D
-        maps = (first_row * G + group) * S
-        token = lane * (G * S)
-        x = tl.load(x_ptr + first_row * D + at + hop, mask=ok, other=0.0).to(tl.float32)
-        dt = tl.load(dt_ptr + first_row * D + at + hop, mask=ok, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + first_row * D + at + hop, mask=ok, other=0.0).to(tl.float32)
-        # The step that led on; behind the last token the gradient of the last state comes in as it is.
-        leading = ok & (lane + 1 < T - p0)
-        dt_on = tl.load(dt_ptr + first_row * D + D + at + hop, mask=leading, other=0.0).to(tl.float32)
-        # What the token before wrote. The state before the tile has it already for the first of its tokens.
-        behind = ok & (lane > 0)
-        wrote = tl.load(x_ptr + first_row * D - D + at + hop, mask=behind, other=0.0).to(tl.float32)
-        wrote *= tl.load(dt_ptr + first_row * D - D + at + hop, mask=behind, other=0.0).to(tl.float32)
-        dx = skip * dy
-        ddt = tl.zeros_like(x)
+    n = tl.arange(0, BS)
+    real = n < S
+    room = tl.program_id(0).to(tl.int64) * CHUNK // SUB
+    inside = _tile(n, BD, tl.arange(0, BD))
+    for unit in range(tl.program_id(0), rows * chunks * G * tl.cdiv(D // G, BD), tl.num_programs(0)):
+        row, chunk, group, block, col, within = _place(unit, chunks, D, G, BD)
+        both = real[:, None] & within[None, :]
+        tile = _tile(n, D, col)
+        A = tl.load(A_ptr + tile, mask=both, other=0.0).to(tl.float32) * LOG2E
+        p0 = chunk * CHUNK
+        subs = tl.cdiv(tl.minimum(CHUNK, T - p0), SUB)
+        edge = (chunk * rows + row) * S * D + tile
+        h = tl.load(edge_ptr + edge, mask=both & (chunk > 0), other=0.0)
+        g = tl.load(dedge_ptr + edge, mask=both & (chunk + 1 < chunks), other=0.0)
+        if not PACKED:
+            h += tl.load(start_ptr + row * D * S + tile, mask=both & (chunk == 0), other=0.0)
+            g += tl.load(dlast_ptr + row * D * S + tile, mask=both & (chunk + 1 == chunks), other=0.0)
+        skip = tl.zeros([BD], tl.float32)
         if skip_ptr is not None:
-            dskip = tl.sum(tl.sum(dy * x, 1, keep_dims=True), 0, keep_dims=True)
-            tl.store(dskip_ptr + (this_row + i * rows) * D + col, dskip, mask=within)
-        if PACKED:
-            p = p0 + lane
-            seq, first = _sequence(ids_ptr, p, there, -1, p > 0)
-            _, final = _sequence(ids_ptr, p, there, 1, p + 1 < T)
-            known = ok & first
-            ending = ok & final
-        edge = (this_row + i * rows) * S * D
-        turn = back % 2
-        coming = (this_row + turn * rows) * S * D
-        going = (this_row + (1 - turn) * rows) * S * D
-        for n in range(S):
-            A = tl.load(A_ptr + n * D + col, mask=within, other=0.0)
-            B = tl.load(B_ptr + maps + n + token, mask=there, other=0.0).to(tl.float32)
-            C = tl.load(C_ptr + maps + n + token, mask=there, other=0.0).to(tl.float32)
-            B_before = tl.load(B_ptr + maps + n + token - G * S, mask=there & (lane > 0), other=0.0).to(tl.float32)
-            a = tl.exp(dt * A)
-            on = tl.exp(dt_on * A)
-            keep = a
-            add = a * wrote * B_before
-            g = C * dy
-            if PACKED:
-                state = tl.multiple_of((seq * S + n) * D + col, (1, 1, 1))
-                entering = tl.load(start_ptr + state, mask=known, other=0.0)
-                add = tl.where(known, a * entering, add)
-                keep = tl.where(known, 0.0, a)
-                on = tl.where(final, 0.0, on)
-                g += tl.load(dlast_ptr + state, mask=ending, other=0.0)
-            # What of the states before is kept, without a difference of states.
-            kept, _end = _states(keep, add, tl.load(edge_ptr + edge + n * D + col, mask=within, other=0.0))
-            g, after = _states_back(on, g, tl.load(carry_ptr + coming + n * D + col, mask=within, other=0.0))
-            tl.store(carry_ptr + going + n * D + col, _pick(after, w, 0), mask=within)
-            if PACKED:
-                tl.store(dstart_ptr + state, a * g, mask=known)
-            dx += g * dt * B
-            ddt += g * (x * B + A * kept)
-            dA = tl.sum(tl.sum(g * dt * kept, 1, keep_dims=True), 0, keep_dims=True)
-            tl.store(dA_ptr + edge + n * D + col, dA, mask=within)
-            token_at = (maps + n + token) * blocks + block
-            tl.store(dB_ptr + token_at, tl.sum(g * dt * x, 2, keep_dims=True), mask=there)
-            tl.store(dC_ptr + token_at, tl.sum(dy * (kept + dt * x * B), 2, keep_dims=True), mask=there)
-        tl.store(dx_ptr + first_row * D + at + hop, dx.to(dx_ptr.dtype.element_ty), mask=ok)
-        tl.store(ddt_ptr + first_row * D + at + hop, ddt.to(ddt_ptr.dtype.element_ty), mask=ok)
-        tl.debug_barrier()  # carried gradients are read by other threads than have written them
+            skip = tl.load(skip_ptr + col, mask=within, other=0.0).to(tl.float32)
+        dskip = tl.zeros([BD], tl.float32)
+        dA = tl.zeros([BS, BD], tl.float32)
+        for s in range(0, subs):
+            tl.store(scratch_ptr + (room + s) * BS * BD + inside, h)
+            for i in tl.static_range(SUB):
+                p = p0 + s * SUB + i
+                at = row * T + p
+                ok = within & (p < T)
+                dt = _numbers(dt_ptr, at, D, col, ok)
+                wrote = dt * _numbers(x_ptr, at, D, col, ok)
+                if PACKED:
+                    seq, first, final = _bounds(ids_ptr, p, T, p < T)
+                    entering = tl.load(start_ptr + seq * D * S + tile, mask=both & first, other=0.0)
+                    h = tl.where(first, entering, h)
+                B = _map(B_ptr, at * G + group, S, n, real & (p < T))
+                h = tl.exp2(dt[None, :] * A) * h + B * wrote[None, :]
+        for back in range(0, subs):
+            s = subs - 1 - back
+            h = tl.load(scratch_ptr + (room + s) * BS * BD + inside)
+            kepts = ()
+            for i in tl.static_range(SUB):
+                p = p0 + s * SUB + i
+                at = row * T + p
+                ok = within & (p < T)
+                dt = _numbers(dt_ptr, at, D, col, ok)
+                wrote = dt * _numbers(x_ptr, at, D, col, ok)
+                if PACKED:
+                    seq, first, final = _bounds(ids_ptr, p, T, p < T)
+                    entering = tl.load(start_ptr + seq * D * S + tile, mask=both & first, other=0.0)
+                    h = tl.where(first, entering, h)
+                kept = tl.exp2(dt[None, :] * A) * h
+                kepts = kepts + (kept,)
+                h = kept + _map(B_ptr, at * G + group, S, n, real & (p < T)) * wrote[None, :]
+            for j in tl.static_range(SUB):
+                p = p0 + s * SUB + (SUB - 1 - j)
+                at = row * T + p
+                ok = within & (p < T)
+                mapped = real & (p < T)
+                x = _numbers(x_ptr, at, D, col, ok)
+                dt = _numbers(dt_ptr, at, D, col, ok)
+                dy = _numbers(dy_ptr, at, D, col, ok)
+                B = _map(B_ptr, at * G + group, S, n, mapped)
+                C = _map(C_ptr, at * G + group, S, n, mapped)
+                if PACKED:
+                    seq, first, final = _bounds(ids_ptr, p, T, p < T)
+                    ending = tl.load(dlast_ptr + seq * D * S + tile, mask=both & final, other=0.0)
+                    g = tl.where(final, ending, g)
+                g += C * dy[None, :]
+                wrote = dt * x
+                by_step = g * kepts[SUB - 1 - j]  # what of the states before is kept, without a difference of states
+                written = tl.sum(g * B, 0)
+                dx = skip * dy + dt * written
+                ddt = x * written + LN2 * tl.sum(by_step * A, 0)
+                dA += by_step * dt[None, :]
+                dskip += dy * x
+                out = ((block * rows + row) * T + p) * G * S + group * S + n
+                tl.store(dB_ptr + out, tl.sum(g * wrote[None, :], 1), mask=mapped)
+                tl.store(dC_ptr + out, tl.sum((kepts[SUB - 1 - j] + B * wrote[None, :]) * dy[None, :], 1), mask=mapped)
+                tl.store(dx_ptr + at * D + col, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+                tl.store(ddt_ptr + at * D + col, ddt.to(ddt_ptr.dtype.element_ty), mask=ok)
+                g = tl.exp2(dt[None, :] * A) * g
+                if PACKED:
+                    tl.store(dstart_ptr + seq * D * S + tile, g, mask=both & first)
+        tl.store(dA_ptr + edge, dA, mask=both)
+        if skip_ptr is not None:
+            tl.store(dskip_ptr + (chunk * rows + row) * D + col, dskip, mask=within)
+        if not PACKED:
+            tl.store(dstart_ptr + row * D * S + tile, g, mask=both & (chunk == 0))

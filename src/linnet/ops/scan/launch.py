@@ -39,7 +39,8 @@ def tile(algebra: str, D: int, packed: bool, device: torch.device, *, narrow: bo
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     return 16 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -47,11 +48,11 @@ def _piece(columns: int, T: int, step: int, device: torch.device) -> int:
     """Tokens of a piece, where there are so many columns of channels: the whole sequence where they fill most of the
     device, or where it is too short to be worth the two launches more that pieces take. Each processor has one program
     at a time, and all the same work, so what counts is not to begin another round of them."""
-    processors = _processors(device)
+    room = processors(device)
     tiles = -(-T // step)
-    if columns * 3 >= processors or tiles <= (2 if device.type == "cpu" else 16):
+    if columns * 3 >= room or tiles <= (2 if device.type == "cpu" else 16):
         return T
-    pieces = min(2 * processors // columns, -(-tiles // 2))
+    pieces = min(2 * room // columns, -(-tiles // 2))
     return -(-tiles // pieces) * step
 
 

@@ -7,18 +7,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels_selective import backward_kernel, forward_kernel
+from .kernels_selective import backward_kernel, backward_local_kernel, carry_kernel, forward_kernel
+from .launch import processors
 from .selective import tile_length
 
 __all__ = ["backward", "forward"]
 
+SUB = 4  # tokens whose states the backward pass has in registers at a time
+RESIDENT = 8  # programs of the backward pass that a multiprocessor has room for
 
-def _tile(x: Tensor, groups: int, chunk: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the tile, the same in both directions: they share the states between tiles."""
-    rows, _, D = x.shape
-    W, BD = (8, 32) if x.is_cuda else (2, 8)
-    sizes = {"D": D, "G": groups, "W": W, "L": tile_length(chunk) // W, "BD": BD, "num_warps": W}
-    return (rows * groups * -(-(D // groups) // BD),), sizes
+
+class _Call:
+    """Sizes and settings of a call."""
+
+    def __init__(self, x: Tensor, B: Tensor, S: int, chunk: int, ids: Tensor | None):
+        self.rows, self.T, self.D = x.shape
+        self.S, self.G = S, B.shape[2]
+        length, BS, BD = tile_length(chunk), max(2, 1 << (S - 1).bit_length()), 32
+        self.chunks = -(-self.T // length)
+        self.blocks = -(-(self.D // self.G) // BD)
+        self.units = self.rows * self.chunks * self.G * self.blocks
+        self.packed = {"CHUNK": length, "BD": BD, "PACKED": ids is not None}
+        self.tile = self.packed | {"BS": BS, "num_warps": min(8, max(1, BS // 16))}  # 16 states a thread
+        self.sizes = self.T, self.chunks, self.rows, S, self.D
+
+    def carry(self, A: Tensor, edges: Tensor, reach: Tensor, ids: Tensor | None, back: bool) -> None:
+        """Through all chunks; with two there is nothing between."""
+        if self.chunks > 2:
+            grid = (self.rows * self.S * -(-self.D // 32),)
+            carry_kernel[grid](A, edges, reach, ids, *self.sizes, BACK=back, num_warps=1, **self.packed)
+
+    def edges(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for what is carried from chunk to chunk, and for the steps' sums."""
+        shape = self.chunks, self.rows, self.S, self.D
+        return like.new_empty(shape), like.new_empty(self.chunks, self.rows, self.D)
 
 
 def forward(
@@ -32,20 +54,19 @@ def forward(
     ids: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reading, the last states ``[N, D, S]`` and the states between tiles. ``ids`` are the sequences of packed
-    tokens."""
+    """The reading, the last states ``[N, D, S]`` and the states before every chunk. ``ids`` are the sequences of
+    packed tokens."""
     x, delta, B, C = (y.contiguous() for y in (x, delta, B, C))
-    grid, tile = _tile(x, B.shape[2], chunk)
-    rows, T, _ = x.shape
-    start, S = h0.mT.contiguous(), h0.shape[2]
-    tiles = -(-T // (tile["W"] * tile["L"]))
-    edges = start.new_empty(tiles + 1, rows, *start.shape[1:])
-    y, packed = torch.empty_like(x), ids is not None
-    last = start.clone() if packed else None
-    edges[0].copy_(start) if not packed else edges[0].zero_()
-    given = (x, delta, A.float().mT.contiguous(), B, C, D, start if packed else None, edges, last, y, ids)
-    forward_kernel[grid](*given, T, S, rows, PACKED=packed, **tile)
-    return y, (edges[-1] if last is None else last).mT.clone(memory_format=torch.contiguous_format), edges
+    A, h0 = (y.mT.contiguous() for y in (A, h0))
+    call = _Call(x, B, len(A), chunk, ids)
+    edges, reach = call.edges(h0)
+    y, last = torch.empty_like(x), torch.empty_like(h0) if ids is None else h0.clone()
+    given = (x, delta, A, B, C, D, h0, edges, reach, last, y, ids, *call.sizes, call.G)
+    if call.chunks > 1:
+        forward_kernel[(call.units // call.chunks * (call.chunks - 1),)](*given, LOCAL=True, **call.tile)
+        call.carry(A, edges, reach, ids, False)
+    forward_kernel[(call.units,)](*given, LOCAL=False, **call.tile)
+    return y, last.mT.contiguous(), edges
 
 
 def backward(
@@ -64,29 +85,29 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by input name."""
     x, delta, B, C, dy = (y.contiguous() for y in (x, delta, B, C, dy))
-    grid, tile = _tile(x, B.shape[2], chunk)
-    rows, T, _ = x.shape
-    tiles, S = len(edges) - 1, h0.shape[2]
-    packed, ends, factors = ids is not None, dlast.mT.contiguous(), A.float().mT.contiguous()
-    carry = edges.new_zeros(2, *edges.shape[1:])
-    if not packed:
-        carry[0] = ends
-    dx, ddelta = torch.empty_like(x), torch.empty_like(delta)
-    dA, dskip = torch.empty_like(edges[1:]), None if D is None else edges.new_empty(tiles, rows, x.shape[2])
-    blocks = grid[0] // (rows * B.shape[2])
-    dB, dC = (edges.new_empty(*B.shape, blocks) for _ in range(2))
-    start, dstart = (h0.mT.contiguous(), ends.clone()) if packed else (None, None)
-    given: tuple[Any, ...] = (x, delta, factors, B, C, D, start, edges, ids, dy, ends if packed else None, carry)
-    found: tuple[Any, ...] = (dx, ddelta, dA, dB, dC, dskip, dstart)
-    backward_kernel[grid](*given, *found, T, S, rows, PACKED=packed, **tile)
-    if dstart is None:  # the first token's factor is left to do
-        dstart = carry[tiles % 2] * torch.exp(delta[:, :1].to(factors.dtype) * factors)
+    A, h0, dlast = (y.mT.contiguous() for y in (A, h0, dlast))
+    call = _Call(x, B, len(A), chunk, ids)
+    dedges, reach = call.edges(h0)
+    if call.chunks > 1:
+        backward_local_kernel[(call.units // call.chunks * (call.chunks - 1),)](
+            delta, A, C, dy, dlast, dedges, reach, ids, *call.sizes, call.G, **call.tile
+        )
+        call.carry(A, dedges, reach, ids, True)
+    dx, ddelta, dA = torch.empty_like(x), torch.empty_like(delta), torch.empty_like(edges)
+    dB, dC = (edges.new_empty(call.blocks, *B.shape) for _ in range(2))
+    dskip = None if D is None else torch.empty_like(reach)
+    dstart = torch.empty_like(dlast) if ids is None else dlast.clone()
+    programs = min(call.units, RESIDENT * processors(x.device))
+    scratch = edges.new_empty(programs, call.tile["CHUNK"] // SUB, call.tile["BS"], call.tile["BD"])
+    given: tuple[Any, ...] = (x, delta, A, B, C, D, h0, edges, dy, dlast, dedges, scratch)
+    found: tuple[Any, ...] = (dx, ddelta, dA, dB, dC, dskip, dstart, ids)
+    backward_kernel[(programs,)](*given, *found, *call.sizes, call.G, SUB=SUB, **call.tile)
     grads = {
         "x": dx,
         "delta": ddelta,
         "A": dA.sum((0, 1)).mT.to(A.dtype),
-        "B": dB.sum(-1).to(B.dtype),
-        "C": dC.sum(-1).to(C.dtype),
+        "B": dB.sum(0).to(B.dtype),
+        "C": dC.sum(0).to(C.dtype),
         "h": dstart.mT,
     }
     return grads if D is None or dskip is None else grads | {"D": dskip.sum((0, 1)).to(D.dtype)}

@@ -131,7 +131,7 @@ def _forward_fake(x, delta, A, B, C, skip, h, cu_host, ids, chunk, backend):
     rows, T, D = x.shape
     edges = h.new_empty(-(-T // chunk), rows, D, h.shape[2])
     if backend == "triton":
-        edges = h.new_empty(-(-T // tile_length(chunk)) + 1, rows, h.shape[2], D)
+        edges = h.new_empty(-(-T // tile_length(chunk)), rows, h.shape[2], D)
     return torch.empty_like(x, memory_format=torch.contiguous_format), h.new_empty(h.shape), edges
 
 
