@@ -256,7 +256,8 @@ def _forward_fake(q, k, v, g, gv, u, w, S, z, floor, cu_host, scale, eps, chunk,
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     none, kept = S.new_empty(0), backend == "triton" and training
     pieces = _pieces(q, v, g, gv, cu_host)[1]
-    x, z_out = (none, none.clone()) if z is None else (S.new_empty(v.shape[:3]), S.new_empty(z.shape))
+    line = (v.shape[2], v.shape[0] * v.shape[1]) if backend == "triton" else v.shape[:3]
+    x, z_out = (none, none.clone()) if z is None else (S.new_empty(line), S.new_empty(z.shape))
     edges = S.new_empty(pieces, *S.shape[1:]) if kept else none.clone()
     if backend == "chunked" and training and z is not None and S.dtype != v.dtype:
         edges = S.new_empty(v.shape)

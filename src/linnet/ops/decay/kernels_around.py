@@ -304,12 +304,13 @@ def read_kernel(
 def norm_kernel(
     do_ptr,
     o_ptr,
-    x_ptr,
+    x_ptr,  # this and the following [H, tokens]
     floor_ptr,
     inverse_ptr,
     dx_ptr,
     eps,
-    N,
+    n_rows,
+    H,
     V,
     ROWS: tl.constexpr,
     BV: tl.constexpr,
@@ -317,25 +318,27 @@ def norm_kernel(
 ):
     """From the gradient of a normalised reading ``o = num / den``: 1 / den, by which the passes weight the late tokens,
     and the gradient of the normaliser x divided by it, so that the same weight serves both."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask = rows < N
+    h = tl.program_id(0) % H
+    rows = tl.program_id(0) // H * ROWS + tl.arange(0, ROWS)
+    mask = rows < n_rows
+    line = h.to(tl.int64) * n_rows + rows
     acc = tl.zeros([ROWS], dtype=tl.float32)
     for column in range(0, V, BV):
         cols = column + tl.arange(0, BV)
-        at = rows.to(tl.int64)[:, None] * V + cols[None, :]
+        at = (rows.to(tl.int64) * H + h)[:, None] * V + cols[None, :]
         inside = mask[:, None] & (cols < V)[None, :]
         do = tl.load(do_ptr + at, mask=inside, other=0.0).to(tl.float32)
         acc += tl.sum(do * tl.load(o_ptr + at, mask=inside, other=0.0).to(tl.float32), 1)
-    x = tl.load(x_ptr + rows, mask=mask, other=1.0)
+    x = tl.load(x_ptr + line, mask=mask, other=1.0)
     if FLOOR:
-        low = tl.load(floor_ptr + rows, mask=mask, other=1.0)
+        low = tl.load(floor_ptr + line, mask=mask, other=1.0)
         den = tl.maximum(tl.abs(x), low) + eps
         slope = tl.where(tl.abs(x) > low, tl.where(x > 0, 1.0, -1.0), 0.0)
     else:
         den = x + eps
         slope = 1.0
-    tl.store(inverse_ptr + rows, 1.0 / den, mask=mask)
-    tl.store(dx_ptr + rows, -slope * acc, mask=mask)
+    tl.store(inverse_ptr + line, 1.0 / den, mask=mask)
+    tl.store(dx_ptr + line, -slope * acc, mask=mask)
 
 
 @triton.jit
@@ -375,7 +378,7 @@ def gate_kernel(
     row_ptr,
     col_ptr,
     cross_ptr,
-    w_ptr,
+    w_ptr,  # [H, tokens]
     edge_ptr,
     d_edge_ptr,
     d_first_ptr,
@@ -426,7 +429,7 @@ def gate_kernel(
         cross_ptr += n_rows * H
     if WS:
         tl.store(dw_ptr + at, col.to(dw_ptr.dtype.element_ty), mask=valid)
-        col = col * tl.load(w_ptr + at, mask=valid, other=0.0).to(tl.float32)
+        col = col * tl.load(w_ptr + line, mask=valid, other=0.0).to(tl.float32)
     if GATED:
         slot = piece.to(tl.int64) * H + h
         row_slot = n.to(tl.int64) * H + h

@@ -20,7 +20,7 @@ from .kernels_around import (
     read_kernel,
     sums_kernel,
 )
-from .kernels_step import stabilizer_kernel, step_kernel
+from .kernels_step import stabilizer_kernel, stabilizer_sums_kernel, step_kernel
 
 # How strongly half a chunk may forget, in log2, before it is walked token by token: the factors of a vector gate reach
 # 2^limit and their products over masked pairs its square. fp16 has little range; fp32 keeps its digits.
@@ -91,6 +91,11 @@ class State(NamedTuple):
 def _rows(state: Tensor, rows: int) -> Tensor:
     """Uninitialised states of as many rows."""
     return state.new_empty(rows, *state.shape[1:])
+
+
+def _line(x: Tensor | None) -> Tensor | None:
+    """One number a token and head, ``[B, T, H]``, laid out ``[H, tokens]``: a walk reads along a head."""
+    return None if x is None else x.permute(2, 0, 1).contiguous().flatten(1)
 
 
 def _ones(v: Tensor) -> Tensor:
@@ -341,7 +346,6 @@ class _Call:
         states in memory are ``[DP, DR]``."""
         DR, DP = writer.shape[-1], payload.shape[-1]
         side_r, side_p = (self.value, self.key) if transposed else (self.key, self.value)
-        vector = side_r is not None or side_p is not None
         settings = launch_settings(DR, DP, self.chunk, self.dtype, split)
         grid = ((self.pieces if split else self.rows) * self.H * _cdiv(DP, settings["BP"]),)
         gate = self.gate
@@ -395,7 +399,7 @@ class _Call:
             DP,
             1 if transposed else DP,
             DR if transposed else 1,
-            CHUNKS=_power_of_2(self.piece // self.chunk) if vector else 1,
+            WINDOW=32,
             REVERSE=reverse,
             GATE=0 if gate is None else 1 if gate.seen is None else 2,
             HALF_R=side_r is not None,
@@ -504,10 +508,10 @@ def forward(
     pieces: int,
     training: bool,
 ) -> tuple[Tensor, Tensor | None, State, State | None]:
-    """Reading, normaliser, final state and, when ``training``, the boundary states the backward pass starts from."""
+    """Reading, normaliser ``[H, tokens]``, final state and, when ``training``, the boundary states the backward pass starts from."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     S, z = (None if x is None else x.contiguous() for x in state)
-    w, floor = (None if x is None else x.contiguous() for x in (w, floor))
+    w, floor = _line(w), _line(floor)
     call = _Call(q, v, g, gv, u, cu_host, scale, piece)
     q, k, own = call.prepare(call.key, q, k, u=call.u, own=u is not None)  # type: ignore[assignment]
     _, payload, _ = call.prepare(call.value, None, v)
@@ -515,16 +519,18 @@ def forward(
     apart = own is not None and call.value is not None
     pair: dict[str, Any] = {"diag": 1} if apart else {"diag": 0 if own is None else 2, "own": own}
     x = z_bounds = z_last = None
+    norm: dict[str, Any] = {}
     if z is not None:
-        x = S.new_empty(*v.shape[:3], 1)  # type: ignore[union-attr]
-        sums = call.read_along(q, k, _ones(v), z[..., None], pieces, keep=training, out=x, ws=w, **pair)
+        x, over = (z.new_empty(call.H, call.tokens) for _ in range(2))
+        norm = {"x": over, "floor": floor, "eps": eps}
+        sums = call.read_along(q, k, _ones(v), z[..., None], pieces, keep=training, out=x, ws=w, **norm, **pair)
         z_bounds, z_last = (None if x is None else x[..., 0] for x in sums)
-    norm: dict[str, Any] = {"norm": int(x is not None), "x": x, "floor": floor, "eps": eps}
+        norm = {"x": over, "norm": 1}
     bounds, last = call.read_along(q, k, payload, S, pieces, keep=training, out=o, ws=w, **norm, **pair)  # type: ignore
     if call.value is not None:
         call.read(call.value, o, v, own)
     kept = State(bounds, z_bounds) if training and bounds is not None else None
-    return o, None if x is None else x[..., 0], State(last, z_last), kept
+    return o, x, State(last, z_last), kept
 
 
 def backward(
@@ -550,7 +556,7 @@ def backward(
     """Gradients by input name, from those of the reading ``o`` and of the final state. ``gates`` says whether any
     of the gates, the bonus and the write weight wants one."""
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
-    w, floor = (None if x is None else x.contiguous() for x in (w, floor))
+    w, floor = _line(w), _line(floor)
     call = _Call(q, v, g, gv, u, cu_host, scale, piece)
     H, K, V, pieces = call.H, call.K, call.V, len(bounds.S)
     gates = gates and any(x is not None for x in (g, gv, u, w))
@@ -559,9 +565,9 @@ def backward(
     lw = dx = None  # by what the late tokens are weighted, and the normaliser's gradient over that
     if x is not None:
         lw, dx = torch.empty_like(x), torch.empty_like(x)
-        rows, wide = 16, min(128, max(16, _power_of_2(V)))
-        norm_kernel[(_cdiv(x.numel(), rows),)](
-            do, o, x, floor, lw, dx, eps, x.numel(), V, ROWS=rows, BV=wide, FLOOR=floor is not None
+        rows, wide = 32, min(128, max(16, _power_of_2(V)))
+        norm_kernel[(_cdiv(call.tokens, rows) * H,)](
+            do, o, x, floor, lw, dx, eps, call.tokens, H, V, ROWS=rows, BV=wide, FLOOR=floor is not None
         )
 
     # Where gates lie between tokens channel by channel, or reading is exclusive, a token's own pair goes apart.
@@ -638,7 +644,7 @@ def backward(
     found |= {"q": dq, "k": dk, "v": dv, "S": d_first, "z": dz_first}
     if scalar:
         found["g"] = None if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device)
-        found["w"] = None if w is None else torch.empty_like(w)
+        found["w"] = None if w is None else new(call.B, call.T, H, dtype=w.dtype)
         gate_kernel[(call.pieces * H,)](
             row,
             col,
@@ -701,16 +707,22 @@ def step(
 
 
 def stabilizer(
-    i: Tensor, f: Tensor, m: Tensor, cu_host: Tensor | None, least: float
+    i: Tensor, f: Tensor, m: Tensor, cu: Tensor | None, ids: Tensor | None, least: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-decay, write weight and least denominator ``[B, T, H]`` of the mLSTM, and the stabiliser ``[N, H]`` after the
-    last token, from its gates' pre-activations and the stabiliser before the first."""
+    """Log-decay, write weight and least denominator ``[B, T, H]`` of the mLSTM (the last two laid out ``[H, B, T]``),
+    and the stabiliser ``[N, H]`` after the last token, from its gates' pre-activations and the stabiliser before the
+    first. Blocks of tokens are walked at once: first for what each does to a stabiliser, then from what enters it."""
     i, f, m = i.contiguous(), f.contiguous(), m.contiguous()
-    (_, T, H), rows = i.shape, len(m)
-    g, w, floor = (torch.empty(i.shape, dtype=torch.float32, device=i.device) for _ in range(3))
-    last = torch.empty(rows, H, dtype=torch.float32, device=i.device)
-    cu = None if cu_host is None else cu_host.to(i.device)
-    stabilizer_kernel[(rows * H,)](
-        i, f, m, g, w, floor, last, cu, T, H, least, BLOCK=4096, PACKED=cu is not None, num_warps=16
-    )
-    return g, w, floor, last
+    B, T, H = i.shape
+    heads = min(16, _power_of_2(H))
+    block = 4096 // heads
+    blocks = _cdiv(B * T, block)
+    grid = (blocks * _cdiv(H, heads),)
+    sums = torch.empty(2, blocks, H, dtype=torch.float64, device=i.device)
+    g, last = torch.empty(i.shape, dtype=torch.float32, device=i.device), m.float().clone()
+    w, floor = (torch.empty(H, B, T, dtype=torch.float32, device=i.device) for _ in range(2))
+    given = (i, f, m, cu, ids, *sums, T, B * T, H, blocks, least)
+    sizes: dict[str, Any] = {"HEADS": heads, "BLOCK": block, "PACKED": cu is not None, "num_warps": 8}
+    stabilizer_sums_kernel[grid](*given, **sizes)
+    stabilizer_kernel[grid](*given, g, w, floor, last, **sizes)
+    return g, w.permute(1, 2, 0), floor.permute(1, 2, 0), last
