@@ -8,7 +8,7 @@ is the forward pass with (r, s, p) = (q, k, v). Its three gradients are the same
 
     dq: (dO, v, k) forward in time        dv: (k, q, dO) backward in time        dk: (v, dO, q) backward in time
 
-The normaliser is one more reading of the first kind, with ones for the payload. A program walks the chunks of one
+A program walks the chunks of one
 sequence (or of one piece of it) in either direction with the state on chip, and only the payload's channels are split
 over programs. Pieces of ``PIECE`` tokens have their boundary states in memory: they let a long sequence fill the GPU
 (every piece starts from its own boundary state), and the gradient of the gates starts afresh at each, which keeps it
@@ -82,14 +82,6 @@ def _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _denominator(x, floor_ptr, at, mask, eps, FLOOR: tl.constexpr):
-    """By what a reading with the normaliser ``x`` is divided."""
-    if FLOOR:
-        x = tl.maximum(tl.abs(x), tl.load(floor_ptr + at, mask=mask, other=1.0))
-    return x + eps
-
-
-@triton.jit
 def _divide(x, y):
     """Exact to rounding. An inexact inverse would err alike in all channels of a token, and the gradients of numerator
     and denominator, which may cancel, would no longer do so."""
@@ -135,13 +127,11 @@ def pass_kernel(
     total_r_ptr,  # and by vector gates, with their channels
     total_p_ptr,
     x_ptr,  # NORM 1: the denominator, or, without EXACT, its inverse; 2: the normaliser's gradient, [H, tokens]
-    floor_ptr,  # ONES: least denominator, [H, tokens]
     row_ptr,
     col_ptr,
     cu_ptr,
     table_ptr,
     scale,
-    eps,
     T,
     PIECE,
     n_rows,
@@ -168,8 +158,6 @@ def pass_kernel(
     WR: tl.constexpr,
     WS: tl.constexpr,
     NORM: tl.constexpr,  # 1 the reading is divided by the normaliser; 2 its gradient comes in, keys as payload
-    FLOOR: tl.constexpr,
-    ONES: tl.constexpr,  # the payload is one channel of ones: sums in fp32, and what NORM 1 takes is written to x
     START: tl.constexpr,
     SPLIT: tl.constexpr,
     STATE_ONLY: tl.constexpr,
@@ -256,8 +244,7 @@ def pass_kernel(
             line = line_base + rows
 
             s = _load(s_ptr, h // (H // HS), HS, DR, t0, 0, valid, C, BR, FULL_R, TMA)
-            if not ONES:
-                p = _load(p_ptr, h // (H // HP), HP, DP, t0, column, valid, C, BP, FULL_P, TMA)
+            p = _load(p_ptr, h // (H // HP), HP, DP, t0, column, valid, C, BP, FULL_P, TMA)
 
             # Gates: what a reader has kept of the entering state, what the leaving state keeps of a writer.
             if GATE == 1:
@@ -353,10 +340,7 @@ def pass_kernel(
                 A = A * times[:, None]
                 if WS:
                     A = A * ws[None, :]
-                if ONES:
-                    inter = tl.sum(r.to(tl.float32) * tl.sum(S, 1)[None, :], 1)
-                else:
-                    inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
+                inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
                 if NORM == 2 and REVERSE:
                     inter += z[None, :]
                 if NORM == 2 and not REVERSE:
@@ -365,22 +349,13 @@ def pass_kernel(
                     inter = inter * read[:, None]
                 if GATE != 0 and GRAD == 0:
                     times = times * read
-                if ONES:
-                    x = inter * times + tl.sum(A, 1)
-                    tl.store(out_raw + line, x, mask=valid)
-                    den = _denominator(x, floor_ptr, line, valid, eps, FLOOR)
-                    if EXACT:
-                        tl.store(x_ptr + line, den, mask=valid)
-                    else:
-                        tl.store(x_ptr + line, 1.0 / den, mask=valid)
+                o = tl.dot(A.to(p.dtype), p, inter * times[:, None], input_precision="ieee")
+                if NORM == 1 and EXACT:
+                    o = _divide(o, den[:, None])
+                if TMA and FULL_P and not RAGGED:
+                    out_ptr.store([t0, h * DP + column], o.to(p.dtype))
                 else:
-                    o = tl.dot(A.to(p.dtype), p, inter * times[:, None], input_precision="ieee")
-                    if NORM == 1 and EXACT:
-                        o = _divide(o, den[:, None])
-                    if TMA and FULL_P and not RAGGED:
-                        out_ptr.store([t0, h * DP + column], o.to(p.dtype))
-                    else:
-                        _store(out_raw, h, H, DP, t0, column, valid, o, C, BP)
+                    _store(out_raw, h, H, DP, t0, column, valid, o, C, BP)
 
                 if GRAD != 0:
                     # E_rs, what the pair (reader, writer) contributes to the log-gates between them and, without
@@ -412,16 +387,13 @@ def pass_kernel(
                 weight = weight * ws
             if RAGGED:  # what lies behind the sequence's end is another's
                 weight = tl.where(valid, weight, 0.0)
-            if ONES:
-                S += tl.where((p_cols == 0)[None, :], tl.sum(s.to(tl.float32) * weight[:, None], 0)[:, None], 0.0)
-            else:
-                heavy = p
-                if GATE != 0 or WS or REVERSE or RAGGED:
-                    heavy = p * weight[:, None]
-                    if RAGGED:
-                        heavy = tl.where(valid[:, None], heavy, 0.0)
-                    heavy = heavy.to(p.dtype)
-                S = tl.dot(tl.trans(s), heavy, S, input_precision="ieee")
+            heavy = p
+            if GATE != 0 or WS or REVERSE or RAGGED:
+                heavy = p * weight[:, None]
+                if RAGGED:
+                    heavy = tl.where(valid[:, None], heavy, 0.0)
+                heavy = heavy.to(p.dtype)
+            S = tl.dot(tl.trans(s), heavy, S, input_precision="ieee")
             if NORM == 2:
                 z += tl.sum(p.to(tl.float32) * (weight * dx if REVERSE else weight)[:, None], 0)
             if HALF_R:
@@ -482,16 +454,10 @@ def pass_kernel(
                         factor = factor * scale
                     if DIAG != 1:
                         o += own * weight * p
-                    if ONES:
-                        x = tl.sum(o, 0) * factor
-                        tl.store(out_raw + line_base + t, x)
-                        den = _denominator(x, floor_ptr, line_base + t, t < stop, eps, FLOOR)
-                        tl.store(x_ptr + line_base + t, den if EXACT else 1.0 / den)
-                    else:
-                        if NORM == 1:
-                            den = tl.load(x_ptr + line_base + t)
-                            o = _divide(o, den) if EXACT else o * den
-                        tl.store(out_raw + at_t * DP + p_cols, (o * factor).to(out_raw.dtype.element_ty), p_cols < DP)
+                    if NORM == 1:
+                        den = tl.load(x_ptr + line_base + t)
+                        o = _divide(o, den) if EXACT else o * den
+                    tl.store(out_raw + at_t * DP + p_cols, (o * factor).to(out_raw.dtype.element_ty), p_cols < DP)
                 if BONUS:
                     S = S * keep_r[:, None] * keep_p[None, :]
                     z = z * keep_p

@@ -89,9 +89,7 @@ def _max_plus(a, m, b, n):
 
 
 @triton.jit
-def _stabilizing(
-    i_ptr, f_ptr, m_ptr, cu_ptr, ids_ptr, rows, heads, mask, T, H, least, PACKED: tl.constexpr
-):
+def _stabilizing(i_ptr, f_ptr, m_ptr, cu_ptr, ids_ptr, rows, heads, mask, T, H, least, PACKED: tl.constexpr):
     """Of tokens ``[rows, 1]`` and heads ``[1, heads]``: the gates, what each token makes of a stabiliser,
     ``m -> max(a + m, b)``, sequence and whether it is its first token, and the stabiliser that enters a sequence."""
     if PACKED:

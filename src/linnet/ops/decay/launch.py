@@ -11,20 +11,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core import chunk_table
 from .kernels import pass_kernel
-from .kernels_around import (
-    chain_kernel,
-    finish_kernel,
-    gate_kernel,
-    norm_kernel,
-    prepare_kernel,
-    read_kernel,
-    sums_kernel,
-)
+from .kernels_around import chain_kernel, finish_kernel, gate_kernel, prepare_kernel, read_kernel, sums_kernel
+from .kernels_norm import keys_kernel, norm_kernel
 from .kernels_step import stabilizer_kernel, stabilizer_sums_kernel, step_kernel
 
 # How strongly half a chunk may forget, in log2, before it is walked token by token: the factors of a vector gate reach
 # 2^limit and their products over masked pairs its square. fp16 has little range; fp32 keeps its digits.
 LIMITS = {torch.bfloat16: 60.0, torch.float16: 4.0, torch.float32: 6.0}
+
+
+# What one warp of the kernels around a pass takes together, 32 numbers a thread, and how many tokens one reads the
+# normaliser of.
+_NUMBERS = 1024
+_PART = 128
 
 
 # Triton's own helpers of this kind cost more on the host than a small launch.
@@ -96,11 +95,6 @@ def _rows(state: Tensor, rows: int) -> Tensor:
 def _line(x: Tensor | None) -> Tensor | None:
     """One number a token and head, ``[B, T, H]``, laid out ``[H, tokens]``: a walk reads along a head."""
     return None if x is None else x.permute(2, 0, 1).contiguous().flatten(1)
-
-
-def _ones(v: Tensor) -> Tensor:
-    """The payload of a normaliser, one channel shared by all heads."""
-    return v.new_ones(*v.shape[:2], 1, 1)
 
 
 class _Call:
@@ -187,6 +181,7 @@ class _Call:
         slow: int,
     ) -> None:
         D = early.shape[-1]
+        wide = max(16, _power_of_2(D))
         chunks = self.pieces * (self.piece // self.chunk)
         prepare_kernel[(chunks * self.H,)](
             late,
@@ -206,14 +201,16 @@ class _Call:
             self.H,
             early.shape[2],
             D,
-            BD=max(16, _power_of_2(D)),
+            BD=wide,
+            ROWS=min(_NUMBERS // wide, self.chunk // 2),
             C=self.chunk,
             GATED=gate is not None,
             BONUS=self.u is not None,
             OWN=own is not None,
             SLOW=slow,
             PACKED=self.packed,
-            num_warps=4 if D <= 128 else 8,
+            num_warps=1,
+            num_stages=1,
         )
 
     def prepare(
@@ -247,7 +244,7 @@ class _Call:
     ) -> None:
         """Turn the passes' gradients into those of the tokens, in place, and gather those of gate and bonus."""
         D, E = early.shape[-1], self.V if by_key else self.K
-        wide = min(64, max(16, _power_of_2(D)))
+        wide = min(32, max(16, _power_of_2(D)))
         finish_kernel[(self.pieces * self.H * _cdiv(D, wide),)](
             late,
             early,
@@ -274,6 +271,7 @@ class _Call:
             1 if by_key else self.V,
             BD=wide,
             BE=32,
+            ROWS=min(_NUMBERS // wide, self.chunk),
             C=self.chunk,
             GATED=gate is not None,
             BONUS=self.u is not None,
@@ -281,6 +279,8 @@ class _Call:
             LATE=by_key,
             NORM=by_key and sides[3] is not None,
             PACKED=self.packed,
+            num_warps=1,
+            num_stages=1,
         )
 
     def read(self, gate: _Vector, o: Tensor, v: Tensor, own: Tensor | None) -> None:
@@ -335,8 +335,6 @@ class _Call:
         own: Tensor | None = None,
         norm: int = 0,
         x: Tensor | None = None,
-        floor: Tensor | None = None,
-        eps: float = 0.0,
         grad: int = 0,
         dot: Tensor | None = None,
         row: Tensor | None = None,
@@ -383,13 +381,11 @@ class _Call:
             z,
             *totals,
             x,
-            floor,
             row,
             col,
             self.cu,
             self.table if split else self.first,
             self.scale,
-            eps,
             self.T,
             self.piece,
             self.tokens,
@@ -410,8 +406,6 @@ class _Call:
             WR=wr is not None,
             WS=ws is not None,
             NORM=norm,
-            FLOOR=floor is not None,
-            ONES=payload.shape[2:] == (1, 1),
             START=start is not None,
             SPLIT=split,
             STATE_ONLY=out is None,
@@ -437,7 +431,7 @@ class _Call:
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:
         """Boundary states of every piece and the final state, from the pieces' own writes."""
-        own, edges, last = _rows(start, pieces), _rows(start, pieces), _rows(start, self.rows)
+        own = _rows(start, pieces)
         totals = (
             start.new_empty(pieces, self.H) if self.gate is not None else None,
             *(
@@ -447,7 +441,14 @@ class _Call:
         )
         # The writer stands in for the reader: nothing is read.
         self.walk(writer, writer, payload, reverse=reverse, split=True, ws=ws, last=own, totals=totals)
-        R, P, block = start.shape[2], start.shape[3], 1024
+        return self._link(start, own, totals, reverse)
+
+    def _link(
+        self, start: Tensor, own: Tensor, totals: tuple[Tensor | None, Tensor | None, Tensor | None], reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Boundary states of every piece and the final state, from the pieces' own writes and summed gates."""
+        edges, last = torch.empty_like(own), _rows(start, self.rows)
+        R, P, block = start.shape[2], start[0, 0, 0].numel(), 1024
         chain_kernel[(self.rows * self.H * _cdiv(R * P, block),)](
             start,
             own,
@@ -464,6 +465,67 @@ class _Call:
             PACKED=self.packed,
         )
         return edges, last
+
+    def _keys(self, keys: Tensor, w: Tensor | None, *, reverse: bool = False, **given: Any) -> None:
+        """Launch the walk of the running sum of keys; see :func:`keys_kernel`."""
+        read = "x" in given
+        K, exact = keys.shape[-1], self.dtype == torch.float32
+        wide = max(16, _power_of_2(K) if read else min(32, _power_of_2(K)))
+        part = min(_PART, self.piece)
+        gate = self.gate if self.key is None else self.key
+        programs = self.pieces * (self.piece // part) if read else self.pieces * _cdiv(K, wide)
+        keys_kernel[(programs * self.H,)](
+            given.get("q"),
+            keys,
+            None if gate is None else gate.values,
+            self.u,
+            w,
+            *(given.get(name) for name in ("start", "x", "over", "floor", "own", "total", "part", "part_total")),
+            self.cu,
+            self.table,
+            self.scale,
+            given.get("eps", 0.0),
+            self.T,
+            self.tokens,
+            self.piece,
+            self.H,
+            keys.shape[2],
+            K,
+            BK=wide,
+            ROWS=max(1, min(_NUMBERS // wide // (2 if exact else 1), part)),
+            PART=part,
+            GATE=0 if gate is None else 3 if self.key is not None else 1 if gate.seen is None else 2,  # type: ignore
+            READ=read,
+            REVERSE=reverse,
+            BONUS=self.u is not None,
+            EXACT=exact,
+            PACKED=self.packed,
+            num_warps=1,
+            num_stages=1,
+        )
+
+    def sum_keys(
+        self, keys: Tensor, w: Tensor | None, start: Tensor, pieces: int, *, reverse: bool = False, **parts: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The running sum of keys ``[., H, K]`` at the boundaries of all pieces, and the final one; or, backward in
+        time, its gradient, from the queries and what ``w`` holds for each."""
+        own = _rows(start, pieces)
+        scalar, vector = self.gate is not None, self.key is not None
+        total = None if not (scalar or vector) else own.new_empty(own.shape if vector else own.shape[:2])
+        self._keys(keys, w, reverse=reverse, own=own, total=total, **parts)
+        return self._link(start, own, (total if scalar else None, total if vector else None, None), reverse)
+
+    def normaliser(
+        self, q: Tensor, k: Tensor, w: Tensor | None, z: Tensor, floor: Tensor | None, eps: float, pieces: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The normaliser and what a reading is multiplied (fp32: divided) by, ``[H, tokens]``, and the running sum of
+        keys at the boundaries of all pieces and after the last token."""
+        x, over = (z.new_empty(self.H, self.tokens) for _ in range(2))
+        parts = z.new_empty(2, pieces, self.H, _cdiv(self.piece, _PART), z.shape[-1])
+        given = {"part": parts[0], "part_total": parts[1]}
+        bounds, last = self.sum_keys(k, w, z, pieces, **given)
+        self._keys(k, w, q=q, start=bounds, x=x, over=over, floor=floor, eps=eps, **given)
+        return x, over, bounds, last
 
     def read_along(
         self,
@@ -508,24 +570,22 @@ def forward(
     pieces: int,
     training: bool,
 ) -> tuple[Tensor, Tensor | None, State, State | None]:
-    """Reading, normaliser ``[H, tokens]``, final state and, when ``training``, the boundary states the backward pass starts from."""
+    """Reading, normaliser ``[H, tokens]``, final state and, when ``training``, the boundary states that the backward
+    pass starts from."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     S, z = (None if x is None else x.contiguous() for x in state)
     w, floor = _line(w), _line(floor)
     call = _Call(q, v, g, gv, u, cu_host, scale, piece)
+    x = z_bounds = z_last = None
+    norm: dict[str, Any] = {}
+    if z is not None:
+        x, over, z_bounds, z_last = call.normaliser(q, k, w, z, floor, eps, pieces)
+        norm = {"x": over, "norm": 1}
     q, k, own = call.prepare(call.key, q, k, u=call.u, own=u is not None)  # type: ignore[assignment]
     _, payload, _ = call.prepare(call.value, None, v)
     o = torch.empty_like(v)
     apart = own is not None and call.value is not None
     pair: dict[str, Any] = {"diag": 1} if apart else {"diag": 0 if own is None else 2, "own": own}
-    x = z_bounds = z_last = None
-    norm: dict[str, Any] = {}
-    if z is not None:
-        x, over = (z.new_empty(call.H, call.tokens) for _ in range(2))
-        norm = {"x": over, "floor": floor, "eps": eps}
-        sums = call.read_along(q, k, _ones(v), z[..., None], pieces, keep=training, out=x, ws=w, **norm, **pair)
-        z_bounds, z_last = (None if x is None else x[..., 0] for x in sums)
-        norm = {"x": over, "norm": 1}
     bounds, last = call.read_along(q, k, payload, S, pieces, keep=training, out=o, ws=w, **norm, **pair)  # type: ignore
     if call.value is not None:
         call.read(call.value, o, v, own)
@@ -589,8 +649,7 @@ def backward(
     )
     dz_bounds = dz_first = None
     if d_state.z is not None and dx is not None:
-        sums = call.read_along(early, late, _ones(v), d_state.z[..., None], pieces, reverse=True, ws=dx * lw)
-        dz_bounds, dz_first = (x[..., 0] for x in sums)
+        dz_bounds, dz_first = call.sum_keys(q, dx * lw, d_state.z, pieces, reverse=True)  # type: ignore[operator]
     norm = 0 if x is None else 2
     keys: dict[str, Any] = {"transposed": True, "split": True, "norm": norm, "x": dx, "diag": int(key_apart)}
     call.walk(
