@@ -108,7 +108,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The engine behind :func:`decay` and :func:`mlstm`, on checked inputs. With ``z`` the reading is divided by
     ``x + eps``, or with ``floor`` ``[B, T, H]`` by ``max(|x|, floor) + eps``, where ``x = scale * q.z``."""
-    name = resolve_backend(backend, BACKENDS if kernels_cover(q, v) else BACKENDS[:2], q)
+    name = resolve_backend(backend, BACKENDS if kernels_cover(q, v, z is not None) else BACKENDS[:2], q)
     host = None if segments is None else segments.cu_seqlens_host
     given = (q, k, v, g, gv, u, w, S, z)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
@@ -140,9 +140,10 @@ def run(
     return o, S, None if z is None else z_out
 
 
-def kernels_cover(q: Tensor, v: Tensor) -> bool:
+def kernels_cover(q: Tensor, v: Tensor, normalised: bool = False) -> bool:
     """Whether the Triton kernels take this call; the chunked PyTorch form takes the others."""
-    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and max(q.shape[-1], v.shape[-1]) <= 512
+    extra = int(normalised and q.dtype == torch.float32)  # the normaliser is one more channel there
+    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and max(q.shape[-1], v.shape[-1] + extra) <= 512
 
 
 def _denominator(x: Tensor, floor: Tensor | None, eps: float) -> Tensor:

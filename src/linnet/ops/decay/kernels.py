@@ -82,13 +82,6 @@ def _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _divide(x, y):
-    """Exact to rounding. An inexact inverse would err alike in all channels of a token, and the gradients of numerator
-    and denominator, which may cancel, would no longer do so."""
-    return tl.math.div_rn(x, tl.zeros_like(x) + y)
-
-
-@triton.jit
 def _row(x, head, heads, width, t, cols):
     """One token of one head of ``[tokens, heads, width]`` in fp32."""
     at = x + (t.to(tl.int64) * heads + head) * width + cols
@@ -126,7 +119,7 @@ def pass_kernel(
     total_ptr,  # STATE_ONLY: summed log2-decay of the piece by a scalar gate, [pieces, H]
     total_r_ptr,  # and by vector gates, with their channels
     total_p_ptr,
-    x_ptr,  # NORM 1: the denominator, or, without EXACT, its inverse; 2: the normaliser's gradient, [H, tokens]
+    x_ptr,  # NORM 1: the inverse of the denominator; 2: the normaliser's gradient, [H, tokens]
     row_ptr,
     col_ptr,
     cu_ptr,
@@ -331,9 +324,7 @@ def pass_kernel(
                     wr = tl.load(wr_ptr + line, mask=valid, other=0.0).to(tl.float32)
                     times = times * wr
                 if NORM == 1:
-                    den = tl.load(x_ptr + line, mask=valid, other=1.0)
-                    if not EXACT:
-                        times = times * den
+                    times = times * tl.load(x_ptr + line, mask=valid, other=1.0)
                 if OWN and column == 0:
                     tl.store(own_ptr + at_rows, own * wr if WR else own, mask=valid)
                 plain = A
@@ -350,8 +341,6 @@ def pass_kernel(
                 if GATE != 0 and GRAD == 0:
                     times = times * read
                 o = tl.dot(A.to(p.dtype), p, inter * times[:, None], input_precision="ieee")
-                if NORM == 1 and EXACT:
-                    o = _divide(o, den[:, None])
                 if TMA and FULL_P and not RAGGED:
                     out_ptr.store([t0, h * DP + column], o.to(p.dtype))
                 else:
@@ -455,8 +444,7 @@ def pass_kernel(
                     if DIAG != 1:
                         o += own * weight * p
                     if NORM == 1:
-                        den = tl.load(x_ptr + line_base + t)
-                        o = _divide(o, den) if EXACT else o * den
+                        o = o * tl.load(x_ptr + line_base + t)
                     tl.store(out_raw + at_t * DP + p_cols, (o * factor).to(out_raw.dtype.element_ty), p_cols < DP)
                 if BONUS:
                     S = S * keep_r[:, None] * keep_p[None, :]

@@ -9,6 +9,12 @@ from .kernels import _piece_bounds
 
 
 @triton.jit
+def linear(a, b, c, d):
+    """The map ``z -> c (a z + b) + d`` as one of the kind ``z -> a z + b``."""
+    return a * c, b * c + d
+
+
+@triton.jit
 def chain_kernel(
     start_ptr,
     piece_ptr,
@@ -23,10 +29,11 @@ def chain_kernel(
     R,
     P,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,  # pieces taken together
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Boundary states of the pieces, one after another: ``S <- exp(total) S + piece``."""
+    """Boundary states of the pieces: a scan of ``S <- exp(total) S + piece``."""
     size = R * P
     blocks = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0)
@@ -42,20 +49,31 @@ def chain_kernel(
     at = block * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * size + at, mask=mask, other=0.0)
-    for it in range(0, count):
-        if REVERSE:
-            piece = first + count - 1 - it
-        else:
-            piece = first + it
-        slot = piece.to(tl.int64) * H + h
-        tl.store(edge_ptr + slot * size + at, S, mask=mask)
+    for done in range(0, count, GROUP):
+        nth = done + tl.arange(0, GROUP)
+        slot = (first + (count - 1 - nth if REVERSE else nth)).to(tl.int64) * H + h
+        there = (nth < count)[:, None]
+        total = tl.zeros([GROUP, BLOCK], dtype=tl.float32)
         if total_ptr is not None:
-            S = S * tl.exp2(tl.load(total_ptr + slot))
+            total += tl.load(total_ptr + slot, mask=nth < count, other=0.0)[:, None]
         if total_r_ptr is not None:
-            S = S * tl.exp2(tl.load(total_r_ptr + slot * R + at // P, mask=mask, other=0.0))
+            total += tl.load(
+                total_r_ptr + slot[:, None] * R + (at // P)[None, :], mask=there & mask[None, :], other=0.0
+            )
         if total_p_ptr is not None:
-            S = S * tl.exp2(tl.load(total_p_ptr + slot * P + at % P, mask=mask, other=0.0))
-        S += tl.load(piece_ptr + slot * size + at, mask=mask, other=0.0)
+            total += tl.load(total_p_ptr + slot[:, None] * P + (at % P)[None, :], mask=there & mask[None, :], other=0.0)
+        piece = tl.load(piece_ptr + slot[:, None] * size + at[None, :], mask=there & mask[None, :], other=0.0)
+        keep, add = tl.associative_scan((tl.exp2(total), piece), 0, linear)
+        after = keep * S[None, :] + add
+        if done == 0:
+            tl.store(
+                edge_ptr + ((first + (count - 1 if REVERSE else 0)).to(tl.int64) * H + h) * size + at, S, mask=mask
+            )
+        follows = slot + (-H if REVERSE else H)
+        tl.store(
+            edge_ptr + follows[:, None] * size + at[None, :], after, mask=(nth + 1 < count)[:, None] & mask[None, :]
+        )
+        S = tl.sum(tl.where((nth == tl.minimum(done + GROUP, count) - 1)[:, None], after, 0.0), 0)
     tl.store(last_ptr + (n.to(tl.int64) * H + h) * size + at, S, mask=mask)
 
 

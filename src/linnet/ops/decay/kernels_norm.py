@@ -6,12 +6,7 @@ import triton
 import triton.language as tl
 
 from .kernels import _piece_bounds
-
-
-@triton.jit
-def _linear(a, b, c, d):
-    """The map ``z -> c (a z + b) + d`` as one of the kind ``z -> a z + b``."""
-    return a * c, b * c + d
+from .kernels_around import linear
 
 
 @triton.jit
@@ -46,18 +41,16 @@ def keys_kernel(
     READ: tl.constexpr,
     REVERSE: tl.constexpr,
     BONUS: tl.constexpr,  # exclusive reading
-    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """The running sum ``z_t = exp(g_t) z_{t-1} + w_t k_t``, token by token: a scan over a few rows at a time, exact for
-    any gate, by one warp. With EXACT in float64, for x is met by a numerator that it may cancel with.
+    any gate, by one warp.
 
     READ: the normaliser ``x = scale q.z`` of a part of a piece (with a bonus: of the sum before the token, and of the
-    token itself through ``u``) and ``over``, what a reading is multiplied by, or with EXACT divided by. Else what a
+    token itself through ``u``) and ``over``, what a reading is multiplied by. Else what a
     piece adds for some channels; REVERSE the same backward in time, for the gradient of z: k is q there, and w carries
     the gradient.
     """
-    acc: tl.constexpr = tl.float64 if EXACT else tl.float32
     blocks = tl.cdiv(K, BK)
     parts = tl.cdiv(PIECE, PART)
     pid = tl.program_id(0)
@@ -70,16 +63,16 @@ def keys_kernel(
     slot = piece.to(tl.int64) * H + h
     line = h.to(tl.int64) * n_rows
     log2e = 1.4426950408889634
-    z = tl.zeros([BK], dtype=acc)
+    z = tl.zeros([BK], dtype=tl.float32)
     total = tl.zeros([BK], dtype=tl.float32)
     if READ:
         part = unit % parts
-        z = tl.load(start_ptr + slot * K + cols, mask=cols < K, other=0.0).to(acc)
+        z = tl.load(start_ptr + slot * K + cols, mask=cols < K, other=0.0)
         if part > 0:
             at = (slot * parts + part - 1) * K + cols
             if GATE != 0:
-                z = z * tl.exp2(tl.load(part_total_ptr + at, mask=cols < K, other=0.0)).to(acc)
-            z += tl.load(part_ptr + at, mask=cols < K, other=0.0).to(acc)
+                z = z * tl.exp2(tl.load(part_total_ptr + at, mask=cols < K, other=0.0))
+            z += tl.load(part_ptr + at, mask=cols < K, other=0.0)
         first += part * PART
         stop = tl.minimum(first + PART, stop)
     SHIFT: tl.constexpr = 1 if READ and BONUS else 0  # what is read was written by the tokens before
@@ -97,8 +90,7 @@ def keys_kernel(
             write = write * tl.load(w_ptr + line + source, mask=wrote, other=0.0).to(tl.float32)[:, None]
         if REVERSE:
             write = write * scale
-        write = write.to(acc)
-        keep = tl.zeros([ROWS, BK], dtype=acc) + 1.0
+        keep = tl.zeros([ROWS, BK], dtype=tl.float32) + 1.0
         if GATE != 0:
             gate = source.to(tl.int64) * H + h
             if GATE == 3:
@@ -109,10 +101,10 @@ def keys_kernel(
                 g = tl.where(wrote[:, None], tl.load(g_ptr + h).to(tl.float32), 0.0)
             g = tl.maximum(g, -104.0) * log2e
             total += tl.sum(tl.zeros([ROWS, BK], dtype=tl.float32) + g, 0)
-            keep = keep * tl.exp2(g.to(acc))
+            keep = keep * tl.exp2(g)
         if REVERSE and not BONUS:  # a token's own gate lies before its reading
             write = write * keep
-        keep, sums = tl.associative_scan((keep, write), 0, _linear)
+        keep, sums = tl.associative_scan((keep, write), 0, linear)
         sums += keep * z[None, :]
         z = tl.sum(tl.where(final, sums, 0.0), 0)
         if READ:
@@ -126,9 +118,8 @@ def keys_kernel(
             over = x
             if floor_ptr is not None:
                 over = tl.maximum(tl.abs(x), tl.load(floor_ptr + line + t, mask=valid, other=1.0))
-            over += eps
-            tl.store(x_ptr + line + t, x.to(tl.float32), mask=valid)
-            tl.store(over_ptr + line + t, (over if EXACT else 1.0 / over).to(tl.float32), mask=valid)
+            tl.store(x_ptr + line + t, x, mask=valid)
+            tl.store(over_ptr + line + t, 1.0 / (over + eps), mask=valid)
         elif not REVERSE:
             if (done + ROWS) % PART == 0:
                 end = (slot * parts + done // PART) * K + cols

@@ -92,6 +92,22 @@ def _rows(state: Tensor, rows: int) -> Tensor:
     return state.new_empty(rows, *state.shape[1:])
 
 
+# In fp32 the normaliser is one more channel of the payload, of ones: then it is rounded as the numerator is, with which
+# it and its gradient may cancel.
+
+
+def _append(x: Tensor, channel: Tensor) -> Tensor:
+    return torch.cat([x, channel[..., None]], -1)
+
+
+def _joined(state: State) -> State:
+    return State(_append(state.S, state.z), None)  # type: ignore[arg-type]
+
+
+def _apart(state: State) -> State:
+    return State(state.S[..., :-1].contiguous(), state.S[..., -1].contiguous())
+
+
 def _line(x: Tensor | None) -> Tensor | None:
     """One number a token and head, ``[B, T, H]``, laid out ``[H, tokens]``: a walk reads along a head."""
     return None if x is None else x.permute(2, 0, 1).contiguous().flatten(1)
@@ -244,7 +260,7 @@ class _Call:
     ) -> None:
         """Turn the passes' gradients into those of the tokens, in place, and gather those of gate and bonus."""
         D, E = early.shape[-1], self.V if by_key else self.K
-        wide = min(32, max(16, _power_of_2(D)))
+        wide = min(64, max(16, _power_of_2(D)))
         finish_kernel[(self.pieces * self.H * _cdiv(D, wide),)](
             late,
             early,
@@ -448,7 +464,7 @@ class _Call:
     ) -> tuple[Tensor, Tensor]:
         """Boundary states of every piece and the final state, from the pieces' own writes and summed gates."""
         edges, last = torch.empty_like(own), _rows(start, self.rows)
-        R, P, block = start.shape[2], start[0, 0, 0].numel(), 1024
+        R, P, block = start.shape[2], start[0, 0, 0].numel(), 64
         chain_kernel[(self.rows * self.H * _cdiv(R * P, block),)](
             start,
             own,
@@ -461,15 +477,17 @@ class _Call:
             R,
             P,
             BLOCK=block,
+            GROUP=_NUMBERS // block,
             REVERSE=reverse,
             PACKED=self.packed,
+            num_warps=1,
         )
         return edges, last
 
     def _keys(self, keys: Tensor, w: Tensor | None, *, reverse: bool = False, **given: Any) -> None:
         """Launch the walk of the running sum of keys; see :func:`keys_kernel`."""
         read = "x" in given
-        K, exact = keys.shape[-1], self.dtype == torch.float32
+        K = keys.shape[-1]
         wide = max(16, _power_of_2(K) if read else min(32, _power_of_2(K)))
         part = min(_PART, self.piece)
         gate = self.gate if self.key is None else self.key
@@ -492,13 +510,12 @@ class _Call:
             keys.shape[2],
             K,
             BK=wide,
-            ROWS=max(1, min(_NUMBERS // wide // (2 if exact else 1), part)),
+            ROWS=min(_NUMBERS // wide, part),
             PART=part,
             GATE=0 if gate is None else 3 if self.key is not None else 1 if gate.seen is None else 2,  # type: ignore
             READ=read,
             REVERSE=reverse,
             BONUS=self.u is not None,
-            EXACT=exact,
             PACKED=self.packed,
             num_warps=1,
             num_stages=1,
@@ -518,7 +535,7 @@ class _Call:
     def normaliser(
         self, q: Tensor, k: Tensor, w: Tensor | None, z: Tensor, floor: Tensor | None, eps: float, pieces: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The normaliser and what a reading is multiplied (fp32: divided) by, ``[H, tokens]``, and the running sum of
+        """The normaliser and what a reading is multiplied by, ``[H, tokens]``, and the running sum of
         keys at the boundaries of all pieces and after the last token."""
         x, over = (z.new_empty(self.H, self.tokens) for _ in range(2))
         parts = z.new_empty(2, pieces, self.H, _cdiv(self.piece, _PART), z.shape[-1])
@@ -572,6 +589,12 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, State, State | None]:
     """Reading, normaliser ``[H, tokens]``, final state and, when ``training``, the boundary states that the backward
     pass starts from."""
+    if state.z is not None and q.dtype == torch.float32:
+        given = (q, k, _append(v, v.new_ones(v.shape[:3])), g, gv, u, w, _joined(state), None, cu_host, scale, eps)
+        o, _, last, kept = forward(*given, piece, pieces, training)
+        o, x = o[..., :-1], o[..., -1]
+        den = (x if floor is None else torch.maximum(x.abs(), floor)) + eps
+        return o / den[..., None], _line(x), _apart(last), None if kept is None else _apart(kept)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     S, z = (None if x is None else x.contiguous() for x in state)
     w, floor = _line(w), _line(floor)
@@ -615,6 +638,16 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by input name, from those of the reading ``o`` and of the final state. ``gates`` says whether any
     of the gates, the bonus and the write weight wants one."""
+    if x is not None and o is not None and q.dtype == torch.float32:
+        x = x.view(-1, *q.shape[:2]).permute(1, 2, 0)
+        den = (x if floor is None else torch.maximum(x.abs(), floor)) + eps
+        do = do / den[..., None]
+        dx = -(do * o).sum(-1)
+        dx = dx if floor is None else dx * x.sign() * (x.abs() > floor)
+        given = (q, k, _append(v, v.new_ones(v.shape[:3])), g, gv, u, w, None, cu_host, scale, eps, piece, None, None)
+        found = backward(*given, _joined(bounds), _append(do, dx), _joined(d_state), gates)
+        d_first = _apart(State(found["S"], None))
+        return found | {"v": found["v"][..., :-1], "S": d_first.S, "z": d_first.z}  # type: ignore[dict-item]
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
     w, floor = _line(w), _line(floor)
     call = _Call(q, v, g, gv, u, cu_host, scale, piece)

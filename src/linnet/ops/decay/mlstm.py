@@ -85,7 +85,7 @@ def mlstm(
         raise ValueError(f"state: expected an MLSTMState, got {type(state).__name__}")
     Shapes(N=rows, H=v.shape[2])("state.m", state.m, "N H")
     check_floating("state.m", state.m, q.device)
-    kernel = resolve_backend(backend, BACKENDS if kernels_cover(q, v) else BACKENDS[:2], q) == "triton"
+    kernel = resolve_backend(backend, BACKENDS if kernels_cover(q, v, True) else BACKENDS[:2], q) == "triton"
     packing = (None,) * 3 if segments is None else (segments.cu_seqlens, segments.ids, segments.cu_seqlens_host)
     g, w, floor, m = _gates(i.to(acc), f.to(acc), state.m.detach().to(acc), *packing, kernel)
     inner = DecayState(state.S, state.z)
