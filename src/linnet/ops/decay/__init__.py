@@ -108,7 +108,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The engine behind :func:`decay` and :func:`mlstm`, on checked inputs. With ``z`` the reading is divided by
     ``x + eps``, or with ``floor`` ``[B, T, H]`` by ``max(|x|, floor) + eps``, where ``x = scale * q.z``."""
-    name = resolve_backend(backend, BACKENDS if kernels_cover(q, v) else BACKENDS[:2], q)
+    name = resolve_backend(backend, BACKENDS if kernels_cover(q, v, z is not None) else BACKENDS[:2], q)
     host = None if segments is None else segments.cu_seqlens_host
     given = (q, k, v, g, gv, u, w, S, z)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
@@ -140,9 +140,10 @@ def run(
     return o, S, None if z is None else z_out
 
 
-def kernels_cover(q: Tensor, v: Tensor) -> bool:
+def kernels_cover(q: Tensor, v: Tensor, normalised: bool = False) -> bool:
     """Whether the Triton kernels take this call; the chunked PyTorch form takes the others."""
-    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and max(q.shape[-1], v.shape[-1]) <= 512
+    extra = int(normalised and q.dtype == torch.float32)  # the normaliser is one more channel there
+    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and max(q.shape[-1], v.shape[-1] + extra) <= 512
 
 
 def _denominator(x: Tensor, floor: Tensor | None, eps: float) -> Tensor:
@@ -256,7 +257,8 @@ def _forward_fake(q, k, v, g, gv, u, w, S, z, floor, cu_host, scale, eps, chunk,
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     none, kept = S.new_empty(0), backend == "triton" and training
     pieces = _pieces(q, v, g, gv, cu_host)[1]
-    x, z_out = (none, none.clone()) if z is None else (S.new_empty(v.shape[:3]), S.new_empty(z.shape))
+    line = (v.shape[2], v.shape[0] * v.shape[1]) if backend == "triton" else v.shape[:3]
+    x, z_out = (none, none.clone()) if z is None else (S.new_empty(line), S.new_empty(z.shape))
     edges = S.new_empty(pieces, *S.shape[1:]) if kept else none.clone()
     if backend == "chunked" and training and z is not None and S.dtype != v.dtype:
         edges = S.new_empty(v.shape)

@@ -8,7 +8,7 @@ is the forward pass with (r, s, p) = (q, k, v). Its three gradients are the same
 
     dq: (dO, v, k) forward in time        dv: (k, q, dO) backward in time        dk: (v, dO, q) backward in time
 
-The normaliser is one more reading of the first kind, with ones for the payload. A program walks the chunks of one
+A program walks the chunks of one
 sequence (or of one piece of it) in either direction with the state on chip, and only the payload's channels are split
 over programs. Pieces of ``PIECE`` tokens have their boundary states in memory: they let a long sequence fill the GPU
 (every piece starts from its own boundary state), and the gradient of the gates starts afresh at each, which keeps it
@@ -82,13 +82,6 @@ def _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _divide(x, y):
-    """Exact to rounding. An inexact inverse would err alike in all channels of a token, and the gradients of numerator
-    and denominator, which may cancel, would no longer do so."""
-    return tl.math.div_rn(x, tl.zeros_like(x) + y)
-
-
-@triton.jit
 def _row(x, head, heads, width, t, cols):
     """One token of one head of ``[tokens, heads, width]`` in fp32."""
     at = x + (t.to(tl.int64) * heads + head) * width + cols
@@ -117,7 +110,7 @@ def pass_kernel(
     half_p_ptr,
     slow_ptr,  # whether a chunk is walked token by token, [chunks, H]
     own_ptr,  # DIAG: weight of each token's own pair, [tokens, H]
-    wr_ptr,
+    wr_ptr,  # weights of the late and of the early tokens, [H, tokens]
     ws_ptr,
     start_ptr,  # boundary states [pieces, H, DR, DP] (or [rows, H, DR, DP] when whole sequences are walked)
     edge_ptr,  # boundary states to be written
@@ -126,14 +119,12 @@ def pass_kernel(
     total_ptr,  # STATE_ONLY: summed log2-decay of the piece by a scalar gate, [pieces, H]
     total_r_ptr,  # and by vector gates, with their channels
     total_p_ptr,
-    x_ptr,  # NORM: 1 the normaliser, 2 its gradient, [tokens, H]
-    floor_ptr,  # NORM 1: least denominator, [tokens, H]
+    x_ptr,  # NORM 1: the inverse of the denominator; 2: the normaliser's gradient, [H, tokens]
     row_ptr,
     col_ptr,
     cu_ptr,
     table_ptr,
     scale,
-    eps,
     T,
     PIECE,
     n_rows,
@@ -149,7 +140,7 @@ def pass_kernel(
     BR: tl.constexpr,
     BP: tl.constexpr,
     C: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of a piece, for vector gates
+    WINDOW: tl.constexpr,  # chunks that are looked through at a time for those to be walked token by token
     REVERSE: tl.constexpr,
     GATE: tl.constexpr,  # 0 none, 1 a constant per head, 2 a scalar per token
     HALF_R: tl.constexpr,  # a vector gate over the channels of reader and writer
@@ -160,8 +151,6 @@ def pass_kernel(
     WR: tl.constexpr,
     WS: tl.constexpr,
     NORM: tl.constexpr,  # 1 the reading is divided by the normaliser; 2 its gradient comes in, keys as payload
-    FLOOR: tl.constexpr,
-    ONES: tl.constexpr,  # the payload is one channel of ones: sums in fp32 in place of products
     START: tl.constexpr,
     SPLIT: tl.constexpr,
     STATE_ONLY: tl.constexpr,
@@ -213,286 +202,262 @@ def pass_kernel(
     total_r = tl.zeros([BR], dtype=tl.float32)
     total_p = tl.zeros([BP], dtype=tl.float32)
 
-    walks = 1
-    if not SPLIT:
-        walks = tl.cdiv(stop - first, PIECE)
-    for walk in range(0, walks):
-        if REVERSE:
-            leg = walks - 1 - walk
-        else:
-            leg = walk
-        begin = first + leg * PIECE
-        end = tl.minimum(begin + PIECE, stop)
-        if EDGES:  # the state that enters this piece, in the direction of the walk
-            piece = (piece0 + leg).to(tl.int64) * H + h
-            edge = _state_block(edge_ptr, piece, DR, DP, st_r, st_p, column, BR, BP)
-            tl.store(edge, S, boundary_check=(0, 1))
+    n_chunks = tl.cdiv(stop - first, C)
+    per_piece = PIECE // C
+    plan = piece0.to(tl.int64) * per_piece  # number of the first chunk
+    done = 0
+    while done < n_chunks:
+        halt, slow = n_chunks, False
+        if EDGES:  # up to the next boundary; the state that enters a piece, in the direction of the walk, is kept
+            chunk = n_chunks - 1 - done if REVERSE else done
+            gone = per_piece - 1 - chunk % per_piece if REVERSE else chunk % per_piece
+            if (gone == 0) | (done == 0):
+                piece = (piece0 + chunk // per_piece).to(tl.int64) * H + h
+                edge = _state_block(edge_ptr, piece, DR, DP, st_r, st_p, column, BR, BP)
+                tl.store(edge, S, boundary_check=(0, 1))
+            halt = tl.minimum(done + per_piece - gone, n_chunks)
+        if VECTOR:  # up to the first chunk that has to be walked token by token
+            halt = tl.minimum(done + WINDOW, halt)
+            nth = done + tl.arange(0, WINDOW)
+            which = n_chunks - 1 - nth if REVERSE else nth
+            flag = tl.load(slow_ptr + (plan + which) * H + h, mask=nth < halt, other=0)
+            quick = tl.min(tl.where(flag != 0, nth, halt), 0)
+            slow = quick < halt
+            halt = quick
 
-        n_chunks = tl.cdiv(end - begin, C)
-        plan = (piece0 + leg).to(tl.int64) * (PIECE // C)  # number of the piece's first chunk
-        done = 0
-        while done < n_chunks:
-            halt = n_chunks
-            if VECTOR:  # the first chunk that has to be walked token by token
-                nth = tl.arange(0, CHUNKS)
-                which = n_chunks - 1 - nth if REVERSE else nth
-                ahead = (nth >= done) & (nth < n_chunks)
-                flag = tl.load(slow_ptr + (plan + which) * H + h, mask=ahead, other=0)
-                halt = tl.min(tl.where(ahead & (flag != 0), nth, n_chunks), 0)
+        for it in range(done, halt):
+            if REVERSE:
+                nth_chunk = n_chunks - 1 - it
+            else:
+                nth_chunk = it
+            t0 = first + nth_chunk * C
+            rows = t0 + steps
+            valid = rows < stop
+            at_rows = rows.to(tl.int64) * H + h
+            line = line_base + rows
 
-            for it in range(done, halt):
+            s = _load(s_ptr, h // (H // HS), HS, DR, t0, 0, valid, C, BR, FULL_R, TMA)
+            p = _load(p_ptr, h // (H // HP), HP, DP, t0, column, valid, C, BP, FULL_P, TMA)
+
+            # Gates: what a reader has kept of the entering state, what the leaving state keeps of a writer.
+            if GATE == 1:
+                count = tl.minimum(stop - t0, C)
+                late = constant * tl.minimum(steps + (0 if BONUS else 1), count).to(tl.float32)
+                early = constant * tl.maximum(count - 1 - steps, 0).to(tl.float32)
+                total = constant * count
+            if GATE == 2:
+                b = tl.load(seen_ptr + line, mask=valid, other=0.0)
+                late = b
+                if BONUS:
+                    late = tl.load(seen_ptr + line - 1, mask=valid & (steps > 0), other=0.0)
+                early = tl.load(left_ptr + line, mask=valid, other=0.0)
+                total = tl.load(seen_ptr + line_base + tl.minimum(t0 + C, stop) - 1)
+            if GATE != 0:
+                total_all += total
                 if REVERSE:
-                    nth_chunk = n_chunks - 1 - it
+                    read, write = tl.exp2(early), tl.exp2(late)
                 else:
-                    nth_chunk = it
-                t0 = begin + nth_chunk * C
-                rows = t0 + steps
-                valid = rows < end
-                at_rows = rows.to(tl.int64) * H + h
-
-                s = _load(s_ptr, h // (H // HS), HS, DR, t0, 0, valid, C, BR, FULL_R, TMA)
-                if not ONES:
-                    p = _load(p_ptr, h // (H // HP), HP, DP, t0, column, valid, C, BP, FULL_P, TMA)
-
-                # Gates: what a reader has kept of the entering state, what the leaving state keeps of a writer.
-                if GATE == 1:
-                    count = tl.minimum(end - t0, C)
-                    late = constant * tl.minimum(steps + (0 if BONUS else 1), count).to(tl.float32)
-                    early = constant * tl.maximum(count - 1 - steps, 0).to(tl.float32)
-                    total = constant * count
-                if GATE == 2:
-                    b = tl.load(seen_ptr + line_base + rows, mask=valid, other=0.0)
-                    late = b
-                    if BONUS:
-                        late = tl.load(seen_ptr + line_base + rows - 1, mask=valid & (steps > 0), other=0.0)
-                    early = tl.load(left_ptr + line_base + rows, mask=valid, other=0.0)
-                    total = tl.load(seen_ptr + line_base + tl.minimum(t0 + C, end) - 1)
-                if GATE != 0:
-                    total_all += total
-                    if REVERSE:
-                        read, write = tl.exp2(early), tl.exp2(late)
-                    else:
-                        read, write = tl.exp2(late), tl.exp2(early)
-                if HALF_R:  # the state, seen from the middle of the chunk
-                    half = half_r_ptr + ((plan + nth_chunk) * H + h) * 2 * DR + r_cols
-                    g0 = tl.load(half, mask=r_cols < DR, other=0.0)
-                    g1 = tl.load(half + DR, mask=r_cols < DR, other=0.0)
-                    into, past = (g1, g0) if REVERSE else (g0, g1)
-                    total_r += g0 + g1
-                    S = S * tl.exp2(into)[:, None]
-                if HALF_P:
-                    half = half_p_ptr + ((plan + nth_chunk) * H + h) * 2 * DP + p_cols
-                    g0 = tl.load(half, mask=p_cols < DP, other=0.0)
-                    g1 = tl.load(half + DP, mask=p_cols < DP, other=0.0)
-                    into_p, past_p = (g1, g0) if REVERSE else (g0, g1)
-                    total_p += g0 + g1
-                    S = S * tl.exp2(into_p)[None, :]
-                    if NORM == 2:
-                        z = z * tl.exp2(into_p)
-                if WS:
-                    ws = tl.load(ws_ptr + at_rows, mask=valid, other=0.0).to(tl.float32)
+                    read, write = tl.exp2(late), tl.exp2(early)
+            if HALF_R:  # the state, seen from the middle of the chunk
+                half = half_r_ptr + ((plan + nth_chunk) * H + h) * 2 * DR + r_cols
+                g0 = tl.load(half, mask=r_cols < DR, other=0.0)
+                g1 = tl.load(half + DR, mask=r_cols < DR, other=0.0)
+                into, past = (g1, g0) if REVERSE else (g0, g1)
+                total_r += g0 + g1
+                S = S * tl.exp2(into)[:, None]
+            if HALF_P:
+                half = half_p_ptr + ((plan + nth_chunk) * H + h) * 2 * DP + p_cols
+                g0 = tl.load(half, mask=p_cols < DP, other=0.0)
+                g1 = tl.load(half + DP, mask=p_cols < DP, other=0.0)
+                into_p, past_p = (g1, g0) if REVERSE else (g0, g1)
+                total_p += g0 + g1
+                S = S * tl.exp2(into_p)[None, :]
                 if NORM == 2:
-                    dx = tl.load(x_ptr + at_rows, mask=valid, other=0.0)
+                    z = z * tl.exp2(into_p)
+            if WS:
+                ws = tl.load(ws_ptr + line, mask=valid, other=0.0).to(tl.float32)
+            if NORM == 2:
+                dx = tl.load(x_ptr + line, mask=valid, other=0.0)
 
-                if not STATE_ONLY:
-                    r = _load(r_ptr, h // (H // HR), HR, DR, t0, 0, valid, C, BR, FULL_R, TMA)
-                    # Pairs of the chunk: readers down, writers across.
-                    A = tl.dot(r, tl.trans(s), input_precision="ieee")
-                    if NORM == 2:
-                        A += dx[None, :] if REVERSE else dx[:, None]
-                    if REVERSE:
-                        apart = steps[None, :] - steps[:, None]
-                    else:
-                        apart = steps[:, None] - steps[None, :]
-                    if OWN:
-                        own = tl.sum(tl.where(apart == 0, A, 0.0), 1)
-                    seen = apart >= (0 if DIAG == 0 else 1)
-                    if RAGGED:
-                        seen = seen & (valid[None, :] if REVERSE else valid[:, None])
-                    if GATE == 0:
-                        A = tl.where(seen, A, 0.0)
-                    else:
-                        if EXACT and GATE == 2:  # each pair sums its own gates: no cancellation
-                            shift: tl.constexpr = 1 if BONUS else 0
-                            one = tl.load(g_ptr + at_rows - shift * H, mask=valid & (steps >= shift), other=0.0)
-                            one = tl.maximum(one.to(tl.float32), -104.0) * 1.4426950408889634
-                            if REVERSE:
-                                pair = tl.cumsum(tl.where(apart > shift, one[None, :], 0.0), 1)
-                            else:
-                                pair = tl.cumsum(tl.where(apart > shift, one[:, None], 0.0), 0)
-                        elif GATE == 1:
-                            pair = constant * (apart - (1 if BONUS else 0))
-                        elif REVERSE:
-                            pair = late[None, :] - b[:, None]
-                        else:
-                            pair = late[:, None] - b[None, :]
-                        A = A * tl.exp2(tl.where(seen, pair, float("-inf")))
-                    if DIAG == 2:
-                        own = tl.load(own_ptr + at_rows, mask=valid, other=0.0)
-                        A = tl.where(apart == 0, own[:, None], A)
-                    # By what a reading is multiplied. Backward in time its scale belongs to what is written: the state
-                    # is dS itself.
-                    times = tl.zeros([C], dtype=tl.float32) + (1.0 if REVERSE else scale)
-                    if REVERSE:
-                        A = A * scale
-                    if WR:
-                        wr = tl.load(wr_ptr + at_rows, mask=valid, other=0.0).to(tl.float32)
-                        times = times * wr
-                    if NORM == 1:
-                        den = tl.load(x_ptr + at_rows, mask=valid, other=1.0)
-                        if FLOOR:
-                            den = tl.maximum(tl.abs(den), tl.load(floor_ptr + at_rows, mask=valid, other=1.0))
-                        if not EXACT:
-                            times = times / (den + eps)
-                    if OWN and column == 0:
-                        tl.store(own_ptr + at_rows, own * wr if WR else own, mask=valid)
-                    plain = A
-                    A = A * times[:, None]
-                    if WS:
-                        A = A * ws[None, :]
-                    if ONES:
-                        inter = tl.sum(r.to(tl.float32) * tl.sum(S, 1)[None, :], 1)[:, None]
-                    else:
-                        inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
-                    if NORM == 2 and REVERSE:
-                        inter += z[None, :]
-                    if NORM == 2 and not REVERSE:
-                        inter += dx[:, None] * z[None, :]
-                    if GATE != 0 and GRAD != 0:
-                        inter = inter * read[:, None]
-                    if GATE != 0 and GRAD == 0:
-                        times = times * read
-                    o = inter * times[:, None]
-                    if ONES:
-                        o += tl.sum(A, 1)[:, None]
-                    else:
-                        o = tl.dot(A.to(p.dtype), p, o, input_precision="ieee")
-                    if NORM == 1 and EXACT:
-                        o = _divide(o, (den + eps)[:, None])
-                    if ONES:
-                        tl.store(
-                            out_raw + at_rows[:, None] + p_cols[None, :], o, mask=valid[:, None] & (p_cols < 1)[None, :]
-                        )
-                    elif TMA and FULL_P and not RAGGED:
-                        out_ptr.store([t0, h * DP + column], o.to(p.dtype))
-                    else:
-                        _store(out_raw, h, H, DP, t0, column, valid, o, C, BP)
-
-                    if GRAD != 0:
-                        # E_rs, what the pair (reader, writer) contributes to the log-gates between them and, without
-                        # the write weight, to the weight. Pairs inside the chunk come from one tile, so that their sums
-                        # over readers and over writers cancel exactly; pairs that cross chunks come through the state.
-                        d = _load(dot_ptr, h // (H // HD), HD, DP, t0, column, valid, C, BP, FULL_P, TMA)
-                        across = tl.sum(d.to(tl.float32) * inter, 1)
-                        line = (column // BP).to(tl.int64) * H * n_rows + line_base + rows
-                        if GRAD == 1:
-                            across = across * scale
-                            E = plain * tl.dot(d, tl.trans(p), input_precision="ieee") * scale
-                            if WR:
-                                E = E * wr[:, None]
-                                across = across * wr
-                            tl.store(col_ptr + line, tl.sum(E, 0), mask=valid)
-                            if WS:
-                                E = E * ws[None, :]
-                            tl.store(row_ptr + line, tl.sum(E, 1) + across, mask=valid)
-                        else:
-                            tl.store(col_ptr + line, across, mask=valid)
-
-                # The write: the payload carries the weights, so the writer's tile goes to the tensor cores as loaded.
-                weight = tl.zeros([C], dtype=tl.float32) + (scale if REVERSE else 1.0)
-                if GATE != 0:
-                    S = S * tl.exp2(total)
-                    z = z * tl.exp2(total)
-                    weight = weight * write
-                if WS:
-                    weight = weight * ws
-                if RAGGED:  # what lies behind the sequence's end is another's
-                    weight = tl.where(valid, weight, 0.0)
-                if ONES:
-                    S += tl.where((p_cols == 0)[None, :], tl.sum(s.to(tl.float32) * weight[:, None], 0)[:, None], 0.0)
+            if not STATE_ONLY:
+                r = _load(r_ptr, h // (H // HR), HR, DR, t0, 0, valid, C, BR, FULL_R, TMA)
+                # Pairs of the chunk: readers down, writers across.
+                A = tl.dot(r, tl.trans(s), input_precision="ieee")
+                if NORM == 2:
+                    A += dx[None, :] if REVERSE else dx[:, None]
+                if REVERSE:
+                    apart = steps[None, :] - steps[:, None]
                 else:
-                    heavy = p
-                    if GATE != 0 or WS or REVERSE or RAGGED:
-                        heavy = p * weight[:, None]
-                        if RAGGED:
-                            heavy = tl.where(valid[:, None], heavy, 0.0)
-                        heavy = heavy.to(p.dtype)
-                    S = tl.dot(tl.trans(s), heavy, S, input_precision="ieee")
-                if NORM == 2:
-                    z += tl.sum(p.to(tl.float32) * (weight * dx if REVERSE else weight)[:, None], 0)
-                if HALF_R:
-                    S = S * tl.exp2(past)[:, None]
-                if HALF_P:
-                    S = S * tl.exp2(past_p)[None, :]
-                    if NORM == 2:
-                        z = z * tl.exp2(past_p)
-
-            if VECTOR and halt < n_chunks:  # token by token: the recurrence as it stands in the reference
-                t0 = begin + (n_chunks - 1 - halt if REVERSE else halt) * C
-                count = tl.minimum(end - t0, C)
-                for step in range(0, count):
-                    t = t0 + (count - 1 - step if REVERSE else step)
-                    at_t = t.to(tl.int64) * H + h
-                    s = _row(s_raw, h // (H // HS), HS, DR, t, r_cols)
-                    p = _row(p_raw, h // (H // HP), HP, DP, t, p_cols)
-                    weight = scale if REVERSE else 1.0
-                    if WS:
-                        weight = weight * tl.load(ws_ptr + at_t).to(tl.float32)
-                    dx = 1.0
-                    if NORM == 2:
-                        dx = tl.load(x_ptr + at_t)
-                    keep_r = tl.zeros([BR], dtype=tl.float32) + 1.0
-                    keep_p = tl.zeros([BP], dtype=tl.float32) + 1.0
-                    if HALF_R:
-                        g = tl.maximum(_row(gr_ptr, h, H, DR, t, r_cols), -104.0) * 1.4426950408889634
-                        total_r += g
-                        keep_r = tl.exp2(g)
-                    if HALF_P:
-                        g = tl.maximum(_row(gp_ptr, h, H, DP, t, p_cols), -104.0) * 1.4426950408889634
-                        total_p += g
-                        keep_p = tl.exp2(g)
-                    # A token's own gate comes before its reading, or behind it where reading is exclusive; backward
-                    # in time, behind its write.
-                    if not REVERSE and not BONUS:
-                        S = S * keep_r[:, None] * keep_p[None, :]
-                        z = z * keep_p
-                    if not STATE_ONLY:
-                        r = _row(r_raw, h // (H // HR), HR, DR, t, r_cols)
-                        o = tl.sum(S * r[:, None], 0)
-                        if NORM == 2:
-                            o += z if REVERSE else dx * z
-                        if DIAG == 2:
-                            own = tl.load(own_ptr + at_t)
+                    apart = steps[:, None] - steps[None, :]
+                if OWN:
+                    own = tl.sum(tl.where(apart == 0, A, 0.0), 1)
+                seen = apart >= (0 if DIAG == 0 else 1)
+                if RAGGED:
+                    seen = seen & (valid[None, :] if REVERSE else valid[:, None])
+                if GATE == 0:
+                    A = tl.where(seen, A, 0.0)
+                else:
+                    if EXACT and GATE == 2:  # each pair sums its own gates: no cancellation
+                        shift: tl.constexpr = 1 if BONUS else 0
+                        one = tl.load(g_ptr + at_rows - shift * H, mask=valid & (steps >= shift), other=0.0)
+                        one = tl.maximum(one.to(tl.float32), -104.0) * 1.4426950408889634
+                        if REVERSE:
+                            pair = tl.cumsum(tl.where(apart > shift, one[None, :], 0.0), 1)
                         else:
-                            own = tl.sum(r * s, 0)
-                            if NORM == 2:
-                                own += dx
-                        factor = 1.0
+                            pair = tl.cumsum(tl.where(apart > shift, one[:, None], 0.0), 0)
+                    elif GATE == 1:
+                        pair = constant * (apart - (1 if BONUS else 0))
+                    elif REVERSE:
+                        pair = late[None, :] - b[:, None]
+                    else:
+                        pair = late[:, None] - b[None, :]
+                    A = A * tl.exp2(tl.where(seen, pair, float("-inf")))
+                if DIAG == 2:
+                    own = tl.load(own_ptr + at_rows, mask=valid, other=0.0)
+                    A = tl.where(apart == 0, own[:, None], A)
+                # By what a reading is multiplied. Backward in time its scale belongs to what is written: the state
+                # is dS itself.
+                times = tl.zeros([C], dtype=tl.float32) + (1.0 if REVERSE else scale)
+                if REVERSE:
+                    A = A * scale
+                if WR:
+                    wr = tl.load(wr_ptr + line, mask=valid, other=0.0).to(tl.float32)
+                    times = times * wr
+                if NORM == 1:
+                    times = times * tl.load(x_ptr + line, mask=valid, other=1.0)
+                if OWN and column == 0:
+                    tl.store(own_ptr + at_rows, own * wr if WR else own, mask=valid)
+                plain = A
+                A = A * times[:, None]
+                if WS:
+                    A = A * ws[None, :]
+                inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
+                if NORM == 2 and REVERSE:
+                    inter += z[None, :]
+                if NORM == 2 and not REVERSE:
+                    inter += dx[:, None] * z[None, :]
+                if GATE != 0 and GRAD != 0:
+                    inter = inter * read[:, None]
+                if GATE != 0 and GRAD == 0:
+                    times = times * read
+                o = tl.dot(A.to(p.dtype), p, inter * times[:, None], input_precision="ieee")
+                if TMA and FULL_P and not RAGGED:
+                    out_ptr.store([t0, h * DP + column], o.to(p.dtype))
+                else:
+                    _store(out_raw, h, H, DP, t0, column, valid, o, C, BP)
+
+                if GRAD != 0:
+                    # E_rs, what the pair (reader, writer) contributes to the log-gates between them and, without
+                    # the write weight, to the weight. Pairs inside the chunk come from one tile, so that their sums
+                    # over readers and over writers cancel exactly; pairs that cross chunks come through the state.
+                    d = _load(dot_ptr, h // (H // HD), HD, DP, t0, column, valid, C, BP, FULL_P, TMA)
+                    across = tl.sum(d.to(tl.float32) * inter, 1)
+                    part = (column // BP).to(tl.int64) * H * n_rows + line
+                    if GRAD == 1:
+                        across = across * scale
+                        E = plain * tl.dot(d, tl.trans(p), input_precision="ieee") * scale
                         if WR:
-                            factor = tl.load(wr_ptr + at_t).to(tl.float32)
-                        if OWN:
-                            if column == 0:
-                                tl.store(own_ptr + at_t, own * factor)
-                        if not REVERSE:
-                            factor = factor * scale
-                        if DIAG != 1:
-                            o += own * weight * p
-                        if NORM == 1:
-                            den = tl.load(x_ptr + at_t)
-                            if FLOOR:
-                                den = tl.maximum(tl.abs(den), tl.load(floor_ptr + at_t))
-                            o = _divide(o, den + eps)
-                        tl.store(out_raw + at_t * DP + p_cols, (o * factor).to(out_raw.dtype.element_ty), p_cols < DP)
-                    if BONUS:
-                        S = S * keep_r[:, None] * keep_p[None, :]
-                        z = z * keep_p
-                    S += s[:, None] * (weight * p)[None, :]
+                            E = E * wr[:, None]
+                            across = across * wr
+                        tl.store(col_ptr + part, tl.sum(E, 0), mask=valid)
+                        if WS:
+                            E = E * ws[None, :]
+                        tl.store(row_ptr + part, tl.sum(E, 1) + across, mask=valid)
+                    else:
+                        tl.store(col_ptr + part, across, mask=valid)
+
+            # The write: the payload carries the weights, so the writer's tile goes to the tensor cores as loaded.
+            weight = tl.zeros([C], dtype=tl.float32) + (scale if REVERSE else 1.0)
+            if GATE != 0:
+                S = S * tl.exp2(total)
+                z = z * tl.exp2(total)
+                weight = weight * write
+            if WS:
+                weight = weight * ws
+            if RAGGED:  # what lies behind the sequence's end is another's
+                weight = tl.where(valid, weight, 0.0)
+            heavy = p
+            if GATE != 0 or WS or REVERSE or RAGGED:
+                heavy = p * weight[:, None]
+                if RAGGED:
+                    heavy = tl.where(valid[:, None], heavy, 0.0)
+                heavy = heavy.to(p.dtype)
+            S = tl.dot(tl.trans(s), heavy, S, input_precision="ieee")
+            if NORM == 2:
+                z += tl.sum(p.to(tl.float32) * (weight * dx if REVERSE else weight)[:, None], 0)
+            if HALF_R:
+                S = S * tl.exp2(past)[:, None]
+            if HALF_P:
+                S = S * tl.exp2(past_p)[None, :]
+                if NORM == 2:
+                    z = z * tl.exp2(past_p)
+
+        if VECTOR and slow:  # token by token: the recurrence as it stands in the reference
+            nth_chunk = n_chunks - 1 - halt if REVERSE else halt
+            t0 = first + nth_chunk * C
+            count = tl.minimum(stop - t0, C)
+            for step in range(0, count):
+                t = t0 + (count - 1 - step if REVERSE else step)
+                at_t = t.to(tl.int64) * H + h
+                s = _row(s_raw, h // (H // HS), HS, DR, t, r_cols)
+                p = _row(p_raw, h // (H // HP), HP, DP, t, p_cols)
+                weight = scale if REVERSE else 1.0
+                if WS:
+                    weight = weight * tl.load(ws_ptr + line_base + t).to(tl.float32)
+                dx = 1.0
+                if NORM == 2:
+                    dx = tl.load(x_ptr + line_base + t)
+                keep_r = tl.zeros([BR], dtype=tl.float32) + 1.0
+                keep_p = tl.zeros([BP], dtype=tl.float32) + 1.0
+                if HALF_R:
+                    g = tl.maximum(_row(gr_ptr, h, H, DR, t, r_cols), -104.0) * 1.4426950408889634
+                    total_r += g
+                    keep_r = tl.exp2(g)
+                if HALF_P:
+                    g = tl.maximum(_row(gp_ptr, h, H, DP, t, p_cols), -104.0) * 1.4426950408889634
+                    total_p += g
+                    keep_p = tl.exp2(g)
+                # A token's own gate comes before its reading, or behind it where reading is exclusive; backward
+                # in time, behind its write.
+                if not REVERSE and not BONUS:
+                    S = S * keep_r[:, None] * keep_p[None, :]
+                    z = z * keep_p
+                if not STATE_ONLY:
+                    r = _row(r_raw, h // (H // HR), HR, DR, t, r_cols)
+                    o = tl.sum(S * r[:, None], 0)
                     if NORM == 2:
-                        z += p * weight * (dx if REVERSE else 1.0)
-                    if REVERSE and not BONUS:
-                        S = S * keep_r[:, None] * keep_p[None, :]
-                        z = z * keep_p
-            done = halt + 1
+                        o += z if REVERSE else dx * z
+                    if DIAG == 2:
+                        own = tl.load(own_ptr + at_t)
+                    else:
+                        own = tl.sum(r * s, 0)
+                        if NORM == 2:
+                            own += dx
+                    factor = 1.0
+                    if WR:
+                        factor = tl.load(wr_ptr + line_base + t).to(tl.float32)
+                    if OWN:
+                        if column == 0:
+                            tl.store(own_ptr + at_t, own * factor)
+                    if not REVERSE:
+                        factor = factor * scale
+                    if DIAG != 1:
+                        o += own * weight * p
+                    if NORM == 1:
+                        o = o * tl.load(x_ptr + line_base + t)
+                    tl.store(out_raw + at_t * DP + p_cols, (o * factor).to(out_raw.dtype.element_ty), p_cols < DP)
+                if BONUS:
+                    S = S * keep_r[:, None] * keep_p[None, :]
+                    z = z * keep_p
+                S += s[:, None] * (weight * p)[None, :]
+                if NORM == 2:
+                    z += p * weight * (dx if REVERSE else 1.0)
+                if REVERSE and not BONUS:
+                    S = S * keep_r[:, None] * keep_p[None, :]
+                    z = z * keep_p
+        done = halt
+        if VECTOR:
+            done += slow.to(tl.int32)
 
     if LAST:
         final = _state_block(last_ptr, slot, DR, DP, st_r, st_p, column, BR, BP)

@@ -1,4 +1,4 @@
-"""Triton kernels around the passes: plans and sums of the gates, boundary states, normaliser and gate gradients."""
+"""Triton kernels around the passes: plans and sums of the gates, boundary states and gate gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import triton
 import triton.language as tl
 
 from .kernels import _piece_bounds
+
+
+@triton.jit
+def linear(a, b, c, d):
+    """The map ``z -> c (a z + b) + d`` as one of the kind ``z -> a z + b``."""
+    return a * c, b * c + d
 
 
 @triton.jit
@@ -23,10 +29,11 @@ def chain_kernel(
     R,
     P,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,  # pieces taken together
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Boundary states of the pieces, one after another: ``S <- exp(total) S + piece``."""
+    """Boundary states of the pieces: a scan of ``S <- exp(total) S + piece``."""
     size = R * P
     blocks = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0)
@@ -42,20 +49,31 @@ def chain_kernel(
     at = block * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * size + at, mask=mask, other=0.0)
-    for it in range(0, count):
-        if REVERSE:
-            piece = first + count - 1 - it
-        else:
-            piece = first + it
-        slot = piece.to(tl.int64) * H + h
-        tl.store(edge_ptr + slot * size + at, S, mask=mask)
+    for done in range(0, count, GROUP):
+        nth = done + tl.arange(0, GROUP)
+        slot = (first + (count - 1 - nth if REVERSE else nth)).to(tl.int64) * H + h
+        there = (nth < count)[:, None]
+        total = tl.zeros([GROUP, BLOCK], dtype=tl.float32)
         if total_ptr is not None:
-            S = S * tl.exp2(tl.load(total_ptr + slot))
+            total += tl.load(total_ptr + slot, mask=nth < count, other=0.0)[:, None]
         if total_r_ptr is not None:
-            S = S * tl.exp2(tl.load(total_r_ptr + slot * R + at // P, mask=mask, other=0.0))
+            total += tl.load(
+                total_r_ptr + slot[:, None] * R + (at // P)[None, :], mask=there & mask[None, :], other=0.0
+            )
         if total_p_ptr is not None:
-            S = S * tl.exp2(tl.load(total_p_ptr + slot * P + at % P, mask=mask, other=0.0))
-        S += tl.load(piece_ptr + slot * size + at, mask=mask, other=0.0)
+            total += tl.load(total_p_ptr + slot[:, None] * P + (at % P)[None, :], mask=there & mask[None, :], other=0.0)
+        piece = tl.load(piece_ptr + slot[:, None] * size + at[None, :], mask=there & mask[None, :], other=0.0)
+        keep, add = tl.associative_scan((tl.exp2(total), piece), 0, linear)
+        after = keep * S[None, :] + add
+        if done == 0:
+            tl.store(
+                edge_ptr + ((first + (count - 1 if REVERSE else 0)).to(tl.int64) * H + h) * size + at, S, mask=mask
+            )
+        follows = slot + (-H if REVERSE else H)
+        tl.store(
+            edge_ptr + follows[:, None] * size + at[None, :], after, mask=(nth + 1 < count)[:, None] & mask[None, :]
+        )
+        S = tl.sum(tl.where((nth == tl.minimum(done + GROUP, count) - 1)[:, None], after, 0.0), 0)
     tl.store(last_ptr + (n.to(tl.int64) * H + h) * size + at, S, mask=mask)
 
 
@@ -87,6 +105,7 @@ def prepare_kernel(
     HQ,
     D,
     BD: tl.constexpr,
+    ROWS: tl.constexpr,  # taken together, at most half of the chunk
     C: tl.constexpr,
     GATED: tl.constexpr,
     BONUS: tl.constexpr,
@@ -95,51 +114,61 @@ def prepare_kernel(
     PACKED: tl.constexpr,
 ):
     """One chunk of a head: multiply the factors of a vector gate into the late (where given) and the early tokens, and
-    pair every token with itself (through the bonus ``u`` where there is one)."""
+    pair every token with itself (through the bonus ``u`` where there is one). One warp a chunk, a few rows at a time:
+    sums over rows then hardly leave a thread, and many chunks are under way."""
     pid = tl.program_id(0)
     h = pid % H
     chunk = pid // H
     per_piece = PIECE // C
     first, stop, _n, _origin = _piece_bounds(chunk // per_piece, cu_ptr, table_ptr, T, PIECE, PACKED)
     t0 = first + (chunk % per_piece) * C
+    cols = tl.arange(0, BD)
+    inside = cols < D
+    nth = tl.arange(0, ROWS)
     if t0 < stop:
-        steps, cols = tl.arange(0, C), tl.arange(0, BD)
-        rows = t0 + steps
-        mask = (rows < stop)[:, None] & (cols < D)[None, :]
-        at = (rows.to(tl.int64) * HQ + h // (H // HQ))[:, None] * D + cols[None, :]
-        out = (rows.to(tl.int64) * H + h)[:, None] * D + cols[None, :]
-        if SLOW != 1:
-            early = tl.load(early_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            if late_ptr is not None:
-                late = tl.load(late_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        sums = tl.zeros([BD], dtype=tl.float32)
         if GATED:
-            g = _log2_gate(g_ptr, rows, H, h, D, cols, mask)
-            front = (steps < C // 2)[:, None]
-            g0 = tl.sum(tl.where(front, g, 0.0), 0)
+            for block in tl.static_range(0, C // 2, ROWS):
+                rows = t0 + block + nth
+                sums -= tl.sum(_log2_gate(g_ptr, rows, H, h, D, cols, (rows < stop)[:, None] & inside[None, :]), 0)
             if SLOW != 2:
-                g1 = tl.sum(tl.where(front, 0.0, g), 0)
+                after = tl.zeros([BD], dtype=tl.float32)
+                for block in tl.static_range(C // 2, C, ROWS):
+                    rows = t0 + block + nth
+                    after += tl.sum(_log2_gate(g_ptr, rows, H, h, D, cols, (rows < stop)[:, None] & inside[None, :]), 0)
                 half = half_ptr + pid.to(tl.int64) * 2 * D + cols
-                tl.store(half, g0, mask=cols < D)
-                tl.store(half + D, g1, mask=cols < D)
-                slow = tl.minimum(tl.min(g0, 0), tl.min(g1, 0)) < -limit
+                tl.store(half, -sums, mask=inside)
+                tl.store(half + D, after, mask=inside)
+                slow = tl.minimum(tl.min(-sums, 0), tl.min(after, 0)) < -limit
             if SLOW == 1:
                 slow = slow | (tl.load(slow_ptr + pid) != 0)
             if SLOW == 2:
                 slow = tl.load(slow_ptr + pid) != 0
             else:
                 tl.store(slow_ptr + pid, slow.to(tl.int8))
-            if SLOW != 1:
-                sums = tl.where(slow, 0.0, tl.cumsum(g, 0) - g0[None, :])
-                type = early_out_ptr.dtype.element_ty
-                tl.store(early_out_ptr + out, (early * tl.exp2(-sums)).to(type), mask=mask)
+        if SLOW != 1:
+            for block in range(0, C, ROWS):
+                rows = t0 + block + nth
+                mask = (rows < stop)[:, None] & inside[None, :]
+                at = (rows.to(tl.int64) * HQ + h // (H // HQ))[:, None] * D + cols[None, :]
+                out = (rows.to(tl.int64) * H + h)[:, None] * D + cols[None, :]
+                early = tl.load(early_ptr + at, mask=mask, other=0.0).to(tl.float32)
                 if late_ptr is not None:
-                    to = tl.where(slow, 0.0, sums - g) if BONUS else sums
-                    tl.store(late_out_ptr + out, (late * tl.exp2(to)).to(type), mask=mask)
-        if OWN:
-            pair = late * early
-            if u_ptr is not None:
-                pair = pair * tl.load(u_ptr + h * D + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-            tl.store(own_ptr + rows.to(tl.int64) * H + h, tl.sum(pair, 1), mask=rows < stop)
+                    late = tl.load(late_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                if GATED:
+                    g = _log2_gate(g_ptr, rows, H, h, D, cols, mask)
+                    seen = sums[None, :] + tl.cumsum(g, 0)
+                    sums += tl.sum(g, 0)
+                    type = early_out_ptr.dtype.element_ty
+                    tl.store(early_out_ptr + out, (early * tl.exp2(tl.where(slow, 0.0, -seen))).to(type), mask=mask)
+                    if late_ptr is not None:
+                        to = tl.where(slow, 0.0, seen - g if BONUS else seen)
+                        tl.store(late_out_ptr + out, (late * tl.exp2(to)).to(type), mask=mask)
+                if OWN:
+                    pair = late * early
+                    if u_ptr is not None:
+                        pair = pair * tl.load(u_ptr + h * D + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+                    tl.store(own_ptr + rows.to(tl.int64) * H + h, tl.sum(pair, 1), mask=rows < stop)
 
 
 @triton.jit
@@ -174,6 +203,7 @@ def finish_kernel(
     st_e,
     BD: tl.constexpr,
     BE: tl.constexpr,
+    ROWS: tl.constexpr,  # taken together, at most a chunk
     C: tl.constexpr,
     GATED: tl.constexpr,
     BONUS: tl.constexpr,
@@ -194,7 +224,7 @@ def finish_kernel(
     unit = pid // (blocks * H)
     first, stop, n, origin = _piece_bounds(unit, cu_ptr, table_ptr, T, PIECE, PACKED)
     cols = block * BD + tl.arange(0, BD)
-    steps = tl.arange(0, C)
+    nth = tl.arange(0, ROWS)
     slot = unit.to(tl.int64) * H + h
     reach = tl.zeros([BD], dtype=tl.float32)
     du = tl.zeros([BD], dtype=tl.float32)
@@ -220,8 +250,9 @@ def finish_kernel(
             reach += z * tl.load(dz_at + cols, mask=cols < D, other=0.0)
     if u_ptr is not None:
         u = tl.load(u_ptr + h * D + cols, mask=cols < D, other=0.0).to(tl.float32)
-    for t0 in range(first, stop, C):
-        rows = t0 + steps
+    sums = tl.zeros([BD], dtype=tl.float32)
+    for t0 in range(first, stop, ROWS):
+        rows = t0 + nth
         mask = (rows < stop)[:, None] & (cols < D)[None, :]
         at = (rows.to(tl.int64) * HQ + h // (H // HQ))[:, None] * D + cols[None, :]
         out = (rows.to(tl.int64) * H + h)[:, None] * D + cols[None, :]
@@ -230,14 +261,15 @@ def finish_kernel(
         d_late = tl.load(d_late_ptr + out, mask=mask, other=0.0).to(tl.float32)
         d_early = tl.load(d_early_ptr + out, mask=mask, other=0.0).to(tl.float32)
         if GATED:
-            chunk = unit.to(tl.int64) * (PIECE // C) + (t0 - first) // C
-            slow = tl.load(slow_ptr + chunk * H + h) != 0
-            g0 = tl.load(half_ptr + (chunk * H + h) * 2 * D + cols, mask=cols < D, other=0.0)
+            chunk = (unit.to(tl.int64) * (PIECE // C) + (t0 - first) // C) * H + h
+            slow = tl.load(slow_ptr + chunk) != 0
+            g0 = tl.load(half_ptr + chunk * 2 * D + cols, mask=cols < D, other=0.0)
+            sums = tl.where((t0 - first) % C == 0, -g0, sums)
             g = _log2_gate(g_ptr, rows, H, h, D, cols, mask)
-            sums = tl.where(slow, 0.0, tl.cumsum(g, 0) - g0[None, :])
-            to = tl.where(slow, 0.0, sums - g) if BONUS else sums
-            d_late = d_late * tl.exp2(to)
-            d_early = d_early * tl.exp2(-sums)
+            seen = sums[None, :] + tl.cumsum(g, 0)
+            sums += tl.sum(g, 0)
+            d_late = d_late * tl.exp2(tl.where(slow, 0.0, seen - g if BONUS else seen))
+            d_early = d_early * tl.exp2(tl.where(slow, 0.0, -seen))
             if GRAD:
                 read = late * d_late
                 change = early * d_early - read
@@ -301,44 +333,6 @@ def read_kernel(
 
 
 @triton.jit
-def norm_kernel(
-    do_ptr,
-    o_ptr,
-    x_ptr,
-    floor_ptr,
-    inverse_ptr,
-    dx_ptr,
-    eps,
-    N,
-    V,
-    ROWS: tl.constexpr,
-    BV: tl.constexpr,
-    FLOOR: tl.constexpr,
-):
-    """From the gradient of a normalised reading ``o = num / den``: 1 / den, by which the passes weight the late tokens,
-    and the gradient of the normaliser x divided by it, so that the same weight serves both."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask = rows < N
-    acc = tl.zeros([ROWS], dtype=tl.float32)
-    for column in range(0, V, BV):
-        cols = column + tl.arange(0, BV)
-        at = rows.to(tl.int64)[:, None] * V + cols[None, :]
-        inside = mask[:, None] & (cols < V)[None, :]
-        do = tl.load(do_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        acc += tl.sum(do * tl.load(o_ptr + at, mask=inside, other=0.0).to(tl.float32), 1)
-    x = tl.load(x_ptr + rows, mask=mask, other=1.0)
-    if FLOOR:
-        low = tl.load(floor_ptr + rows, mask=mask, other=1.0)
-        den = tl.maximum(tl.abs(x), low) + eps
-        slope = tl.where(tl.abs(x) > low, tl.where(x > 0, 1.0, -1.0), 0.0)
-    else:
-        den = x + eps
-        slope = 1.0
-    tl.store(inverse_ptr + rows, 1.0 / den, mask=mask)
-    tl.store(dx_ptr + rows, -slope * acc, mask=mask)
-
-
-@triton.jit
 def sums_kernel(
     g_ptr,
     seen_ptr,
@@ -375,7 +369,7 @@ def gate_kernel(
     row_ptr,
     col_ptr,
     cross_ptr,
-    w_ptr,
+    w_ptr,  # [H, tokens]
     edge_ptr,
     d_edge_ptr,
     d_first_ptr,
@@ -426,7 +420,7 @@ def gate_kernel(
         cross_ptr += n_rows * H
     if WS:
         tl.store(dw_ptr + at, col.to(dw_ptr.dtype.element_ty), mask=valid)
-        col = col * tl.load(w_ptr + at, mask=valid, other=0.0).to(tl.float32)
+        col = col * tl.load(w_ptr + line, mask=valid, other=0.0).to(tl.float32)
     if GATED:
         slot = piece.to(tl.int64) * H + h
         row_slot = n.to(tl.int64) * H + h

@@ -89,55 +89,129 @@ def _max_plus(a, m, b, n):
 
 
 @triton.jit
+def _stabilizing(i_ptr, f_ptr, m_ptr, cu_ptr, ids_ptr, rows, heads, mask, T, H, least, PACKED: tl.constexpr):
+    """Of tokens ``[rows, 1]`` and heads ``[1, heads]``: the gates, what each token makes of a stabiliser,
+    ``m -> max(a + m, b)``, sequence and whether it is its first token, and the stabiliser that enters a sequence."""
+    if PACKED:
+        n = tl.load(ids_ptr + rows, mask=mask, other=0)
+        first = rows == tl.load(cu_ptr + n)
+    else:
+        n = rows // T
+        first = rows % T == 0
+    at = rows.to(tl.int64) * H + heads
+    f = tl.load(f_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    i = tl.load(i_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    lf = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))
+    first = first & mask
+    enter = tl.maximum(tl.load(m_ptr + n * H + heads, mask=first, other=0.0).to(tl.float64), least)
+    a = tl.maximum(lf.to(tl.float64), least)
+    b = tl.maximum(i.to(tl.float64), least)
+    b_first = tl.maximum(a + enter, b)
+    nothing = tl.where(mask, 0.0, 0.0).to(tl.float64)
+    after_a = tl.where(mask, tl.where(first, nothing + float("-inf"), a), nothing)
+    after_b = tl.where(mask, tl.where(first, b_first, b), nothing + float("-inf"))
+    return i, lf, after_a, after_b, n, first, enter
+
+
+@triton.jit
+def _through(a, b, LENGTH: tl.constexpr):
+    """What rows ``[LENGTH, heads]`` of such maps make of a stabiliser together."""
+    a, b = tl.associative_scan((a, b), 0, _max_plus)
+    last = (tl.arange(0, LENGTH) == LENGTH - 1)[:, None]
+    return tl.max(tl.where(last, a, float("-inf")), 0), tl.max(tl.where(last, b, float("-inf")), 0)
+
+
+@triton.jit
+def stabilizer_sums_kernel(
+    i_ptr,
+    f_ptr,
+    m_ptr,
+    cu_ptr,
+    ids_ptr,
+    sum_a_ptr,
+    sum_b_ptr,
+    T,
+    n_rows,
+    H,
+    blocks,
+    least,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """What each block of tokens makes of the stabilisers of some heads, ``m -> max(a + m, b)``, as ``[blocks, H]``."""
+    block = tl.program_id(0) % blocks
+    heads = tl.program_id(0) // blocks * HEADS + tl.arange(0, HEADS)[None, :]
+    rows = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+    mask = (rows < n_rows) & (heads < H)
+    _i, _lf, a, b, _n, _first, _enter = _stabilizing(
+        i_ptr, f_ptr, m_ptr, cu_ptr, ids_ptr, rows, heads, mask, T, H, least, PACKED
+    )
+    a, b = _through(a, b, BLOCK)
+    at = block * H + tl.program_id(0) // blocks * HEADS + tl.arange(0, HEADS)
+    inside = at < (block + 1) * H
+    tl.store(sum_a_ptr + at, a, mask=inside)
+    tl.store(sum_b_ptr + at, b, mask=inside)
+
+
+@triton.jit
 def stabilizer_kernel(
     i_ptr,
     f_ptr,
     m_ptr,
+    cu_ptr,
+    ids_ptr,
+    sum_a_ptr,
+    sum_b_ptr,
+    T,
+    n_rows,
+    H,
+    blocks,
+    least,
     g_ptr,
-    w_ptr,
+    w_ptr,  # this and the next laid out [H, tokens]
     floor_ptr,
     last_ptr,
-    cu_ptr,
-    T,
-    H,
-    least,
+    HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """The stabiliser ``m_t = max(lf_t + m_{t-1}, i_t)`` of one head of one sequence, and the decay, write weight and
-    least denominator it gives. float64: m is a difference of sums that grow with the sequence."""
-    pid = tl.program_id(0)
-    h = pid % H
-    n = pid // H
+    """The stabiliser ``m_t = max(lf_t + m_{t-1}, i_t)`` of a block of tokens, all sequences in one line, and the decay,
+    write weight and least denominator it gives. float64: m is a difference of sums that grow with the sequence."""
+    block = tl.program_id(0) % blocks
+    heads = tl.program_id(0) // blocks * HEADS + tl.arange(0, HEADS)[None, :]
+    steps = tl.arange(0, BLOCK)[:, None]
+    # What enters the block, from the blocks before it.
+    carry = tl.full([HEADS], float("-inf"), tl.float64)
+    nth = tl.arange(0, 64)[:, None]
+    for b0 in range(0, block, 64):
+        there = (b0 + nth < block) & (heads < H)
+        at = (b0 + nth) * H + heads
+        a = tl.load(sum_a_ptr + at, mask=there, other=0.0)
+        b = tl.load(sum_b_ptr + at, mask=there, other=float("-inf"))
+        a, b = _through(a, b, 64)
+        carry = tl.maximum(a + carry, b)
+    # Before each token: what its block's earlier ones make of that.
+    rows = block * BLOCK + steps
+    mask = (rows < n_rows) & (heads < H)
+    _i, _lf, a, b, _n, _first, _enter = _stabilizing(
+        i_ptr, f_ptr, m_ptr, cu_ptr, ids_ptr, rows - 1, heads, mask & (steps > 0), T, H, least, PACKED
+    )
+    b = tl.where(steps > 0, b, carry[None, :])
+    _, before = tl.associative_scan((a, b), 0, _max_plus)
+    i, lf, _a, _b, n, first, enter = _stabilizing(
+        i_ptr, f_ptr, m_ptr, cu_ptr, ids_ptr, rows, heads, mask, T, H, least, PACKED
+    )
+    before = tl.where(first, enter, before)
+    m = tl.maximum(tl.maximum(lf.to(tl.float64), least) + before, tl.maximum(i.to(tl.float64), least))
+    m32 = m.to(tl.float32)
+    at = rows.to(tl.int64) * H + heads
+    line = heads.to(tl.int64) * n_rows + rows
+    tl.store(g_ptr + at, tl.minimum(lf + (before - m).to(tl.float32), 0.0), mask=mask)
+    tl.store(w_ptr + line, tl.exp(i - m32), mask=mask)
+    tl.store(floor_ptr + line, tl.exp(tl.minimum(tl.maximum(-m32, -80.0), 88.0)), mask=mask)  # within fp32
     if PACKED:
-        first = tl.load(cu_ptr + n)
-        stop = tl.load(cu_ptr + n + 1)
+        final = rows + 1 == tl.load(cu_ptr + n + 1)
     else:
-        first = n * T
-        stop = first + T
-    carry = tl.maximum(tl.load(m_ptr + pid).to(tl.float64), least)
-    last = tl.load(m_ptr + pid).to(tl.float64)
-    steps = tl.arange(0, BLOCK)
-    for t0 in range(first, stop, BLOCK):
-        rows = t0 + steps
-        valid = rows < stop
-        at = rows.to(tl.int64) * H + h
-        f = tl.load(f_ptr + at, mask=valid, other=0.0).to(tl.float32)
-        i = tl.load(i_ptr + at, mask=valid, other=0.0).to(tl.float32)
-        inner = valid & (steps > 0)
-        f_before = tl.load(f_ptr + at - H, mask=inner, other=0.0).to(tl.float32)
-        i_before = tl.load(i_ptr + at - H, mask=inner, other=0.0).to(tl.float32)
-        lf = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))
-        lf_before = tl.minimum(f_before, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f_before)))
-        a = tl.where(steps > 0, tl.maximum(lf_before.to(tl.float64), least), 0.0)
-        m = tl.where(steps > 0, tl.maximum(i_before.to(tl.float64), least), carry)
-        _, before = tl.associative_scan((a, m), 0, _max_plus)
-        m = tl.maximum(tl.maximum(lf.to(tl.float64), least) + before, tl.maximum(i.to(tl.float64), least))
-        g = tl.minimum(lf + (before - m).to(tl.float32), 0.0)
-        m32 = m.to(tl.float32)
-        tl.store(g_ptr + at, g, mask=valid)
-        tl.store(w_ptr + at, tl.exp(i - m32), mask=valid)
-        tl.store(floor_ptr + at, tl.exp(tl.minimum(tl.maximum(-m32, -80.0), 88.0)), mask=valid)  # within fp32
-        carry = tl.max(tl.where(rows == tl.minimum(t0 + BLOCK, stop) - 1, m, float("-inf")), 0)
-        last = carry
-    tl.store(last_ptr + pid, last.to(tl.float32))
+        final = rows % T == T - 1
+    tl.store(last_ptr + n * H + heads, m32, mask=mask & final)

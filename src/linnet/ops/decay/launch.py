@@ -11,20 +11,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core import chunk_table
 from .kernels import pass_kernel
-from .kernels_around import (
-    chain_kernel,
-    finish_kernel,
-    gate_kernel,
-    norm_kernel,
-    prepare_kernel,
-    read_kernel,
-    sums_kernel,
-)
-from .kernels_step import stabilizer_kernel, step_kernel
+from .kernels_around import chain_kernel, finish_kernel, gate_kernel, prepare_kernel, read_kernel, sums_kernel
+from .kernels_norm import keys_kernel, norm_kernel
+from .kernels_step import stabilizer_kernel, stabilizer_sums_kernel, step_kernel
 
 # How strongly half a chunk may forget, in log2, before it is walked token by token: the factors of a vector gate reach
 # 2^limit and their products over masked pairs its square. fp16 has little range; fp32 keeps its digits.
 LIMITS = {torch.bfloat16: 60.0, torch.float16: 4.0, torch.float32: 6.0}
+
+
+# What one warp of the kernels around a pass takes together, 32 numbers a thread, and how many tokens one reads the
+# normaliser of.
+_NUMBERS = 1024
+_PART = 128
 
 
 # Triton's own helpers of this kind cost more on the host than a small launch.
@@ -93,9 +92,25 @@ def _rows(state: Tensor, rows: int) -> Tensor:
     return state.new_empty(rows, *state.shape[1:])
 
 
-def _ones(v: Tensor) -> Tensor:
-    """The payload of a normaliser, one channel shared by all heads."""
-    return v.new_ones(*v.shape[:2], 1, 1)
+# In fp32 the normaliser is one more channel of the payload, of ones: then it is rounded as the numerator is, with which
+# it and its gradient may cancel.
+
+
+def _append(x: Tensor, channel: Tensor) -> Tensor:
+    return torch.cat([x, channel[..., None]], -1)
+
+
+def _joined(state: State) -> State:
+    return State(_append(state.S, state.z), None)  # type: ignore[arg-type]
+
+
+def _apart(state: State) -> State:
+    return State(state.S[..., :-1].contiguous(), state.S[..., -1].contiguous())
+
+
+def _line(x: Tensor | None) -> Tensor | None:
+    """One number a token and head, ``[B, T, H]``, laid out ``[H, tokens]``: a walk reads along a head."""
+    return None if x is None else x.permute(2, 0, 1).contiguous().flatten(1)
 
 
 class _Call:
@@ -182,6 +197,7 @@ class _Call:
         slow: int,
     ) -> None:
         D = early.shape[-1]
+        wide = max(16, _power_of_2(D))
         chunks = self.pieces * (self.piece // self.chunk)
         prepare_kernel[(chunks * self.H,)](
             late,
@@ -201,14 +217,16 @@ class _Call:
             self.H,
             early.shape[2],
             D,
-            BD=max(16, _power_of_2(D)),
+            BD=wide,
+            ROWS=min(_NUMBERS // wide, self.chunk // 2),
             C=self.chunk,
             GATED=gate is not None,
             BONUS=self.u is not None,
             OWN=own is not None,
             SLOW=slow,
             PACKED=self.packed,
-            num_warps=4 if D <= 128 else 8,
+            num_warps=1,
+            num_stages=1,
         )
 
     def prepare(
@@ -269,6 +287,7 @@ class _Call:
             1 if by_key else self.V,
             BD=wide,
             BE=32,
+            ROWS=min(_NUMBERS // wide, self.chunk),
             C=self.chunk,
             GATED=gate is not None,
             BONUS=self.u is not None,
@@ -276,6 +295,8 @@ class _Call:
             LATE=by_key,
             NORM=by_key and sides[3] is not None,
             PACKED=self.packed,
+            num_warps=1,
+            num_stages=1,
         )
 
     def read(self, gate: _Vector, o: Tensor, v: Tensor, own: Tensor | None) -> None:
@@ -330,8 +351,6 @@ class _Call:
         own: Tensor | None = None,
         norm: int = 0,
         x: Tensor | None = None,
-        floor: Tensor | None = None,
-        eps: float = 0.0,
         grad: int = 0,
         dot: Tensor | None = None,
         row: Tensor | None = None,
@@ -341,7 +360,6 @@ class _Call:
         states in memory are ``[DP, DR]``."""
         DR, DP = writer.shape[-1], payload.shape[-1]
         side_r, side_p = (self.value, self.key) if transposed else (self.key, self.value)
-        vector = side_r is not None or side_p is not None
         settings = launch_settings(DR, DP, self.chunk, self.dtype, split)
         grid = ((self.pieces if split else self.rows) * self.H * _cdiv(DP, settings["BP"]),)
         gate = self.gate
@@ -379,13 +397,11 @@ class _Call:
             z,
             *totals,
             x,
-            floor,
             row,
             col,
             self.cu,
             self.table if split else self.first,
             self.scale,
-            eps,
             self.T,
             self.piece,
             self.tokens,
@@ -395,7 +411,7 @@ class _Call:
             DP,
             1 if transposed else DP,
             DR if transposed else 1,
-            CHUNKS=_power_of_2(self.piece // self.chunk) if vector else 1,
+            WINDOW=32,
             REVERSE=reverse,
             GATE=0 if gate is None else 1 if gate.seen is None else 2,
             HALF_R=side_r is not None,
@@ -406,8 +422,6 @@ class _Call:
             WR=wr is not None,
             WS=ws is not None,
             NORM=norm,
-            FLOOR=floor is not None,
-            ONES=payload.shape[2:] == (1, 1),
             START=start is not None,
             SPLIT=split,
             STATE_ONLY=out is None,
@@ -433,7 +447,7 @@ class _Call:
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:
         """Boundary states of every piece and the final state, from the pieces' own writes."""
-        own, edges, last = _rows(start, pieces), _rows(start, pieces), _rows(start, self.rows)
+        own = _rows(start, pieces)
         totals = (
             start.new_empty(pieces, self.H) if self.gate is not None else None,
             *(
@@ -443,7 +457,14 @@ class _Call:
         )
         # The writer stands in for the reader: nothing is read.
         self.walk(writer, writer, payload, reverse=reverse, split=True, ws=ws, last=own, totals=totals)
-        R, P, block = start.shape[2], start.shape[3], 1024
+        return self._link(start, own, totals, reverse)
+
+    def _link(
+        self, start: Tensor, own: Tensor, totals: tuple[Tensor | None, Tensor | None, Tensor | None], reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Boundary states of every piece and the final state, from the pieces' own writes and summed gates."""
+        edges, last = torch.empty_like(own), _rows(start, self.rows)
+        R, P, block = start.shape[2], start[0, 0, 0].numel(), 64
         chain_kernel[(self.rows * self.H * _cdiv(R * P, block),)](
             start,
             own,
@@ -456,10 +477,72 @@ class _Call:
             R,
             P,
             BLOCK=block,
+            GROUP=_NUMBERS // block,
             REVERSE=reverse,
             PACKED=self.packed,
+            num_warps=1,
         )
         return edges, last
+
+    def _keys(self, keys: Tensor, w: Tensor | None, *, reverse: bool = False, **given: Any) -> None:
+        """Launch the walk of the running sum of keys; see :func:`keys_kernel`."""
+        read = "x" in given
+        K = keys.shape[-1]
+        wide = max(16, _power_of_2(K) if read else min(32, _power_of_2(K)))
+        part = min(_PART, self.piece)
+        gate = self.gate if self.key is None else self.key
+        programs = self.pieces * (self.piece // part) if read else self.pieces * _cdiv(K, wide)
+        keys_kernel[(programs * self.H,)](
+            given.get("q"),
+            keys,
+            None if gate is None else gate.values,
+            self.u,
+            w,
+            *(given.get(name) for name in ("start", "x", "over", "floor", "own", "total", "part", "part_total")),
+            self.cu,
+            self.table,
+            self.scale,
+            given.get("eps", 0.0),
+            self.T,
+            self.tokens,
+            self.piece,
+            self.H,
+            keys.shape[2],
+            K,
+            BK=wide,
+            ROWS=min(_NUMBERS // wide, part),
+            PART=part,
+            GATE=0 if gate is None else 3 if self.key is not None else 1 if gate.seen is None else 2,  # type: ignore
+            READ=read,
+            REVERSE=reverse,
+            BONUS=self.u is not None,
+            PACKED=self.packed,
+            num_warps=1,
+            num_stages=1,
+        )
+
+    def sum_keys(
+        self, keys: Tensor, w: Tensor | None, start: Tensor, pieces: int, *, reverse: bool = False, **parts: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The running sum of keys ``[., H, K]`` at the boundaries of all pieces, and the final one; or, backward in
+        time, its gradient, from the queries and what ``w`` holds for each."""
+        own = _rows(start, pieces)
+        scalar, vector = self.gate is not None, self.key is not None
+        total = None if not (scalar or vector) else own.new_empty(own.shape if vector else own.shape[:2])
+        self._keys(keys, w, reverse=reverse, own=own, total=total, **parts)
+        return self._link(start, own, (total if scalar else None, total if vector else None, None), reverse)
+
+    def normaliser(
+        self, q: Tensor, k: Tensor, w: Tensor | None, z: Tensor, floor: Tensor | None, eps: float, pieces: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The normaliser and what a reading is multiplied by, ``[H, tokens]``, and the running sum of
+        keys at the boundaries of all pieces and after the last token."""
+        x, over = (z.new_empty(self.H, self.tokens) for _ in range(2))
+        parts = z.new_empty(2, pieces, self.H, _cdiv(self.piece, _PART), z.shape[-1])
+        given = {"part": parts[0], "part_total": parts[1]}
+        bounds, last = self.sum_keys(k, w, z, pieces, **given)
+        self._keys(k, w, q=q, start=bounds, x=x, over=over, floor=floor, eps=eps, **given)
+        return x, over, bounds, last
 
     def read_along(
         self,
@@ -504,27 +587,33 @@ def forward(
     pieces: int,
     training: bool,
 ) -> tuple[Tensor, Tensor | None, State, State | None]:
-    """Reading, normaliser, final state and, when ``training``, the boundary states the backward pass starts from."""
+    """Reading, normaliser ``[H, tokens]``, final state and, when ``training``, the boundary states that the backward
+    pass starts from."""
+    if state.z is not None and q.dtype == torch.float32:
+        given = (q, k, _append(v, v.new_ones(v.shape[:3])), g, gv, u, w, _joined(state), None, cu_host, scale, eps)
+        o, _, last, kept = forward(*given, piece, pieces, training)
+        o, x = o[..., :-1], o[..., -1]
+        den = (x if floor is None else torch.maximum(x.abs(), floor)) + eps
+        return o / den[..., None], _line(x), _apart(last), None if kept is None else _apart(kept)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     S, z = (None if x is None else x.contiguous() for x in state)
-    w, floor = (None if x is None else x.contiguous() for x in (w, floor))
+    w, floor = _line(w), _line(floor)
     call = _Call(q, v, g, gv, u, cu_host, scale, piece)
+    x = z_bounds = z_last = None
+    norm: dict[str, Any] = {}
+    if z is not None:
+        x, over, z_bounds, z_last = call.normaliser(q, k, w, z, floor, eps, pieces)
+        norm = {"x": over, "norm": 1}
     q, k, own = call.prepare(call.key, q, k, u=call.u, own=u is not None)  # type: ignore[assignment]
     _, payload, _ = call.prepare(call.value, None, v)
     o = torch.empty_like(v)
     apart = own is not None and call.value is not None
     pair: dict[str, Any] = {"diag": 1} if apart else {"diag": 0 if own is None else 2, "own": own}
-    x = z_bounds = z_last = None
-    if z is not None:
-        x = S.new_empty(*v.shape[:3], 1)  # type: ignore[union-attr]
-        sums = call.read_along(q, k, _ones(v), z[..., None], pieces, keep=training, out=x, ws=w, **pair)
-        z_bounds, z_last = (None if x is None else x[..., 0] for x in sums)
-    norm: dict[str, Any] = {"norm": int(x is not None), "x": x, "floor": floor, "eps": eps}
     bounds, last = call.read_along(q, k, payload, S, pieces, keep=training, out=o, ws=w, **norm, **pair)  # type: ignore
     if call.value is not None:
         call.read(call.value, o, v, own)
     kept = State(bounds, z_bounds) if training and bounds is not None else None
-    return o, None if x is None else x[..., 0], State(last, z_last), kept
+    return o, x, State(last, z_last), kept
 
 
 def backward(
@@ -549,8 +638,18 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by input name, from those of the reading ``o`` and of the final state. ``gates`` says whether any
     of the gates, the bonus and the write weight wants one."""
+    if x is not None and o is not None and q.dtype == torch.float32:
+        x = x.view(-1, *q.shape[:2]).permute(1, 2, 0)
+        den = (x if floor is None else torch.maximum(x.abs(), floor)) + eps
+        do = do / den[..., None]
+        dx = -(do * o).sum(-1)
+        dx = dx if floor is None else dx * x.sign() * (x.abs() > floor)
+        given = (q, k, _append(v, v.new_ones(v.shape[:3])), g, gv, u, w, None, cu_host, scale, eps, piece, None, None)
+        found = backward(*given, _joined(bounds), _append(do, dx), _joined(d_state), gates)
+        d_first = _apart(State(found["S"], None))
+        return found | {"v": found["v"][..., :-1], "S": d_first.S, "z": d_first.z}  # type: ignore[dict-item]
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
-    w, floor = (None if x is None else x.contiguous() for x in (w, floor))
+    w, floor = _line(w), _line(floor)
     call = _Call(q, v, g, gv, u, cu_host, scale, piece)
     H, K, V, pieces = call.H, call.K, call.V, len(bounds.S)
     gates = gates and any(x is not None for x in (g, gv, u, w))
@@ -559,9 +658,9 @@ def backward(
     lw = dx = None  # by what the late tokens are weighted, and the normaliser's gradient over that
     if x is not None:
         lw, dx = torch.empty_like(x), torch.empty_like(x)
-        rows, wide = 16, min(128, max(16, _power_of_2(V)))
-        norm_kernel[(_cdiv(x.numel(), rows),)](
-            do, o, x, floor, lw, dx, eps, x.numel(), V, ROWS=rows, BV=wide, FLOOR=floor is not None
+        rows, wide = 32, min(128, max(16, _power_of_2(V)))
+        norm_kernel[(_cdiv(call.tokens, rows) * H,)](
+            do, o, x, floor, lw, dx, eps, call.tokens, H, V, ROWS=rows, BV=wide, FLOOR=floor is not None
         )
 
     # Where gates lie between tokens channel by channel, or reading is exclusive, a token's own pair goes apart.
@@ -583,8 +682,7 @@ def backward(
     )
     dz_bounds = dz_first = None
     if d_state.z is not None and dx is not None:
-        sums = call.read_along(early, late, _ones(v), d_state.z[..., None], pieces, reverse=True, ws=dx * lw)
-        dz_bounds, dz_first = (x[..., 0] for x in sums)
+        dz_bounds, dz_first = call.sum_keys(q, dx * lw, d_state.z, pieces, reverse=True)  # type: ignore[operator]
     norm = 0 if x is None else 2
     keys: dict[str, Any] = {"transposed": True, "split": True, "norm": norm, "x": dx, "diag": int(key_apart)}
     call.walk(
@@ -638,7 +736,7 @@ def backward(
     found |= {"q": dq, "k": dk, "v": dv, "S": d_first, "z": dz_first}
     if scalar:
         found["g"] = None if g is None else torch.empty(g.shape, dtype=g.dtype, device=g.device)
-        found["w"] = None if w is None else torch.empty_like(w)
+        found["w"] = None if w is None else new(call.B, call.T, H, dtype=w.dtype)
         gate_kernel[(call.pieces * H,)](
             row,
             col,
@@ -701,16 +799,22 @@ def step(
 
 
 def stabilizer(
-    i: Tensor, f: Tensor, m: Tensor, cu_host: Tensor | None, least: float
+    i: Tensor, f: Tensor, m: Tensor, cu: Tensor | None, ids: Tensor | None, least: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-decay, write weight and least denominator ``[B, T, H]`` of the mLSTM, and the stabiliser ``[N, H]`` after the
-    last token, from its gates' pre-activations and the stabiliser before the first."""
+    """Log-decay, write weight and least denominator ``[B, T, H]`` of the mLSTM (the last two laid out ``[H, B, T]``),
+    and the stabiliser ``[N, H]`` after the last token, from its gates' pre-activations and the stabiliser before the
+    first. Blocks of tokens are walked at once: first for what each does to a stabiliser, then from what enters it."""
     i, f, m = i.contiguous(), f.contiguous(), m.contiguous()
-    (_, T, H), rows = i.shape, len(m)
-    g, w, floor = (torch.empty(i.shape, dtype=torch.float32, device=i.device) for _ in range(3))
-    last = torch.empty(rows, H, dtype=torch.float32, device=i.device)
-    cu = None if cu_host is None else cu_host.to(i.device)
-    stabilizer_kernel[(rows * H,)](
-        i, f, m, g, w, floor, last, cu, T, H, least, BLOCK=4096, PACKED=cu is not None, num_warps=16
-    )
-    return g, w, floor, last
+    B, T, H = i.shape
+    heads = min(16, _power_of_2(H))
+    block = 4096 // heads
+    blocks = _cdiv(B * T, block)
+    grid = (blocks * _cdiv(H, heads),)
+    sums = torch.empty(2, blocks, H, dtype=torch.float64, device=i.device)
+    g, last = torch.empty(i.shape, dtype=torch.float32, device=i.device), m.float().clone()
+    w, floor = (torch.empty(H, B, T, dtype=torch.float32, device=i.device) for _ in range(2))
+    given = (i, f, m, cu, ids, *sums, T, B * T, H, blocks, least)
+    sizes: dict[str, Any] = {"HEADS": heads, "BLOCK": block, "PACKED": cu is not None, "num_warps": 8}
+    stabilizer_sums_kernel[grid](*given, **sizes)
+    stabilizer_kernel[grid](*given, g, w, floor, last, **sizes)
+    return g, w.permute(1, 2, 0), floor.permute(1, 2, 0), last

@@ -85,7 +85,7 @@ def mlstm(
         raise ValueError(f"state: expected an MLSTMState, got {type(state).__name__}")
     Shapes(N=rows, H=v.shape[2])("state.m", state.m, "N H")
     check_floating("state.m", state.m, q.device)
-    kernel = resolve_backend(backend, BACKENDS if kernels_cover(q, v) else BACKENDS[:2], q) == "triton"
+    kernel = resolve_backend(backend, BACKENDS if kernels_cover(q, v, True) else BACKENDS[:2], q) == "triton"
     packing = (None,) * 3 if segments is None else (segments.cu_seqlens, segments.ids, segments.cu_seqlens_host)
     g, w, floor, m = _gates(i.to(acc), f.to(acc), state.m.detach().to(acc), *packing, kernel)
     inner = DecayState(state.S, state.z)
@@ -130,7 +130,7 @@ def _forward(
     if kernel:
         from .launch import stabilizer
 
-        return stabilizer(i, f, m0, cu_host, _FLOOR)
+        return stabilizer(i, f, m0, cu_seqlens, ids, _FLOOR)
     lf = F.logsigmoid(f)
     before, m = _stabilizer(lf, i, m0, cu_seqlens, ids)
     g = (lf + (before - m).to(lf.dtype)).clamp(max=0)  # above 0 by rounding
@@ -143,11 +143,14 @@ def _forward(
 
 
 def _forward_fake(i, f, m0, cu_seqlens, ids, cu_host, kernel):
-    return (*(torch.empty_like(i, memory_format=torch.contiguous_format) for _ in range(3)), torch.empty_like(m0))
+    g, w, floor = (torch.empty_like(i, memory_format=torch.contiguous_format) for _ in range(3))
+    if kernel:  # a walk reads along a head
+        w, floor = (x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (w, floor))
+    return g, w, floor, torch.empty_like(m0)
 
 
 def _backward(f: Tensor, w: Tensor, dg: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
-    return dw * w, dg * torch.sigmoid(-f)
+    return (dw * w).contiguous(), dg * torch.sigmoid(-f)
 
 
 def _backward_fake(f, w, dg, dw):

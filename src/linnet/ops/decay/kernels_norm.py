@@ -1,0 +1,175 @@
+"""Triton kernels of the normaliser: running sums of keys, their readings, and the gradient of the division."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels import _piece_bounds
+from .kernels_around import linear
+
+
+@triton.jit
+def keys_kernel(
+    q_ptr,
+    k_ptr,
+    g_ptr,  # [H], [tokens, H] or [tokens, H, K], see GATE
+    u_ptr,
+    w_ptr,  # write weights, this and x, over, floor laid out [H, tokens]
+    start_ptr,  # READ: the sum that enters each piece, [pieces, H, K]
+    x_ptr,
+    over_ptr,
+    floor_ptr,
+    own_ptr,  # what the piece adds up to, [pieces, H, K]
+    total_ptr,  # and its summed log2-decay, [pieces, H] or, by channel, [pieces, H, K]
+    part_ptr,  # both from the piece's start to the end of each part, [pieces, H, parts, K]
+    part_total_ptr,
+    cu_ptr,
+    table_ptr,
+    scale,
+    eps,
+    T,
+    n_rows,
+    PIECE,
+    H,
+    HQ,
+    K,
+    BK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PART: tl.constexpr,  # tokens of a part of a piece
+    GATE: tl.constexpr,  # 0 none, 1 a constant per head, 2 a scalar per token, 3 a vector over the key's channels
+    READ: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BONUS: tl.constexpr,  # exclusive reading
+    PACKED: tl.constexpr,
+):
+    """The running sum ``z_t = exp(g_t) z_{t-1} + w_t k_t``, token by token: a scan over a few rows at a time, exact for
+    any gate, by one warp.
+
+    READ: the normaliser ``x = scale q.z`` of a part of a piece (with a bonus: of the sum before the token, and of the
+    token itself through ``u``) and ``over``, what a reading is multiplied by. Else what a
+    piece adds for some channels; REVERSE the same backward in time, for the gradient of z: k is q there, and w carries
+    the gradient.
+    """
+    blocks = tl.cdiv(K, BK)
+    parts = tl.cdiv(PIECE, PART)
+    pid = tl.program_id(0)
+    h = (pid // blocks) % H
+    unit = pid // (blocks * H)
+    piece = unit // parts if READ else unit
+    first, stop, _n, _origin = _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED)
+    cols = (pid % blocks) * BK + tl.arange(0, BK)
+    inside = (cols < K)[None, :]
+    slot = piece.to(tl.int64) * H + h
+    line = h.to(tl.int64) * n_rows
+    log2e = 1.4426950408889634
+    z = tl.zeros([BK], dtype=tl.float32)
+    total = tl.zeros([BK], dtype=tl.float32)
+    if READ:
+        part = unit % parts
+        z = tl.load(start_ptr + slot * K + cols, mask=cols < K, other=0.0)
+        if part > 0:
+            at = (slot * parts + part - 1) * K + cols
+            if GATE != 0:
+                z = z * tl.exp2(tl.load(part_total_ptr + at, mask=cols < K, other=0.0))
+            z += tl.load(part_ptr + at, mask=cols < K, other=0.0)
+        first += part * PART
+        stop = tl.minimum(first + PART, stop)
+    SHIFT: tl.constexpr = 1 if READ and BONUS else 0  # what is read was written by the tokens before
+    final = (tl.arange(0, ROWS) == ROWS - 1)[:, None]
+    for done in range(0, stop - first, ROWS):
+        nth = done + tl.arange(0, ROWS)
+        t = stop - 1 - nth if REVERSE else first + nth
+        valid = (t >= first) & (t < stop)
+        wrote = valid & (nth >= SHIFT)
+        source = t - SHIFT
+        there = wrote[:, None] & inside
+        at = (source.to(tl.int64) * HQ + h // (H // HQ))[:, None] * K + cols[None, :]
+        write = tl.load(k_ptr + at, mask=there, other=0.0).to(tl.float32)
+        if w_ptr is not None:
+            write = write * tl.load(w_ptr + line + source, mask=wrote, other=0.0).to(tl.float32)[:, None]
+        if REVERSE:
+            write = write * scale
+        keep = tl.zeros([ROWS, BK], dtype=tl.float32) + 1.0
+        if GATE != 0:
+            gate = source.to(tl.int64) * H + h
+            if GATE == 3:
+                g = tl.load(g_ptr + gate[:, None] * K + cols[None, :], mask=there, other=0.0).to(tl.float32)
+            elif GATE == 2:
+                g = tl.load(g_ptr + gate, mask=wrote, other=0.0).to(tl.float32)[:, None]
+            else:
+                g = tl.where(wrote[:, None], tl.load(g_ptr + h).to(tl.float32), 0.0)
+            g = tl.maximum(g, -104.0) * log2e
+            total += tl.sum(tl.zeros([ROWS, BK], dtype=tl.float32) + g, 0)
+            keep = keep * tl.exp2(g)
+        if REVERSE and not BONUS:  # a token's own gate lies before its reading
+            write = write * keep
+        keep, sums = tl.associative_scan((keep, write), 0, linear)
+        sums += keep * z[None, :]
+        z = tl.sum(tl.where(final, sums, 0.0), 0)
+        if READ:
+            at = (t.to(tl.int64) * HQ + h // (H // HQ))[:, None] * K + cols[None, :]
+            mask = valid[:, None] & inside
+            q = tl.load(q_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            if BONUS:
+                own = tl.load(k_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                sums += own * tl.load(u_ptr + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
+            x = scale * tl.sum(q * sums, 1)
+            over = x
+            if floor_ptr is not None:
+                over = tl.maximum(tl.abs(x), tl.load(floor_ptr + line + t, mask=valid, other=1.0))
+            tl.store(x_ptr + line + t, x, mask=valid)
+            tl.store(over_ptr + line + t, 1.0 / (over + eps), mask=valid)
+        elif not REVERSE:
+            if (done + ROWS) % PART == 0:
+                end = (slot * parts + done // PART) * K + cols
+                tl.store(part_ptr + end, z.to(tl.float32), mask=cols < K)
+                if GATE != 0:
+                    tl.store(part_total_ptr + end, total, mask=cols < K)
+    if not READ:
+        tl.store(own_ptr + slot * K + cols, z.to(tl.float32), mask=cols < K)
+        if GATE == 3:
+            tl.store(total_ptr + slot * K + cols, total, mask=cols < K)
+        elif GATE != 0:
+            tl.store(total_ptr + slot + tl.zeros([BK], dtype=tl.int32), total, mask=cols == 0)
+
+
+@triton.jit
+def norm_kernel(
+    do_ptr,
+    o_ptr,
+    x_ptr,  # this and the following [H, tokens]
+    floor_ptr,
+    inverse_ptr,
+    dx_ptr,
+    eps,
+    n_rows,
+    H,
+    V,
+    ROWS: tl.constexpr,
+    BV: tl.constexpr,
+    FLOOR: tl.constexpr,
+):
+    """From the gradient of a normalised reading ``o = num / den``: 1 / den, by which the passes weight the late tokens,
+    and the gradient of the normaliser x divided by it, so that the same weight serves both."""
+    h = tl.program_id(0) % H
+    rows = tl.program_id(0) // H * ROWS + tl.arange(0, ROWS)
+    mask = rows < n_rows
+    line = h.to(tl.int64) * n_rows + rows
+    acc = tl.zeros([ROWS], dtype=tl.float32)
+    for column in range(0, V, BV):
+        cols = column + tl.arange(0, BV)
+        at = (rows.to(tl.int64) * H + h)[:, None] * V + cols[None, :]
+        inside = mask[:, None] & (cols < V)[None, :]
+        do = tl.load(do_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        acc += tl.sum(do * tl.load(o_ptr + at, mask=inside, other=0.0).to(tl.float32), 1)
+    x = tl.load(x_ptr + line, mask=mask, other=1.0)
+    if FLOOR:
+        low = tl.load(floor_ptr + line, mask=mask, other=1.0)
+        den = tl.maximum(tl.abs(x), low) + eps
+        slope = tl.where(tl.abs(x) > low, tl.where(x > 0, 1.0, -1.0), 0.0)
+    else:
+        den = x + eps
+        slope = 1.0
+    tl.store(inverse_ptr + line, 1.0 / den, mask=mask)
+    tl.store(dx_ptr + line, -slope * acc, mask=mask)
