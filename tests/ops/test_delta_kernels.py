@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from linnet.ops.delta import launch
 
-SCALAR = ("local_kernel", "state_kernel", "adjoint_kernel", "pairs_kernel", "gradient_kernel")
+SCALAR = ("local_kernel", "state_kernel", "adjoint_kernel", "gradient_kernel")
 VECTOR = ("prepare_kernel", "hard_kernel", "hard_gradient_kernel", "finish_kernel")
 
 # Modes, and the kernels that differ from those of the modes before.

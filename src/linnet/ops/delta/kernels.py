@@ -66,15 +66,66 @@ def product(a, b, EXACT: tl.constexpr, FINE: tl.constexpr):
 
 
 @triton.jit
-def inverse(T, C: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr):
+def quarters(X):
+    """Upper left, lower left and lower right quarters of matrices ``[n, c, c]``."""
+    n: tl.constexpr = X.shape[0]
+    half: tl.constexpr = X.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(X, [n, 2, half, 2, half]), (0, 2, 4, 1, 3)))
+    a, b = tl.split(left)
+    _, d = tl.split(right)
+    return a, b, d
+
+
+@triton.jit
+def halves(X):
+    """The two matrices of each pair ``[2 n, c, c]``."""
+    n: tl.constexpr = X.shape[0] // 2
+    c: tl.constexpr = X.shape[1]
+    return tl.split(tl.permute(tl.reshape(X, [n, 2, c, c]), (0, 2, 3, 1)))
+
+
+@triton.jit
+def paired(a, d):
+    """The inverse of :func:`halves`."""
+    n: tl.constexpr = a.shape[0]
+    c: tl.constexpr = a.shape[1]
+    return tl.reshape(tl.permute(tl.join(a, d), (0, 3, 1, 2)), [2 * n, c, c])
+
+
+@triton.jit
+def merged(X, below, EXACT: tl.constexpr, FINE: tl.constexpr):
+    """Inverses of unit lower triangular matrices ``[n, 2 c, 2 c]``, from those of their diagonal blocks ``[2 n, c, c]``
+    and the blocks below the diagonal."""
+    n: tl.constexpr = X.shape[0] // 2
+    c: tl.constexpr = X.shape[1]
+    a, d = halves(X)
+    b = -product(d, product(below, a, EXACT, FINE), EXACT, FINE)
+    left, right = tl.join(a, b), tl.join(tl.zeros([n, c, c], dtype=tl.float32), d)
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 3, 1, 4, 2)), [n, 2 * c, 2 * c])
+
+
+@triton.jit
+def inverse(T, EXACT: tl.constexpr, FINE: tl.constexpr):
     """``(I + T)^-1`` of a strictly lower triangular ``T``, from the inverses of ever larger diagonal blocks."""
-    r, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    C: tl.constexpr = T.shape[0]
+    T = tl.reshape(T, [1, C, C])
+    if C > 32:
+        a, below_32, d = quarters(T)
+        T = paired(a, d)
+    if C > 16:
+        a, below_16, d = quarters(T)
+        T = paired(a, d)
+    r, c = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
     X = tl.where(r == c, 1.0, tl.where((r == c + 1) & (r % 2 == 1), -T, 0.0))
-    for level in tl.static_range(1, LEVELS):
+    for level in tl.static_range(1, 4):
         below = ((r >> level) == (c >> level) + 1) & ((r >> level) % 2 == 1)
         corner = product(tl.where(below, T, 0.0), X, EXACT, FINE)
         X -= product(X, corner, EXACT, FINE)
-    return X
+    if C > 16:
+        X = merged(X, below_16, EXACT, FINE)
+    if C > 32:
+        X = merged(X, below_32, EXACT, FINE)
+    return tl.reshape(X, [C, C])
 
 
 @triton.jit
@@ -204,7 +255,6 @@ def local_kernel(
     HQ,
     K: tl.constexpr,
     C: tl.constexpr,
-    LEVELS: tl.constexpr,  # log2 C
     BK: tl.constexpr,
     SUB: tl.constexpr,
     GATE: tl.constexpr,  # 0 none, 1 a scalar per token, 2 one per channel
@@ -286,11 +336,11 @@ def local_kernel(
         tl.store(rows_ptr + 5 * C, r_q)
         T_ = T_ * r_k[:, None] * (r_k * beta)[None, :]
         P = P * (r_q * scale)[:, None] * (r_k * beta)[None, :]
-    A = inverse(tl.where(row > col, T_, 0.0), C, LEVELS, EXACT, FINE)
     dtype = matrices_ptr.dtype.element_ty
     matrices_ptr += slot * (2 * C * C) + (row * C + col)
-    tl.store(matrices_ptr, A.to(dtype))
     tl.store(matrices_ptr + C * C, tl.where(row >= col, P, 0.0).to(dtype))
+    A = inverse(tl.where(row > col, T_, 0.0), EXACT, FINE)
+    tl.store(matrices_ptr, A.to(dtype))
 
 
 @triton.jit
@@ -317,15 +367,25 @@ def key_tile(
 
 
 @triton.jit
-def factors(rows_ptr, chunk, n_chunks, h, H, C: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr):
-    """What a serial pass fetches a chunk ahead by hand: the compiler does so only for what enters a product."""
+def factors(
+    rows_ptr, decays_ptr, chunk, n_chunks, h, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    VECTOR: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """What a serial pass fetches a chunk ahead by hand, as the compiler does so only for what enters a product: by what
+    the state is multiplied before it is written to and before it is read, and the rows' factors of reading."""
     slot = chunk.to(tl.int64) * H + h
-    fade, read = 1.0, tl.zeros([C], dtype=tl.float32)
-    if not VECTOR:
+    fade, into, read = 1.0, 1.0, tl.zeros([C], dtype=tl.float32)
+    if VECTOR:
+        if GATE != 0:
+            keys = tl.arange(0, BK)
+            inside = within(keys, K, BK) & (n_chunks > 0)
+            into = tl.load(decays_ptr + slot * (3 * K) + keys, mask=inside, other=1.0)
+            fade = tl.load(decays_ptr + slot * (3 * K) + K + keys, mask=inside, other=1.0)
+    else:
         if GATE != 0:
             fade = tl.load(rows_ptr + slot * (8 * C) + 7 * C, mask=n_chunks > 0, other=1.0)
         read = tl.load(rows_ptr + slot * (8 * C) + 2 * C + tl.arange(0, C), mask=n_chunks > 0, other=0.0)
-    return fade, read
+    return fade, into, read
 
 
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
@@ -380,12 +440,14 @@ def state_kernel(
     S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
 
     n_chunks = tl.cdiv(end - first, CT)
-    fade, read = factors(rows_ptr, chunk0, n_chunks, h, H, C, VECTOR, GATE)
+    fade, into, read = factors(rows_ptr, decays_ptr, chunk0, n_chunks, h, H, K, C, BK, VECTOR, GATE)
     for it in range(0, n_chunks):
         t0 = first + it * CT
         slot = (chunk0 + it).to(tl.int64) * H + h
         ahead = tl.minimum(it + 1, n_chunks - 1)
-        next_fade, next_read = factors(rows_ptr, chunk0 + ahead, n_chunks, h, H, C, VECTOR, GATE)
+        next_fade, next_into, next_read = factors(
+            rows_ptr, decays_ptr, chunk0 + ahead, n_chunks, h, H, K, C, BK, VECTOR, GATE
+        )
         valid = r < tl.minimum(end - t0, CT) * SUB
         reads = valid & (r % SUB == SUB - 1)
         s0 = t0.to(tl.int64) * SUB
@@ -394,7 +456,7 @@ def state_kernel(
 
         if VECTOR:
             if GATE != 0:
-                S = S * tl.load(decays_ptr + slot * (3 * K) + keys, mask=within(keys, K, BK), other=0.0)[None, :]
+                S = S * into[None, :]
         if KEEP:
             at = S_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
             tl.store(at, S.to(S_ptr.dtype.element_ty), mask=inside)
@@ -435,11 +497,11 @@ def state_kernel(
             Rb = (R * tl.load(rows + C)[None, :]).to(k.dtype)
         if GATE != 0:
             if VECTOR:
-                S = S * tl.load(decays_ptr + slot * (3 * K) + K + keys, mask=within(keys, K, BK), other=0.0)[None, :]
+                S = S * fade[None, :]
             else:
                 S = S * fade
         S = tl.dot(Rb, k, S, input_precision="ieee")
-        fade, read = next_fade, next_read
+        fade, into, read = next_fade, next_into, next_read
 
     if LAST:
         tl.store(last_ptr + (n.to(tl.int64) * H + h) * K * V + state, S, mask=inside)

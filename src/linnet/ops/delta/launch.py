@@ -12,7 +12,7 @@ from ..core import chunk_table
 from .kept import chunk_rows, kept
 from .kernels import local_kernel, state_kernel
 from .kernels_around import finish_kernel, hard_gradient_kernel, hard_kernel, prepare_kernel
-from .kernels_backward import adjoint_kernel, gradient_kernel, pairs_kernel
+from .kernels_backward import adjoint_kernel, gradient_kernel
 from .kernels_step import step_kernel
 
 # log2 of what half a chunk may forget in a channel for its rows to have one factor each; factors and their inverses
@@ -44,11 +44,8 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
     if kernel == "local":
         return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": stages}
-    if kernel == "pairs":
-        return {"BV": BV, "num_warps": 4, "num_stages": stages}
     if kernel == "gradient":
-        BK = min(BK, 32 if fp32 or vector else 64)
-        return {"BK": BK, "BV": min(BV, 32), "num_warps": 4, "num_stages": 1 if fp32 else 3}
+        return {"BK": min(BK, 32 if fp32 else 64), "BV": min(_block(V), 32 if fp32 else 128), "LATE": True, "num_warps": 4, "num_stages": 1}
     if fp32:
         return {"BK": BK, "BV": min(BV, 32 if BK <= 128 else 16), "num_warps": 8, "num_stages": 1}
     if BK > 128:
@@ -56,6 +53,12 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     C = chunk_rows(K, dtype)
     stage = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV)  # bytes that a chunk's tiles take, of about 225 KB
     return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": max(1, min(3, 225_000 // stage))}
+
+
+@cache
+def _below(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ones below the diagonal: of a matrix made on chip Triton 3.6 makes wrong operands of the tensor cores."""
+    return torch.ones(C, C, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16, device=device).tril_(-1)
 
 
 class _Layout:
@@ -193,7 +196,6 @@ def _local(
         LEAST[q.dtype],
         *layout.sizes(),
         C=layout.C,
-        LEVELS=layout.C.bit_length() - 1,
         SUB=layout.substeps,
         GATE=modes.gate,
         VECTOR=modes.vector,
@@ -410,39 +412,14 @@ def backward(
     if modes.write or modes.untied:
         grads["v"] = torch.empty_like(v)
     D1, D2 = (q.new_empty(layout.chunks, H, C, C) for _ in range(2))
-    pairs_kernel[(layout.chunks * H,)](
-        v,
-        g,
-        w,
-        local["rows"],
-        do,
-        R,
-        L,
-        D1,
-        D2,
-        grads["v"],
-        grads.get("w"),
-        layout.cu,
-        layout.table,
-        layout.T,
-        layout.tokens,
-        H,
-        V,
-        C=C,
-        SUB=substeps,
-        GATE=modes.gate,
-        W=modes.write,
-        VECTOR=modes.vector,
-        UNTIED=modes.untied,
-        PACKED=layout.packed,
-        **launch_settings("pairs", K, V, v.dtype, modes.vector),
-    )
     settings = launch_settings("gradient", K, V, v.dtype, modes.vector)
     operands = local["operands"] if modes.vector else (None, None, None)
     gradient_kernel[(layout.chunks * H,)](
         q,
         k,
+        v,
         g,
+        w,
         local["rows"],
         local["decays"],
         *operands,
@@ -453,8 +430,11 @@ def backward(
         L,
         D1,
         D2,
+        _below(C, v.dtype, v.device) if modes.vector and modes.gate else None,
         dq,
         dk,
+        grads["v"],
+        grads.get("w"),
         grads.get("beta"),
         grads.get("g"),
         layout.cu,
@@ -464,11 +444,12 @@ def backward(
         V,
         C=C,
         SUB=substeps,
+        KEYS=_block(K),
         GATE=modes.gate,
+        W=modes.write,
         VECTOR=modes.vector,
         UNTIED=modes.untied,
         NORM=l2norm,
-        WHOLE=settings["BK"] >= K,
         PACKED=layout.packed,
         **settings,
     )
