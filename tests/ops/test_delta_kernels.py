@@ -50,8 +50,8 @@ def recorded(
         return torch.empty(shape, dtype=dtype)
 
     g = {"none": None, "scalar": torch.empty(B, T, H), "vector": torch.empty(B, T, H, K)}[gate]
-    beta = None if untied else torch.empty(B, R, H, K) if channelwise else torch.empty(B, R, H)
-    w = torch.empty(B, R, H, V) if channelwise else None
+    beta = None if untied else empty(B, R, H, K) if channelwise else torch.empty(B, R, H)
+    w = empty(B, R, H, V) if channelwise else None
     given = (empty(B, T, H, K), empty(B, R, H, K), empty(B, R, H, V), beta, g, w, torch.empty(rows, H, K, V))
     options = (cu, 1.0, not untied, 2 if untied else substeps)
     ab = (empty(B, T, H, K), empty(B, T, H, K)) if untied else None

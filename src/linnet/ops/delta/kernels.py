@@ -470,16 +470,13 @@ def state_kernel(
         if not VECTOR:
             X = X * tl.load(rows)[None, :]
         A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
+        # v goes to the tensor cores as it lies in memory
+        z = payload(v_ptr, t0, h, H, V, r, values, valid, has, SUB, UNTIED)
         if W:
-            at = tile_at(v_ptr, s0, h, H, V, r[None, :], values[:, None])
-            z = tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
-            at = tile_at(w_ptr, s0, h, H, V, r[None, :], values[:, None])
-            z = z * tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
-            R = tl.dot((z - X).to(k.dtype), tl.trans(A), input_precision="ieee")
-        else:  # v goes to the tensor cores as it lies in memory
-            v = payload(v_ptr, t0, h, H, V, r, values, valid, has, SUB, UNTIED)
-            R = tl.dot(tl.trans(v), tl.trans(A), input_precision="ieee")
-            R = tl.dot((-X).to(k.dtype), tl.trans(A), R, input_precision="ieee")
+            w = payload(w_ptr, t0, h, H, V, r, values, valid, has, SUB, UNTIED)
+            z = (z.to(tl.float32) * w.to(tl.float32)).to(k.dtype)
+        R = tl.dot(tl.trans(z), tl.trans(A), input_precision="ieee")
+        R = tl.dot((-X).to(k.dtype), tl.trans(A), R, input_precision="ieee")
         Rb = R.to(k.dtype)
         if KEEP:
             at = R_ptr + slot * C * V + (values[:, None] * C + r[None, :])

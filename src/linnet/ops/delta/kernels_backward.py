@@ -153,19 +153,16 @@ def state_tiles(S_ptr, dS_ptr, v0, k0, K: tl.constexpr, V: tl.constexpr, BK: tl.
 
 @triton.jit
 def sum_before(x, start, below):
-    """``start`` and the rows of ``x`` before each: on the tensor cores, in parts that together hold all of fp32."""
+    """``start`` and the rows of ``x`` before each: on the tensor cores, in two parts that hold 16 bits."""
     C: tl.constexpr = x.shape[0]
     total = tl.zeros([C, x.shape[1]], dtype=tl.float32) + start[None, :]
     if below.dtype == tl.float32:
         return tl.dot(below, x, total, input_precision="ieee")
     else:
-        high = x.to(tl.bfloat16)
-        x -= high.to(tl.float32)
-        middle = x.to(tl.bfloat16)
-        low = (x - middle.to(tl.float32)).to(tl.bfloat16)
-        total = tl.dot(below, low, total)
-        total = tl.dot(below, middle, total)
-        return tl.dot(below, high, total)
+        bits = x.to(tl.int32, bitcast=True)
+        rest = x - (bits & -65536).to(tl.float32, bitcast=True)
+        total = tl.dot(below, rest.to(tl.bfloat16), total)
+        return tl.dot(below, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), total)
 
 
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
@@ -381,10 +378,11 @@ def gradient_kernel(
             s_e -= tl.sum(de * k.to(tl.float32), 1)
             s_w += tl.sum(dw * k.to(tl.float32), 1)
             dq, dw = dq * scale, dw - de
-            if NORM and K <= BK:
-                q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0).to(tl.float32)
-                dq = (dq - q * (r_q * s_q)[:, None]) * r_q[:, None]
-                dw = (dw - k.to(tl.float32) * (s_e + s_w)[:, None]) * r_k[:, None]
+            if NORM:  # its adjoint needs the sums over all keys: here in the last block, for the others below
+                last = k0 + BK >= K
+                dq -= q.to(tl.float32) * tl.where(last & (scale != 0.0), s_q / scale, 0.0)[:, None]
+                dw -= k.to(tl.float32) * tl.where(last, s_e + s_w, 0.0)[:, None]
+                dq, dw = dq * tl.where(last, r_q, 1.0)[:, None], dw * tl.where(last, r_k, 1.0)[:, None]
             tl.store(tile_at(dq_ptr, t0, h, H, K, token, keys), dq.to(dtype), mask=q_in)
             tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dw.to(dtype), mask=k_in)
     if W or UNTIED:
@@ -407,9 +405,9 @@ def gradient_kernel(
         tl.store(rows_ptr + C, s_e)
         tl.store(rows_ptr + 2 * C, s_w)
     else:
-        if NORM and K > BK:  # the norm's adjoint needs the sums over all keys
+        if NORM and K > BK:
             tl.debug_barrier()
-            for k0 in range(0, K, BK):
+            for k0 in range(0, K - BK, BK):
                 keys = (k0 + tl.arange(0, BK))[None, :]
                 k_in, q_in = valid[:, None] & within(keys, K, BK), reads[:, None] & within(keys, K, BK)
                 k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
