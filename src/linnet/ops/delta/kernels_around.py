@@ -32,6 +32,33 @@ from .kernels import (
 from .kernels_backward import RESET
 
 
+@triton.jit
+def gates_of(
+    g_ptr, t0, h, H, K: tl.constexpr, start: tl.constexpr, stop: tl.constexpr, rows, cols, wide, ROWS: tl.constexpr,
+    SUB: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Both parts of the log2-decays of rows ``start`` to ``stop``, summed, by channel."""
+    coarse = tl.zeros([ROWS, cols.shape[0]], dtype=tl.float32)
+    fine = tl.zeros([ROWS, cols.shape[0]], dtype=tl.float32)
+    for r0 in range(start, stop, ROWS):
+        r = r0 + tl.arange(0, ROWS)
+        more_coarse, more_fine = gate_parts(channel_gates(g_ptr, t0, h, H, K, r, r < rows, cols, wide, SUB, GATE))
+        coarse += more_coarse
+        fine += more_fine
+    return tl.sum(coarse, 0), tl.sum(fine, 0)
+
+
+@triton.jit
+def gates_left(g, behind_coarse, behind_fine):
+    """Sums of the log2-decays after each row of a block, in two parts, from the sums after the block; then those after
+    the block before it."""
+    coarse, fine = gate_parts(g)
+    coarse_sums, fine_sums = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
+    behind_coarse += tl.sum(coarse, 0)
+    behind_fine += tl.sum(fine, 0)
+    return behind_coarse[None, :] - coarse_sums, behind_fine[None, :] - fine_sums, behind_coarse, behind_fine
+
+
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
 def prepare_kernel(
     q_ptr,
@@ -55,7 +82,8 @@ def prepare_kernel(
     HQ,
     K: tl.constexpr,
     C: tl.constexpr,
-    BK: tl.constexpr,
+    BK: tl.constexpr,  # covers all keys
+    ROWS: tl.constexpr,  # taken together, at most half of the chunk
     SUB: tl.constexpr,
     GATE: tl.constexpr,
     ERASE: tl.constexpr,
@@ -63,82 +91,77 @@ def prepare_kernel(
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
 ):
+    """Operands of a chunk with their decays in them. One warp walks it a few rows at a time, last row first: then the
+    sums over the rows after each take no more than the gates of a block in registers."""
     pid = tl.program_id(0)
     h = pid % H
     hq = h // (H // HQ)
     slot = pid.to(tl.int64)
     t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
-    r = tl.arange(0, C)
-    row, token = r[:, None], (r // SUB)[:, None]
-    valid = r < tokens * SUB
-    reads = valid & (r % SUB == SUB - 1)
     s0 = t0.to(tl.int64) * SUB
-    rows_ptr += slot * (8 * C) + r
-    if GATE != 0:
-        decays_ptr += slot * (3 * K)
-    r_k = tl.zeros([C], dtype=tl.float32) + 1.0
-    r_q = tl.zeros([C], dtype=tl.float32) + 1.0
-    if NORM:
-        k2, q2 = tl.zeros([C], dtype=tl.float32), tl.zeros([C], dtype=tl.float32)
-        for k0 in range(0, K, BK):
-            cols = k0 + tl.arange(0, BK)
-            wide = within(cols, K, BK)[None, :]
-            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, cols[None, :]), mask=valid[:, None] & wide, other=0.0)
-            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, cols[None, :]), mask=reads[:, None] & wide, other=0.0)
-            k2 += tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
-            q2 += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
-        r_k, r_q = tl.rsqrt(k2 + 1e-6), tl.rsqrt(q2 + 1e-6)
-    beta = tl.zeros([C], dtype=tl.float32) + 1.0
-    if not (ERASE or UNTIED):
-        beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)
-    tl.store(rows_ptr + 3 * C, beta)
-    tl.store(rows_ptr + 4 * C, r_k)
-    tl.store(rows_ptr + 5 * C, r_q)
+    rows_ptr += slot * (8 * C)
+    cols = tl.arange(0, BK)
+    keys = cols[None, :]
+    wide = within(keys, K, BK)
     dtype = erase_ptr.dtype.element_ty
-    for k0 in range(0, K, BK):
-        cols = k0 + tl.arange(0, BK)
-        keys = cols[None, :]
-        wide = within(keys, K, BK)
-        out = slot * C * K + (row * K + keys)
-        fits = tl.full([C, 1], True, tl.int1) & wide
-        if GATE != 0:
-            g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
-            coarse, fine = gate_sums(g)
-            half = tl.sum(tl.where(row < C // 2, g, 0.0), 0)
-            second = tl.sum(tl.where(row < C // 2, 0.0, g), 0)
-            hard = tl.minimum(half, second) < -limit
-            n = tl.where(hard, 0.0, tl.floor(-second))
-            end_coarse = tl.sum(tl.where(row == C - 1, coarse, 0.0), 0)
-            end_fine = tl.sum(tl.where(row == C - 1, fine, 0.0), 0)
-            a_coarse, a_fine = tl.where(hard, 0.0, end_coarse + n), tl.where(hard, 0.0, end_fine)
-            late = (coarse - a_coarse[None, :]) + (fine - a_fine[None, :])
-            tail = tl.exp2((end_coarse[None, :] - coarse) + (end_fine[None, :] - fine))
-            at = decays_ptr + cols
-            inside = within(cols, K, BK)
-            tl.store(at, tl.exp2(a_coarse + a_fine), mask=inside)
-            tl.store(at + K, tl.where(hard, tl.exp2(end_coarse + end_fine), power_of_2(-n)), mask=inside)
-            tl.store(at + 2 * K, tl.where(hard, 0.0, power_of_2(n)), mask=inside)
-        k = write_keys(k_ptr, b_ptr, t0, hq, HQ, K, r, valid, cols, wide, SUB, UNTIED).to(tl.float32) * r_k[:, None]
+    if GATE != 0:
+        inside = within(cols, K, BK)
+        end_coarse, end_fine = gates_of(g_ptr, t0, h, H, K, 0, C // 2, tokens * SUB, cols, wide, ROWS, SUB, GATE)
+        second_coarse, second_fine = gates_of(g_ptr, t0, h, H, K, C // 2, C, tokens * SUB, cols, wide, ROWS, SUB, GATE)
+        second = second_coarse + second_fine
+        hard = tl.minimum(end_coarse + end_fine, second) < -limit
+        end_coarse += second_coarse
+        end_fine += second_fine
+        n = tl.where(hard, 0.0, tl.floor(-second))
+        decays_ptr += slot * (3 * K) + cols
+        total = tl.exp2(end_coarse + end_fine)
+        tl.store(decays_ptr, tl.where(hard, 1.0, tl.exp2((end_coarse + n) + end_fine)), mask=inside)
+        tl.store(decays_ptr + K, tl.where(hard, total, power_of_2(-n)), mask=inside)
+        tl.store(decays_ptr + 2 * K, tl.where(hard, 0.0, power_of_2(n)), mask=inside)
+        tl.store(rows_ptr + 6 * C, tl.max(tl.where(hard & inside, 1.0, 0.0), 0))
+        base_coarse, base_fine = tl.where(hard, end_coarse, -n), tl.where(hard, end_fine, 0.0)
+        behind_coarse, behind_fine = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
+    for block in range(0, C // ROWS):
+        r = C - ROWS - block * ROWS + tl.arange(0, ROWS)
+        row, token = r[:, None], (r // SUB)[:, None]
+        valid = r < tokens * SUB
+        reads = valid & (r % SUB == SUB - 1)
+        k_in = valid[:, None] & wide
+        k = write_keys(k_ptr, b_ptr, t0, hq, HQ, K, r, valid, cols, wide, SUB, UNTIED).to(tl.float32)
+        q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=reads[:, None] & wide, other=0.0).to(tl.float32)
+        r_k = tl.zeros([ROWS], dtype=tl.float32) + 1.0
+        r_q = tl.zeros([ROWS], dtype=tl.float32) + 1.0
+        if NORM:
+            r_k, r_q = tl.rsqrt(tl.sum(k * k, 1) + 1e-6), tl.rsqrt(tl.sum(q * q, 1) + 1e-6)
+        beta = tl.zeros([ROWS], dtype=tl.float32) + 1.0
+        if not (ERASE or UNTIED):
+            beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)
+        tl.store(rows_ptr + 3 * C + r, beta)
+        tl.store(rows_ptr + 4 * C + r, r_k)
+        tl.store(rows_ptr + 5 * C + r, r_q)
+        k = k * r_k[:, None]
         if UNTIED:
             e = erase_keys(a_ptr, t0, h, H, K, r, valid, cols, wide)
         elif ERASE:
-            at = tile_at(beta_ptr, s0, h, H, K, row, keys)
-            e = k * tl.load(at, mask=valid[:, None] & wide, other=0.0).to(tl.float32)
+            e = k * tl.load(tile_at(beta_ptr, s0, h, H, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
         else:
             e = k
         w = k * beta[:, None]
-        q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=reads[:, None] & wide, other=0.0)
-        q = q.to(tl.float32) * (r_q * scale)[:, None]
+        q = q * (r_q * scale)[:, None]
         if GATE != 0:
-            w = w * tail
-            seen = tl.exp2(late)
+            g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
+            left_coarse, left_fine, behind_coarse, behind_fine = gates_left(g, behind_coarse, behind_fine)
+            w = w * tl.exp2(left_coarse + left_fine)
+            late_coarse, late_fine = base_coarse[None, :] - left_coarse, base_fine[None, :] - left_fine
+            seen = tl.exp2(late_coarse + late_fine)
             q = q * seen
             if UNTIED:
                 own_coarse, own_fine = gate_parts(g)
-                late = (coarse - own_coarse - a_coarse[None, :]) + (fine - own_fine - a_fine[None, :])
-                e = e * tl.exp2(late)
+                e = e * tl.exp2((late_coarse - own_coarse) + (late_fine - own_fine))
             else:
                 e = e * seen
+        out = slot * C * K + (row * K + keys)
+        fits = tl.full([ROWS, 1], True, tl.int1) & wide
         tl.store(write_ptr + out, w.to(dtype), mask=fits)
         tl.store(read_ptr + out, q.to(dtype), mask=fits)
         tl.store(erase_ptr + out, e.to(dtype), mask=fits)
@@ -210,7 +233,15 @@ def channel(
     return q, e, w, g, coarse, fine, decay, erased
 
 
-@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+@triton.jit
+def any_hard(rows_ptr, slots, C: tl.constexpr):
+    """Whether one of the chunks that are this program's, of every 64 at most, has a channel that forgets too much."""
+    mine = tl.program_id(0) + tl.arange(0, 64) * tl.num_programs(0)
+    flags = tl.load(rows_ptr + mine.to(tl.int64) * (8 * C) + 6 * C, mask=mine < slots, other=0.0)
+    return tl.sum(flags, 0) > 0.0
+
+
+@triton.jit(do_not_specialize=["slots", "T", "CT", "H", "HQ"])
 def hard_kernel(
     q_ptr,
     k_ptr,
@@ -224,6 +255,7 @@ def hard_kernel(
     cu_ptr,
     table_ptr,
     scale,
+    slots,
     T,
     CT,
     H,
@@ -238,33 +270,35 @@ def hard_kernel(
     PACKED: tl.constexpr,
 ):
     """Pairs of rows in channels that forget too much for one factor a row, left to local_kernel where A and P go."""
-    pid = tl.program_id(0)
-    h = pid % H
-    hq = h // (H // HQ)
-    slot = pid.to(tl.int64)
-    decays_ptr += slot * (3 * K)
     keys = tl.arange(0, BK)
-    lift = tl.load(decays_ptr + 2 * K + keys, mask=within(keys, K, BK), other=1.0)
-    if tl.sum((lift == 0.0).to(tl.int32), 0) > 0:
-        t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
-        rows_ptr += slot * (8 * C)
-        r = tl.arange(0, C)
-        P = tl.zeros([C, C], dtype=tl.float32)
-        T_ = tl.zeros([C, C], dtype=tl.float32)
-        for c in range(0, K):
-            if tl.load(decays_ptr + 2 * K + c) == 0.0:
-                q, e, w, _g, _coarse, _fine, decay, erased = channel(
-                    q_ptr, k_ptr, beta_ptr, a_ptr, b_ptr, g_ptr, rows_ptr, t0, h, H, hq, HQ, K, c, scale,
-                    tokens, C, SUB, GATE, ERASE, UNTIED,
-                )  # fmt: skip
-                P += (q[:, None] * w[None, :]) * decay
-                T_ += (e[:, None] * w[None, :]) * erased
-        pairs = matrices_ptr + slot * (2 * C * C) + (r[:, None] * C + r[None, :])
-        tl.store(pairs, T_.to(matrices_ptr.dtype.element_ty))
-        tl.store(pairs + C * C, P.to(matrices_ptr.dtype.element_ty))
+    if any_hard(rows_ptr, slots, C):
+        for it in range(0, tl.cdiv(slots - tl.program_id(0), tl.num_programs(0))):
+            pid = tl.program_id(0) + it * tl.num_programs(0)
+            slot = pid.to(tl.int64)
+            rows = rows_ptr + slot * (8 * C)
+            decays = decays_ptr + slot * (3 * K)
+            lift = tl.load(decays + 2 * K + keys, mask=within(keys, K, BK), other=1.0)
+            if tl.min(lift, 0) == 0.0:
+                h = pid % H
+                hq = h // (H // HQ)
+                t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
+                r = tl.arange(0, C)
+                P = tl.zeros([C, C], dtype=tl.float32)
+                T_ = tl.zeros([C, C], dtype=tl.float32)
+                for c in range(0, K):
+                    if tl.load(decays + 2 * K + c) == 0.0:
+                        q, e, w, _g, _coarse, _fine, decay, erased = channel(
+                            q_ptr, k_ptr, beta_ptr, a_ptr, b_ptr, g_ptr, rows, t0, h, H, hq, HQ, K, c, scale,
+                            tokens, C, SUB, GATE, ERASE, UNTIED,
+                        )  # fmt: skip
+                        P += (q[:, None] * w[None, :]) * decay
+                        T_ += (e[:, None] * w[None, :]) * erased
+                pairs = matrices_ptr + slot * (2 * C * C) + (r[:, None] * C + r[None, :])
+                tl.store(pairs, T_.to(matrices_ptr.dtype.element_ty))
+                tl.store(pairs + C * C, P.to(matrices_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+@triton.jit(do_not_specialize=["slots", "T", "CT", "H", "HQ"])
 def hard_gradient_kernel(
     q_ptr,
     k_ptr,
@@ -283,6 +317,7 @@ def hard_gradient_kernel(
     cu_ptr,
     table_ptr,
     scale,
+    slots,
     T,
     CT,
     H,
@@ -297,72 +332,73 @@ def hard_gradient_kernel(
     PACKED: tl.constexpr,
 ):
     """Gradients through the pairs of rows in channels that forget too much for one factor a row."""
-    pid = tl.program_id(0)
-    h = pid % H
-    hq = h // (H // HQ)
-    slot = pid.to(tl.int64)
-    if GATE != 0:
-        decays_ptr += slot * (3 * K)
     keys = tl.arange(0, BK)
-    lift = tl.load(decays_ptr + 2 * K + keys, mask=within(keys, K, BK), other=1.0)
-    if tl.sum((lift == 0.0).to(tl.int32), 0) > 0:
-        t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
-        r = tl.arange(0, C)
-        row, col = r[:, None], r[None, :]
-        first = (r < tokens * SUB) & (r % SUB == 0)
-        rows_ptr += slot * (8 * C)
-        tile = slot * (C * C) + (row * C + col)
-        D1 = tl.load(D1_ptr + tile).to(tl.float32)
-        D2 = tl.load(D2_ptr + tile).to(tl.float32)
-        s_q = tl.zeros([C], dtype=tl.float32)
-        s_e = tl.zeros([C], dtype=tl.float32)
-        s_w = tl.zeros([C], dtype=tl.float32)
-        dg_row = tl.zeros([C], dtype=tl.float32)
-        at = slot * C * K + r * K
-        for c in range(0, K):
-            if tl.load(decays_ptr + 2 * K + c) == 0.0:
-                q, e, w, g, coarse, fine, decay, erased = channel(
-                    q_ptr, k_ptr, beta_ptr, a_ptr, b_ptr, g_ptr, rows_ptr, t0, h, H, hq, HQ, K, c, scale,
-                    tokens, C, SUB, GATE, ERASE, UNTIED,
-                )  # fmt: skip
-                decay = decay * D1
-                erased = erased * D2
-                dq = tl.sum(decay * w[None, :], 1)
-                de = -tl.sum(erased * w[None, :], 1)
-                dw = tl.sum(decay * q[:, None], 0) - tl.sum(erased * e[:, None], 0)
-                q, e, w = q * dq, e * de, w * dw
-                s_q += q
-                s_e += e
-                s_w += w
-                change = w - q - e
-                dg = tl.cumsum(change, 0) - change
-                seen = coarse + fine
-                left = after(coarse, C) + after(fine, C)
-                dq += tl.exp2(seen) * tl.load(read_ptr + at + c).to(tl.float32)
-                dw += tl.exp2(left) * tl.load(write_ptr + at + c).to(tl.float32)
-                if UNTIED:
-                    dg -= e
-                    own_coarse, own_fine = gate_parts(g)
-                    seen = (coarse - own_coarse) + (fine - own_fine)
-                de += tl.exp2(seen) * tl.load(erase_ptr + at + c).to(tl.float32)
-                tl.store(read_ptr + at + c, dq.to(read_ptr.dtype.element_ty))
-                tl.store(write_ptr + at + c, dw.to(write_ptr.dtype.element_ty))
-                tl.store(erase_ptr + at + c, de.to(erase_ptr.dtype.element_ty))
-                if GATE == 2:
-                    here = tile_at(dg_ptr, t0, h, H, K, r // SUB, c)
-                    dg += tl.load(here, mask=first, other=0.0).to(tl.float32)
-                    dg = tl.where(g < RESET, 0.0, dg)
-                    tl.store(here, dg.to(dg_ptr.dtype.element_ty), mask=first)
-                else:
-                    dg_row += tl.where(g < RESET, 0.0, dg)
-        if GATE == 1:
-            here = tile_at(dg_ptr, t0, h, H, 1, r // SUB, 0)
-            dg_row += tl.load(here, mask=first, other=0.0).to(tl.float32)
-            tl.store(here, dg_row.to(dg_ptr.dtype.element_ty), mask=first)
-        sums = rows_ptr + r
-        tl.store(sums, tl.load(sums) + s_q)
-        tl.store(sums + C, tl.load(sums + C) + s_e)
-        tl.store(sums + 2 * C, tl.load(sums + 2 * C) + s_w)
+    if any_hard(rows_ptr, slots, C):
+        for it in range(0, tl.cdiv(slots - tl.program_id(0), tl.num_programs(0))):
+            pid = tl.program_id(0) + it * tl.num_programs(0)
+            slot = pid.to(tl.int64)
+            rows = rows_ptr + slot * (8 * C)
+            decays = decays_ptr + slot * (3 * K)
+            lift = tl.load(decays + 2 * K + keys, mask=within(keys, K, BK), other=1.0)
+            if tl.min(lift, 0) == 0.0:
+                h = pid % H
+                hq = h // (H // HQ)
+                t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
+                r = tl.arange(0, C)
+                row, col = r[:, None], r[None, :]
+                first = (r < tokens * SUB) & (r % SUB == 0)
+                tile = slot * (C * C) + (row * C + col)
+                D1 = tl.load(D1_ptr + tile).to(tl.float32)
+                D2 = tl.load(D2_ptr + tile).to(tl.float32)
+                s_q = tl.zeros([C], dtype=tl.float32)
+                s_e = tl.zeros([C], dtype=tl.float32)
+                s_w = tl.zeros([C], dtype=tl.float32)
+                dg_row = tl.zeros([C], dtype=tl.float32)
+                at = slot * C * K + r * K
+                for c in range(0, K):
+                    if tl.load(decays + 2 * K + c) == 0.0:
+                        q, e, w, g, coarse, fine, decay, erased = channel(
+                            q_ptr, k_ptr, beta_ptr, a_ptr, b_ptr, g_ptr, rows, t0, h, H, hq, HQ, K, c, scale,
+                            tokens, C, SUB, GATE, ERASE, UNTIED,
+                        )  # fmt: skip
+                        decay = decay * D1
+                        erased = erased * D2
+                        dq = tl.sum(decay * w[None, :], 1)
+                        de = -tl.sum(erased * w[None, :], 1)
+                        dw = tl.sum(decay * q[:, None], 0) - tl.sum(erased * e[:, None], 0)
+                        q, e, w = q * dq, e * de, w * dw
+                        s_q += q
+                        s_e += e
+                        s_w += w
+                        change = w - q - e
+                        dg = tl.cumsum(change, 0) - change
+                        seen = coarse + fine
+                        left = after(coarse, C) + after(fine, C)
+                        dq += tl.exp2(seen) * tl.load(read_ptr + at + c).to(tl.float32)
+                        dw += tl.exp2(left) * tl.load(write_ptr + at + c).to(tl.float32)
+                        if UNTIED:
+                            dg -= e
+                            own_coarse, own_fine = gate_parts(g)
+                            seen = (coarse - own_coarse) + (fine - own_fine)
+                        de += tl.exp2(seen) * tl.load(erase_ptr + at + c).to(tl.float32)
+                        tl.store(read_ptr + at + c, dq.to(read_ptr.dtype.element_ty))
+                        tl.store(write_ptr + at + c, dw.to(write_ptr.dtype.element_ty))
+                        tl.store(erase_ptr + at + c, de.to(erase_ptr.dtype.element_ty))
+                        if GATE == 2:
+                            here = tile_at(dg_ptr, t0, h, H, K, r // SUB, c)
+                            dg += tl.load(here, mask=first, other=0.0).to(tl.float32)
+                            dg = tl.where(g < RESET, 0.0, dg)
+                            tl.store(here, dg.to(dg_ptr.dtype.element_ty), mask=first)
+                        else:
+                            dg_row += tl.where(g < RESET, 0.0, dg)
+                if GATE == 1:
+                    here = tile_at(dg_ptr, t0, h, H, 1, r // SUB, 0)
+                    dg_row += tl.load(here, mask=first, other=0.0).to(tl.float32)
+                    tl.store(here, dg_row.to(dg_ptr.dtype.element_ty), mask=first)
+                sums = rows + r
+                tl.store(sums, tl.load(sums) + s_q)
+                tl.store(sums + C, tl.load(sums + C) + s_e)
+                tl.store(sums + 2 * C, tl.load(sums + 2 * C) + s_w)
 
 
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
@@ -391,6 +427,7 @@ def finish_kernel(
     K: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
+    ROWS: tl.constexpr,
     SUB: tl.constexpr,
     GATE: tl.constexpr,
     ERASE: tl.constexpr,
@@ -398,55 +435,49 @@ def finish_kernel(
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Gradients of queries, keys and strengths from those of the operands."""
+    """Gradients of queries, keys and strengths from those of the operands, walking the rows as prepare_kernel does."""
     pid = tl.program_id(0)
     h = pid % H
     hq = h // (H // HQ)
     slot = pid.to(tl.int64)
     t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
-    r = tl.arange(0, C)
-    row, token = r[:, None], (r // SUB)[:, None]
-    valid = r < tokens * SUB
-    reads = valid & (r % SUB == SUB - 1)
     s0 = t0.to(tl.int64) * SUB
-    rows_ptr += slot * (8 * C) + r
+    cols = tl.arange(0, BK)
+    keys = cols[None, :]
+    wide = within(keys, K, BK)
     if GATE != 0:
-        decays_ptr += slot * (3 * K)
-    beta, r_k, r_q = tl.load(rows_ptr + 3 * C), tl.load(rows_ptr + 4 * C), tl.load(rows_ptr + 5 * C)
-    if NORM:
-        n_q, n_k = tl.load(rows_ptr), tl.load(rows_ptr + C) + tl.load(rows_ptr + 2 * C)
-    dbeta = tl.zeros([C], dtype=tl.float32)
-    for k0 in range(0, K, BK):
-        cols = k0 + tl.arange(0, BK)
-        keys = cols[None, :]
-        wide = within(keys, K, BK)
-        at = slot * C * K + (row * K + keys)
-        fits = tl.full([C, 1], True, tl.int1) & wide
+        lift = tl.load(decays_ptr + slot * (3 * K) + 2 * K + cols, mask=within(cols, K, BK), other=1.0)
+        hard = (lift == 0.0)[None, :]
+        n = ((lift.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)[None, :]
+        behind_coarse, behind_fine = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
+    for block in range(0, C // ROWS):
+        r = C - ROWS - block * ROWS + tl.arange(0, ROWS)
+        row, token = r[:, None], (r // SUB)[:, None]
+        valid = r < tokens * SUB
+        reads = valid & (r % SUB == SUB - 1)
         k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
+        at = slot * C * K + (row * K + keys)
+        fits = tl.full([ROWS, 1], True, tl.int1) & wide
         dq = tl.load(read_ptr + at, mask=fits, other=0.0).to(tl.float32) * scale
         dw = tl.load(write_ptr + at, mask=fits, other=0.0).to(tl.float32)
         de = tl.load(erase_ptr + at, mask=fits, other=0.0).to(tl.float32)
+        sums = rows_ptr + slot * (8 * C) + r
         if GATE != 0:
             g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
-            coarse, fine = gate_sums(g)
-            lift = tl.load(decays_ptr + 2 * K + cols, mask=within(cols, K, BK), other=1.0)
-            hard = (lift == 0.0)[None, :]
-            n = ((lift.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
-            end = tl.sum(tl.where(row == C - 1, coarse, 0.0), 0)
-            rest = fine - tl.sum(tl.where(row == C - 1, fine, 0.0), 0)[None, :]
-            late = (coarse - (end + n)[None, :]) + rest
-            dw = dw * tl.exp2(tl.where(hard, 0.0, (end[None, :] - coarse) - rest))
-            seen = tl.exp2(tl.where(hard, 0.0, late))
+            left_coarse, left_fine, behind_coarse, behind_fine = gates_left(g, behind_coarse, behind_fine)
+            dw = dw * tl.exp2(tl.where(hard, 0.0, left_coarse + left_fine))
+            seen = tl.exp2(tl.where(hard, 0.0, (-n - left_coarse) - left_fine))
             dq = dq * seen
             if UNTIED:
                 own_coarse, own_fine = gate_parts(g)
-                late = (coarse - own_coarse - (end + n)[None, :]) + (rest - own_fine)
+                late = (-n - left_coarse - own_coarse) - (left_fine + own_fine)
                 de = de * tl.exp2(tl.where(hard, 0.0, late))
             else:
                 de = de * seen
         if NORM:
+            r_q = tl.load(sums + 5 * C)
             q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0).to(tl.float32)
-            dq = (dq - q * (r_q * n_q)[:, None]) * r_q[:, None]
+            dq = (dq - q * (r_q * tl.load(sums))[:, None]) * r_q[:, None]
         tl.store(tile_at(dq_ptr, t0, h, H, K, token, keys), dq.to(dq_ptr.dtype.element_ty), mask=q_in)
         if UNTIED:
             first = k_in & (row % 2 == 0)
@@ -454,16 +485,17 @@ def finish_kernel(
             tl.store(tile_at(db_ptr, t0, h, H, K, token, keys), dw.to(db_ptr.dtype.element_ty), mask=first)
             tl.store(tile_at(dk_ptr, t0, h, H, K, token, keys), dw.to(dk_ptr.dtype.element_ty), mask=q_in)
         else:
+            r_k = tl.load(sums + 4 * C)
             k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32) * r_k[:, None]
             if ERASE:
-                b = tl.load(tile_at(beta_ptr, s0, h, H, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
+                at = tile_at(beta_ptr, s0, h, H, K, row, keys)
+                dk = de * tl.load(at, mask=k_in, other=0.0).to(tl.float32) + dw
                 tl.store(tile_at(dbeta_ptr, s0, h, H, K, row, keys), (de * k).to(dbeta_ptr.dtype.element_ty), mask=k_in)
-                dk = de * b + dw
             else:
-                dbeta += tl.sum(k * dw, 1)
-                dk = de + dw * beta[:, None]
+                dbeta = tl.sum(k * dw, 1)
+                tl.store(tile_at(dbeta_ptr, s0, h, H, 1, r, 0), dbeta.to(dbeta_ptr.dtype.element_ty), mask=valid)
+                dk = de + dw * tl.load(sums + 3 * C)[:, None]
             if NORM:
+                n_k = tl.load(sums + C) + tl.load(sums + 2 * C)
                 dk = (dk - k * n_k[:, None]) * r_k[:, None]
             tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dk.to(dk_ptr.dtype.element_ty), mask=k_in)
-    if not (ERASE or UNTIED):
-        tl.store(tile_at(dbeta_ptr, s0, h, H, 1, r, 0), dbeta.to(dbeta_ptr.dtype.element_ty), mask=valid)

@@ -39,7 +39,8 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     fp32 = dtype == torch.float32
     stages = 1 if fp32 else 2
     if kernel in ("prepare", "finish"):
-        return {"BK": min(BK, 64 if kernel == "prepare" else 32), "num_warps": 4, "num_stages": 2}
+        ROWS = min(1024 // BK, chunk_rows(K, dtype) // 2)  # 32 numbers of a tile a thread
+        return {"BK": BK, "ROWS": ROWS, "num_warps": 1, "num_stages": 1}
     if kernel == "hard":
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
     if kernel == "local":
@@ -84,6 +85,11 @@ class _Layout:
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         return self.T, self.tokens, self.H, self.heads, self.K
+
+    def rare(self) -> tuple[int]:
+        """Programs of what few chunks of a call need, 64 chunks each at most: one each where all may need it."""
+        slots = self.chunks * self.H
+        return (max(min(slots, 512), _cdiv(slots, 64)),)
 
 
 class _Modes:
@@ -160,7 +166,7 @@ def _local(
         local["rows"] = q.new_empty(layout.kept[1], dtype=torch.float32)
     local["matrices"] = q.new_empty(layout.kept[0])
     if modes.vector and modes.gate:
-        hard_kernel[(layout.chunks * layout.H,)](
+        hard_kernel[layout.rare()](
             q,
             k,
             beta,
@@ -172,6 +178,7 @@ def _local(
             layout.cu,
             layout.table,
             scale,
+            layout.chunks * layout.H,
             *layout.sizes(),
             C=layout.C,
             SUB=layout.substeps,
@@ -464,7 +471,7 @@ def backward(
             "PACKED": layout.packed,
         }
         if modes.gate:
-            hard_gradient_kernel[(layout.chunks * H,)](
+            hard_gradient_kernel[layout.rare()](
                 q,
                 k,
                 beta,
@@ -480,6 +487,7 @@ def backward(
                 layout.cu,
                 layout.table,
                 scale,
+                layout.chunks * H,
                 *layout.sizes(),
                 **flags,
                 **launch_settings("hard", K, V, v.dtype, True),
