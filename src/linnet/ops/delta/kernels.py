@@ -344,12 +344,15 @@ def local_kernel(
 
 
 @triton.jit
-def sequence(n, cu_ptr, first_ptr, T, CT, PACKED: tl.constexpr):
-    """First token of a sequence, the one after its last, and its first chunk."""
+def stretch(n, cu_ptr, first_ptr, T, CT, LENGTH, PACKED: tl.constexpr):
+    """First token of a sequence, or of ``LENGTH`` tokens of one, the one after its last, and its first chunk."""
     if PACKED:
         return tl.load(cu_ptr + n), tl.load(cu_ptr + n + 1), tl.load(first_ptr + n)
     else:
-        return n * T, (n + 1) * T, n * tl.cdiv(T, CT)
+        parts = tl.cdiv(T, LENGTH)
+        first = n // parts * T + n % parts * LENGTH
+        end = tl.minimum(first + LENGTH, (n // parts + 1) * T)
+        return first, end, n // parts * tl.cdiv(T, CT) + n % parts * (LENGTH // CT)
 
 
 @triton.jit
@@ -388,7 +391,7 @@ def factors(
     return fade, into, read
 
 
-@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+@triton.jit(do_not_specialize=["T", "CT", "LENGTH", "H", "HQ"])
 def state_kernel(
     erase_ptr,  # k, k and q themselves, or the operands written out by prepare_kernel
     write_ptr,
@@ -398,8 +401,8 @@ def state_kernel(
     rows_ptr,
     decays_ptr,
     matrices_ptr,
-    start_ptr,  # [N, H, K, V]
-    last_ptr,
+    start_ptr,  # [N, H, K, START]
+    last_ptr,  # [N, H, K, V]
     o_ptr,
     S_ptr,  # KEEP: the state that each chunk reads, [chunks, H, V, K], and R^T, [chunks, H, V, C]
     R_ptr,
@@ -408,10 +411,13 @@ def state_kernel(
     scale,
     T,
     CT,
+    LENGTH,  # tokens of a stretch that is walked by itself
     H,
     HQ,
     K: tl.constexpr,
-    V: tl.constexpr,
+    V: tl.constexpr,  # columns of the state that is walked
+    WIDTH: tl.constexpr,  # of the values
+    START: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -423,6 +429,7 @@ def state_kernel(
     OUTPUT: tl.constexpr,
     KEEP: tl.constexpr,
     LAST: tl.constexpr,
+    MOVES: tl.constexpr,  # start from [0, I] instead: what a stretch adds to a state, and by what it multiplies it
     PACKED: tl.constexpr,
 ):
     blocks = tl.cdiv(V, BV)
@@ -430,14 +437,19 @@ def state_kernel(
     h = (pid // blocks) % H
     n = pid // (blocks * H)
     hq = h // (H // HQ)
-    first, end, chunk0 = sequence(n, cu_ptr, first_ptr, T, CT, PACKED)
+    first, end, chunk0 = stretch(n, cu_ptr, first_ptr, T, CT, LENGTH, PACKED)
     r = tl.arange(0, C)
     values = pid % blocks * BV + tl.arange(0, BV)
     has = within(values, V, BV)[:, None]
     keys = tl.arange(0, BK)
-    state = keys[None, :] * V + values[:, None]
     inside = has & within(keys, K, BK)[None, :]
-    S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
+    given = has
+    if MOVES:
+        given = (values < WIDTH)[:, None]
+        S = tl.where(keys[None, :] == values[:, None] - WIDTH, 1.0, 0.0)
+    else:
+        start = (n.to(tl.int64) * H + h) * K * START + (keys[None, :] * START + values[:, None])
+        S = tl.load(start_ptr + start, mask=inside, other=0.0)
 
     n_chunks = tl.cdiv(end - first, CT)
     fade, into, read = factors(rows_ptr, decays_ptr, chunk0, n_chunks, h, H, K, C, BK, VECTOR, GATE)
@@ -471,9 +483,9 @@ def state_kernel(
             X = X * tl.load(rows)[None, :]
         A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
         # v goes to the tensor cores as it lies in memory
-        z = payload(v_ptr, t0, h, H, V, r, values, valid, has, SUB, UNTIED)
+        z = payload(v_ptr, t0, h, H, WIDTH, r, values, valid, given, SUB, UNTIED)
         if W:
-            w = payload(w_ptr, t0, h, H, V, r, values, valid, has, SUB, UNTIED)
+            w = payload(w_ptr, t0, h, H, WIDTH, r, values, valid, given, SUB, UNTIED)
             z = (z.to(tl.float32) * w.to(tl.float32)).to(k.dtype)
         R = tl.dot(tl.trans(z), tl.trans(A), input_precision="ieee")
         R = tl.dot((-X).to(k.dtype), tl.trans(A), R, input_precision="ieee")
@@ -501,4 +513,5 @@ def state_kernel(
         fade, into, read = next_fade, next_into, next_read
 
     if LAST:
-        tl.store(last_ptr + (n.to(tl.int64) * H + h) * K * V + state, S, mask=inside)
+        last = (n.to(tl.int64) * H + h) * K * V + (keys[None, :] * V + values[:, None])
+        tl.store(last_ptr + last, S, mask=inside)

@@ -1,9 +1,13 @@
-"""Triton kernels around those of the delta engine when decay or erasing differ by channel.
+"""Triton kernels around those of the delta engine: between the parts of a sequence that is walked in parts, and when
+decay or erasing differ by channel.
 
-The matrix kernels know rows and no gates by channel. Of the two factors ``exp(G_r - a)`` and ``exp(a - G_s)`` into
-which a decay between two rows is taken apart, ``prepare_kernel`` multiplies the first into what reads and erases and
-the second into what is written, and ``finish_kernel`` multiplies them into the gradients of these. The product of an
-operand with its gradient is the same with and without its factor, so gates have their gradients from the operands.
+A part turns the state that enters it into ``M S + H``. ``state_kernel`` makes both at once from ``[0, I]``, and
+``chain_kernel`` goes from part to part.
+
+Channels. The matrix kernels know rows and no gates by channel. Of the two factors ``exp(G_r - a)`` and ``exp(a - G_s)``
+into which a decay between two rows is taken apart, ``prepare_kernel`` multiplies the first into what reads and erases
+and the second into what is written, and ``finish_kernel`` multiplies them into the gradients of these. The product of
+an operand with its gradient is the same with and without its factor, so gates have their gradients from the operands.
 
 With ``a`` near the middle of the chunk no factor exceeds the inverse of half a chunk's decay. A channel in which that
 is too much is hard (LIFT 0): it has factors from the chunk's start and to its end, which never exceed one, and its
@@ -25,11 +29,68 @@ from .kernels import (
     gate_parts,
     gate_sums,
     power_of_2,
+    product,
     tile_at,
     within,
     write_keys,
 )
 from .kernels_backward import RESET
+
+
+@triton.jit(do_not_specialize=["parts", "H"])
+def chain_kernel(
+    start_ptr,  # [N, H, K, V]
+    state_ptr,  # [parts, H, K, WIDTH], of which V columns: what the parts add; replaced by the state that comes to them
+    moves_ptr,  # [parts, H, K, MOVES], of which the last K columns: by what they multiply
+    last_ptr,  # [N, H, K, V]
+    first_ptr,  # [N + 1] parts before each sequence (PACKED)
+    parts,  # of each sequence
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MOVES: tl.constexpr,
+    BK: tl.constexpr,
+    BM: tl.constexpr,  # keys multiplied at once
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,  # the adjoint: from the last part to the first, by the transposes
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    blocks = tl.cdiv(V, BV)
+    pid = tl.program_id(0)
+    h = (pid // blocks) % H
+    n = pid // (blocks * H)
+    first, count = n * parts, parts
+    if PACKED:
+        first = tl.load(first_ptr + n)
+        count = tl.load(first_ptr + n + 1) - first
+    keys, values = tl.arange(0, BK)[:, None], pid % blocks * BV + tl.arange(0, BV)[None, :]
+    has, wide = within(values, V, BV), within(keys, K, BK)
+    ends = (n.to(tl.int64) * H + h) * K * V + (keys * V + values)
+    S = tl.load(start_ptr + ends, mask=wide & has, other=0.0)
+    for it in range(0, count):
+        part = first + it
+        if REVERSE:
+            part = first + count - 1 - it
+        slot = part.to(tl.int64) * H + h
+        state = state_ptr + slot * K * WIDTH
+        here = state + (keys * WIDTH + values)
+        after = tl.load(here, mask=wide & has, other=0.0)
+        tl.debug_barrier()
+        tl.store(here, S, mask=wide & has)
+        tl.debug_barrier()
+        moves = moves_ptr + slot * K * MOVES + (MOVES - K)
+        for m0 in range(0, K, BM):
+            rows, cols = (m0 + tl.arange(0, BM))[:, None], (m0 + tl.arange(0, BM))[None, :]
+            before = tl.load(state + (rows * WIDTH + values), mask=within(rows, K, BM) & has, other=0.0)
+            if REVERSE:
+                M = tl.load(moves + (cols * MOVES + keys), mask=wide & within(cols, K, BM), other=0.0)
+            else:
+                M = tl.load(moves + (keys * MOVES + cols), mask=wide & within(cols, K, BM), other=0.0)
+            after += product(M, before, EXACT, True)
+        S = after
+    tl.store(last_ptr + ends, S, mask=wide & has)
 
 
 @triton.jit

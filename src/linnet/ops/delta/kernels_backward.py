@@ -24,7 +24,7 @@ from .kernels import (
     gate_sums,
     key_tile,
     row_gates,
-    sequence,
+    stretch,
     tile_at,
     within,
 )
@@ -32,7 +32,7 @@ from .kernels import (
 RESET = tl.constexpr(-150.0)  # log2-decays below it were cut: a reset passes no gradient
 
 
-@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+@triton.jit(do_not_specialize=["T", "CT", "LENGTH", "H", "HQ"])
 def adjoint_kernel(
     erase_ptr,
     write_ptr,
@@ -50,6 +50,7 @@ def adjoint_kernel(
     scale,
     T,
     CT,
+    LENGTH,
     H,
     HQ,
     K: tl.constexpr,
@@ -67,7 +68,7 @@ def adjoint_kernel(
     h = (pid // blocks) % H
     n = pid // (blocks * H)
     hq = h // (H // HQ)
-    first, end, chunk0 = sequence(n, cu_ptr, first_ptr, T, CT, PACKED)
+    first, end, chunk0 = stretch(n, cu_ptr, first_ptr, T, CT, LENGTH, PACKED)
     r = tl.arange(0, C)
     values = pid % blocks * BV + tl.arange(0, BV)
     has = within(values, V, BV)[:, None]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from math import isqrt
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..core import chunk_table
 from .kept import chunk_rows, kept
 from .kernels import local_kernel, state_kernel
-from .kernels_around import finish_kernel, hard_gradient_kernel, hard_kernel, prepare_kernel
+from .kernels_around import chain_kernel, finish_kernel, hard_gradient_kernel, hard_kernel, prepare_kernel
 from .kernels_backward import adjoint_kernel, gradient_kernel
 from .kernels_step import step_kernel
 
@@ -52,8 +53,45 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     if BK > 128:
         return {"BK": BK, "BV": BV, "num_warps": 8, "num_stages": 1 if vector else 2}
     C = chunk_rows(K, dtype)
-    stage = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV)  # bytes that a chunk's tiles take, of about 225 KB
-    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": max(1, min(3, 225_000 // stage))}
+    stage, room = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV), 225_000  # bytes that a chunk's tiles take
+    if kernel == "moves":  # reads nothing, and two programs share a multiprocessor
+        stage, room = 2 * C * (BK * (2 if vector else 1) + C + BV), 112_000
+    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": max(1, min(3, room // stage))}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+def part_length(chunks: int, programs: int, device: torch.device) -> int:
+    """Chunks of the parts in which to walk sequences of so many, where whole ones would have so many programs.
+
+    Parts are walked twice, first for what they do to a state, in half as long a time if twice as many programs run, so
+    that they have to fit the GPU at once. Further launches take as long as about eight chunks, the chain as four for
+    each part. The interpreter, where nothing is gained, has short sequences only.
+    """
+    step, launches = (4, 8) if device.type == "cuda" else (0, 0)
+    parts = _multiprocessors(device) // max(1, programs)
+    parts = max(1, min(parts, isqrt(2 * chunks // step) if step else chunks))
+    length = _cdiv(chunks, parts)
+    return length if 2 * length + step * parts + launches <= chunks else chunks
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """How many there are before each, and in all."""
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+class _Parts(NamedTuple):
+    """Stretches of tokens that a serial pass walks on their own: whole sequences, or parts of them."""
+
+    count: int
+    each: int  # of a sequence, where all have as many
+    length: int  # tokens of one, but the last of a sequence
+    cu: Tensor | None  # PACKED: their first tokens
+    first: Tensor | None  # their first chunks
+    before: Tensor | None  # parts before each sequence
 
 
 @cache
@@ -63,25 +101,47 @@ def _below(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _Layout:
-    """Sequences and chunks of one call."""
+    """Sequences, chunks and parts of one call."""
 
     def __init__(self, q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None):
         self.B, self.T = q.shape[:2]
         self.H, self.heads, self.K, self.V = v.shape[2], q.shape[2], q.shape[3], v.shape[3]
         self.substeps, self.C = substeps, chunk_rows(self.K, q.dtype)
         self.tokens = self.C // substeps
-        self.packed = cu_host is not None
+        self.packed, self.device, self.dtype = cu_host is not None, q.device, q.dtype
         self.kept = kept(q, v, substeps, cu_host)
         if cu_host is None:
-            self.rows, self.chunks = self.B, self.B * -(-self.T // self.tokens)
-            self.cu = self.table = self.first = None
+            self.rows, self.longest = self.B, -(-self.T // self.tokens)
+            self.chunks = self.B * self.longest
+            self.cu = self.table = None
+            self.whole = _Parts(self.B, 1, self.T, None, None, None)
         else:
             self.rows = len(cu_host) - 1
             self.table = chunk_table(cu_host, self.tokens, q.device)
-            self.chunks = len(self.table)
-            counts = torch.zeros(len(cu_host), dtype=torch.int32)
-            counts[1:] = (-(-cu_host.diff() // self.tokens)).cumsum(0)
-            self.cu, self.first = cu_host.to(q.device), counts.to(q.device)
+            self.chunks, counts = len(self.table), _starts(-(-cu_host.diff() // self.tokens))
+            self.longest = int(counts.diff().max())
+            self.cu = cu_host.to(q.device)
+            self.whole = _Parts(self.rows, 1, self.T, self.cu, counts.to(q.device), None)
+        self.parts = self._split(cu_host)
+
+    def _split(self, cu_host: Tensor | None) -> _Parts | None:
+        """Parts of the sequences, where walking whole ones would take longer, else None."""
+        BV = launch_settings("state", self.K, self.V, self.dtype, True)["BV"]
+        blocks = max(_cdiv(self.V, BV), _cdiv(self.V + self.K, BV * (2 if self.K <= 128 else 1)))
+        length = part_length(self.longest, self.rows * self.H * blocks, self.device)
+        if length >= self.longest:
+            return None
+        if cu_host is None:
+            each = _cdiv(self.longest, length)
+            return _Parts(self.B * each, each, length * self.tokens, None, None, None)
+        table = chunk_table(cu_host, length * self.tokens, torch.device("cpu"))
+        n, part = table[:, 0], table[:, 1]
+        cu = torch.cat([cu_host[n] + part * (length * self.tokens), cu_host[-1:]])
+        first = _starts(-(-cu_host.diff() // self.tokens))
+        first = torch.cat([first[n] + part * length, first[-1:]])
+        before = _starts(torch.bincount(n, minlength=self.rows))
+        cu, first, before = (x.to(self.device, torch.int32) for x in (cu, first, before))
+        return _Parts(len(table), 1, self.T, cu, first, before)
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         return self.T, self.tokens, self.H, self.heads, self.K
@@ -221,17 +281,20 @@ def _walk(
     local: dict[str, Any],
     v: Tensor,
     w: Tensor | None,
-    S: Tensor,
+    S: Tensor | None,
     scale: float,
+    parts: _Parts,
     *,
     o: Tensor | None = None,
     last: Tensor | None = None,
     kept: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """The serial pass: the reading and the final state, or (``kept``) entering states and writes of every chunk."""
-    settings = launch_settings("state", layout.K, layout.V, v.dtype, modes.vector)
+    """One serial pass over parts from their states ``S``: the reading and the final states, or (``kept``) entering
+    states and writes of every chunk, or (``S`` None) what each part adds to a state and by what it multiplies it."""
+    settings = launch_settings("moves" if S is None else "state", layout.K, layout.V, v.dtype, modes.vector)
     erase, read, write = local["operands"]
-    state_kernel[(layout.rows * layout.H * _cdiv(layout.V, settings["BV"]),)](
+    width = layout.V + (layout.K if S is None else 0)
+    state_kernel[(parts.count * layout.H * _cdiv(width, settings["BV"]),)](
         erase,
         write,
         read,
@@ -244,11 +307,18 @@ def _walk(
         last,
         o,
         *(kept or (None, None)),
-        layout.cu,
-        layout.first,
+        parts.cu,
+        parts.first,
         scale,
-        *layout.sizes(),
+        layout.T,
+        layout.tokens,
+        parts.length,
+        layout.H,
+        layout.heads,
+        layout.K,
+        width,
         layout.V,
+        None if S is None else S.shape[-1],
         C=layout.C,
         SUB=layout.substeps,
         GATE=modes.gate,
@@ -258,9 +328,55 @@ def _walk(
         OUTPUT=o is not None,
         KEEP=kept is not None,
         LAST=last is not None,
+        MOVES=S is None,
         PACKED=layout.packed,
         **settings,
     )
+
+
+def _chain(layout: _Layout, parts: _Parts, start: Tensor, state: Tensor, moves: Tensor, reverse: bool) -> Tensor:
+    """From part to part: replaces what each adds to a state by the state that comes to it, and returns the last."""
+    last = torch.empty_like(start)
+    BK, BV = _block(layout.K), min(32, _block(layout.V))
+    chain_kernel[(layout.rows * layout.H * _cdiv(layout.V, BV),)](
+        start,
+        state,
+        moves,
+        last,
+        parts.before,
+        parts.each,
+        layout.H,
+        layout.K,
+        layout.V,
+        state.shape[-1],
+        moves.shape[-1],
+        BK=BK,
+        BM=min(BK, 64 if BK <= 128 else 32),
+        BV=BV,
+        REVERSE=reverse,
+        PACKED=layout.packed,
+        EXACT=layout.dtype == torch.float32,
+        num_warps=4 if BK <= 128 else 8,
+        num_stages=2,
+    )
+    return last
+
+
+def _enter(
+    layout: _Layout,
+    modes: _Modes,
+    local: dict[str, Any],
+    v: Tensor,
+    w: Tensor | None,
+    S: Tensor,
+    scale: float,
+    parts: _Parts,
+) -> tuple[Tensor, Tensor]:
+    """The states that enter the parts, beside what each multiplies a state by ``[parts, H, K, V + K]``, and the last
+    state of every sequence."""
+    state = S.new_empty(parts.count, layout.H, layout.K, layout.V + layout.K)
+    _walk(layout, modes, local, v, w, None, scale, parts, last=state)
+    return state, _chain(layout, parts, S, state, state, False)
 
 
 def forward(
@@ -285,8 +401,13 @@ def forward(
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
     layout, modes = _Layout(q, v, substeps, cu_host), _Modes(beta, g, w)
     local = _local(layout, modes, q, k, beta, g, scale, l2norm, ab)
-    o, last = v.new_empty(layout.B, layout.T, layout.H, layout.V), torch.empty_like(S)
-    _walk(layout, modes, local, v, w, S, scale, o=o, last=last)
+    o = v.new_empty(layout.B, layout.T, layout.H, layout.V)
+    if layout.parts is None:
+        last = torch.empty_like(S)
+        _walk(layout, modes, local, v, w, S, scale, layout.whole, o=o, last=last)
+    else:
+        entering, last = _enter(layout, modes, local, v, w, S, scale, layout.parts)
+        _walk(layout, modes, local, v, w, entering, scale, layout.parts, o=o)
     return (o, last, local["matrices"], local["rows"]) if training else (o, last, None, None)
 
 
@@ -383,35 +504,52 @@ def backward(
 
     entering, leaving = (q.new_empty(layout.chunks, H, V, K) for _ in range(2))
     R, L = q.new_empty(layout.chunks, H, V, C), q.new_empty(layout.B, layout.T * substeps, H, V)
-    _walk(layout, modes, local, v, w, S, scale, kept=(entering, R))
-
     settings = launch_settings("state", K, V, v.dtype, modes.vector)
     erase, read, write = local["operands"]
-    dS0 = torch.empty_like(S)
-    adjoint_kernel[(layout.rows * H * _cdiv(V, settings["BV"]),)](
-        erase,
-        write,
-        read,
-        local["rows"],
-        local["decays"],
-        matrices,
-        do,
-        dS,
-        dS0,
-        leaving,
-        L,
-        layout.cu,
-        layout.first,
-        scale,
-        *layout.sizes(),
-        V,
-        C=C,
-        SUB=substeps,
-        GATE=modes.gate,
-        VECTOR=modes.vector,
-        PACKED=layout.packed,
-        **settings,
-    )
+    parts = layout.whole if layout.parts is None else layout.parts
+
+    def walk_back(last: Tensor, start: Tensor) -> None:
+        adjoint_kernel[(parts.count * H * _cdiv(V, settings["BV"]),)](
+            erase,
+            write,
+            read,
+            local["rows"],
+            local["decays"],
+            matrices,
+            do,
+            last,
+            start,
+            leaving,
+            L,
+            parts.cu,
+            parts.first,
+            scale,
+            layout.T,
+            layout.tokens,
+            parts.length,
+            H,
+            layout.heads,
+            K,
+            V,
+            C=C,
+            SUB=substeps,
+            GATE=modes.gate,
+            VECTOR=modes.vector,
+            PACKED=layout.packed,
+            **settings,
+        )
+
+    if layout.parts is None:
+        _walk(layout, modes, local, v, w, S, scale, parts, kept=(entering, R))
+        dS0 = torch.empty_like(S)
+        walk_back(dS, dS0)
+    else:
+        moves, _ = _enter(layout, modes, local, v, w, S, scale, parts)
+        _walk(layout, modes, local, v, w, moves, scale, parts, kept=(entering, R))
+        ends = S.new_zeros(parts.count, H, K, V)
+        walk_back(ends, ends)
+        dS0 = _chain(layout, parts, dS, ends, moves, True)
+        walk_back(ends, ends)
     dq, dk = q.new_empty(*q.shape[:2], H, K), k.new_empty(*k.shape[:2], H, K)
     a, b = ab or (None, None)
     wanted = {"beta": beta, "g": g, "w": w, "a": a, "b": b}
