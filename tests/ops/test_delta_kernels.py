@@ -27,6 +27,7 @@ CALLS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "packed substeps": ({"gate": "none", "substeps": 2, "lengths": [100, 300]}, ("local_kernel", "state_kernel")),
     "channel-wise": ({"gate": "vector", "channelwise": True}, (*SCALAR, *VECTOR)),
     "untied": ({"gate": "vector", "untied": True}, ("prepare_kernel", "gradient_kernel", "finish_kernel")),
+    "few heads": ({"gate": "vector", "heads": 1}, ("state_kernel", "chain_kernel")),
 }
 
 
@@ -40,9 +41,10 @@ def recorded(
     untied: bool = False,
     substeps: int = 1,
     lengths: list[int] | None = None,
+    heads: int = 16,
 ) -> list[Launch]:
     """What forward and backward of a call launch."""
-    B, T, H = (4, 400, 16) if lengths is None else (1, sum(lengths), 16)
+    B, T, H = (4 if heads > 1 else 1, 400, heads) if lengths is None else (1, sum(lengths), heads)
     rows, R = B if lengths is None else len(lengths), T * substeps
     cu = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
@@ -77,6 +79,24 @@ def test_compiles_for_hopper(name: str, kernel: str) -> None:
     assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
     if kernel in SCALAR:
         assert "wgmma.mma_async" in built.asm["ptx"]
+
+
+def test_parts_are_for_few_heads_and_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    gpu = torch.device("cuda")
+    assert launch.part_length(512, 132, gpu) == 512 and launch.part_length(16, 4, gpu) == 16
+    assert [launch.part_length(512, programs, gpu) for programs in (2, 8, 33)] == [32, 32, 128]
+
+
+def test_parts_cover_packed_sequences() -> None:
+    lengths, K = [1, 0, 200, 64, 130], 16
+    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    q = torch.empty(1, sum(lengths), 1, K, dtype=torch.bfloat16)
+    parts = launch._Layout(q, q, 1, cu).parts
+    assert parts is not None
+    assert parts.before.tolist() == [0, 1, 1, 3, 4, 6]  # type: ignore[union-attr]
+    assert parts.cu.tolist() == [0, 1, 129, 201, 265, 393, 395]  # type: ignore[union-attr]
+    assert parts.first.tolist() == [0, 1, 3, 5, 6, 8, 9]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
