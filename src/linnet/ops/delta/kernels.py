@@ -259,6 +259,7 @@ def local_kernel(
     SUB: tl.constexpr,
     GATE: tl.constexpr,  # 0 none, 1 a scalar per token, 2 one per channel
     VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -286,8 +287,9 @@ def local_kernel(
             wide = within(cols, K, BK)
             fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
             w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            e = tl.load(erase_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            q = tl.load(read_ptr + tile + cols[None, :], mask=fits, other=0.0)
+            erases, reads = erasing(r, UNTIED)[:, None], reading(r, SUB)[:, None]
+            e = tl.load(erase_ptr + tile + cols[None, :], mask=erases & wide[None, :], other=0.0)
+            q = tl.load(read_ptr + tile + cols[None, :], mask=reads & wide[None, :], other=0.0)
             if GATE != 0:
                 lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
                 hard += tl.sum((lift == 0.0).to(tl.int32), 0)
@@ -356,6 +358,21 @@ def stretch(n, cu_ptr, first_ptr, T, CT, LENGTH, PACKED: tl.constexpr):
 
 
 @triton.jit
+def reading(r, SUB: tl.constexpr):
+    """Rows of a chunk that read: the last of each token. ``prepare_kernel`` writes out no others."""
+    return r % SUB == SUB - 1
+
+
+@triton.jit
+def erasing(r, UNTIED: tl.constexpr):
+    """Rows of a chunk that erase: all, or, UNTIED, the first of each token. ``prepare_kernel`` writes out no others."""
+    if UNTIED:
+        return r % 2 == 0
+    else:
+        return tl.full(r.shape, True, tl.int1)
+
+
+@triton.jit
 def key_tile(
     ptr, slot, start, head, heads, row, mask, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr
 ):
@@ -364,7 +381,7 @@ def key_tile(
     wide = within(cols, K, BK)
     if VECTOR:
         at = ptr + slot * C * K + (tl.arange(0, C)[:, None] * K + cols)
-        return tl.load(at, mask=tl.full([C, 1], True, tl.int1) & wide, other=0.0)
+        return tl.load(at, mask=mask[:, None] & wide, other=0.0)
     else:
         return tl.load(tile_at(ptr, start, head, heads, K, row[:, None], cols), mask=mask[:, None] & wide, other=0.0)
 
@@ -461,7 +478,8 @@ def state_kernel(
             rows_ptr, decays_ptr, chunk0 + ahead, n_chunks, h, H, K, C, BK, VECTOR, GATE
         )
         valid = r < tl.minimum(end - t0, CT) * SUB
-        reads = valid & (r % SUB == SUB - 1)
+        all_rows = tl.full([C], True, tl.int1)
+        reads = valid & reading(r, SUB)
         s0 = t0.to(tl.int64) * SUB
         tile = r[:, None] * C + r[None, :]
         rows = rows_ptr + slot * (8 * C) + r
@@ -472,9 +490,9 @@ def state_kernel(
         if KEEP:
             at = S_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
             tl.store(at, S.to(S_ptr.dtype.element_ty), mask=inside)
-        k = key_tile(write_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+        k = key_tile(write_ptr, slot, s0, hq, HQ, r, all_rows if VECTOR else valid, K, C, BK, VECTOR)
         if VECTOR:
-            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, erasing(r, UNTIED), K, C, BK, VECTOR)
         else:
             e = k
         Sb = S.to(k.dtype)
@@ -494,7 +512,8 @@ def state_kernel(
             at = R_ptr + slot * C * V + (values[:, None] * C + r[None, :])
             tl.store(at, Rb, mask=has & tl.full([1, C], True, tl.int1))
         if OUTPUT:
-            q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reads, K, C, BK, VECTOR)
+            asked = reading(r, SUB) if VECTOR else reads
+            q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, asked, K, C, BK, VECTOR)
             o = tl.dot(Sb, tl.trans(q), input_precision="ieee")
             if not VECTOR:
                 o = o * read[None, :]

@@ -26,10 +26,12 @@ from .kernels import (
     between,
     channel_gates,
     erase_keys,
+    erasing,
     gate_parts,
     gate_sums,
     power_of_2,
     product,
+    reading,
     tile_at,
     within,
     write_keys,
@@ -224,8 +226,8 @@ def prepare_kernel(
         out = slot * C * K + (row * K + keys)
         fits = tl.full([ROWS, 1], True, tl.int1) & wide
         tl.store(write_ptr + out, w.to(dtype), mask=fits)
-        tl.store(read_ptr + out, q.to(dtype), mask=fits)
-        tl.store(erase_ptr + out, e.to(dtype), mask=fits)
+        tl.store(read_ptr + out, q.to(dtype), mask=reading(r, SUB)[:, None] & wide)
+        tl.store(erase_ptr + out, e.to(dtype), mask=erasing(r, UNTIED)[:, None] & wide)
 
 
 @triton.jit
@@ -435,16 +437,17 @@ def hard_gradient_kernel(
                         dg = tl.cumsum(change, 0) - change
                         seen = coarse + fine
                         left = after(coarse, C) + after(fine, C)
-                        dq += tl.exp2(seen) * tl.load(read_ptr + at + c).to(tl.float32)
+                        asked, erases = reading(r, SUB), erasing(r, UNTIED)
+                        dq += tl.exp2(seen) * tl.load(read_ptr + at + c, mask=asked, other=0.0).to(tl.float32)
                         dw += tl.exp2(left) * tl.load(write_ptr + at + c).to(tl.float32)
                         if UNTIED:
                             dg -= e
                             own_coarse, own_fine = gate_parts(g)
                             seen = (coarse - own_coarse) + (fine - own_fine)
-                        de += tl.exp2(seen) * tl.load(erase_ptr + at + c).to(tl.float32)
-                        tl.store(read_ptr + at + c, dq.to(read_ptr.dtype.element_ty))
+                        de += tl.exp2(seen) * tl.load(erase_ptr + at + c, mask=erases, other=0.0).to(tl.float32)
+                        tl.store(read_ptr + at + c, dq.to(read_ptr.dtype.element_ty), mask=asked)
                         tl.store(write_ptr + at + c, dw.to(write_ptr.dtype.element_ty))
-                        tl.store(erase_ptr + at + c, de.to(erase_ptr.dtype.element_ty))
+                        tl.store(erase_ptr + at + c, de.to(erase_ptr.dtype.element_ty), mask=erases)
                         if GATE == 2:
                             here = tile_at(dg_ptr, t0, h, H, K, r // SUB, c)
                             dg += tl.load(here, mask=first, other=0.0).to(tl.float32)
@@ -519,9 +522,9 @@ def finish_kernel(
         k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
         at = slot * C * K + (row * K + keys)
         fits = tl.full([ROWS, 1], True, tl.int1) & wide
-        dq = tl.load(read_ptr + at, mask=fits, other=0.0).to(tl.float32) * scale
+        dq = tl.load(read_ptr + at, mask=reading(r, SUB)[:, None] & wide, other=0.0).to(tl.float32) * scale
         dw = tl.load(write_ptr + at, mask=fits, other=0.0).to(tl.float32)
-        de = tl.load(erase_ptr + at, mask=fits, other=0.0).to(tl.float32)
+        de = tl.load(erase_ptr + at, mask=erasing(r, UNTIED)[:, None] & wide, other=0.0).to(tl.float32)
         sums = rows_ptr + slot * (8 * C) + r
         if GATE != 0:
             g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)

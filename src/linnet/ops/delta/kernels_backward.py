@@ -20,9 +20,11 @@ import triton.language as tl
 from .kernels import (
     _span,
     between,
+    erasing,
     factors,
     gate_sums,
     key_tile,
+    reading,
     row_gates,
     stretch,
     tile_at,
@@ -61,6 +63,7 @@ def adjoint_kernel(
     SUB: tl.constexpr,
     GATE: tl.constexpr,
     VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     blocks = tl.cdiv(V, BV)
@@ -86,14 +89,15 @@ def adjoint_kernel(
         t0 = first + c * CT
         slot = (chunk0 + c).to(tl.int64) * H + h
         valid = r < tl.minimum(end - t0, CT) * SUB
-        reads = valid & (r % SUB == SUB - 1)
+        all_rows = tl.full([C], True, tl.int1)
+        reads = valid & reading(r, SUB)
         s0 = t0.to(tl.int64) * SUB
         tile = r[:, None] * C + r[None, :]
         rows = rows_ptr + slot * (8 * C) + r
 
         at = dS_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
         tl.store(at, dS.to(dS_ptr.dtype.element_ty), mask=inside)
-        k = key_tile(write_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+        k = key_tile(write_ptr, slot, s0, hq, HQ, r, all_rows if VECTOR else valid, K, C, BK, VECTOR)
         at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
         do = tl.trans(tl.load(at, mask=tl.trans(has) & reads[:, None], other=0.0))
         P = tl.load(matrices_ptr + slot * (2 * C * C) + C * C + tile)
@@ -108,9 +112,9 @@ def adjoint_kernel(
         L = tl.dot(dR.to(k.dtype), A, input_precision="ieee")
         at = tile_at(L_ptr, s0, h, H, V, r[None, :], values[:, None])
         tl.store(at, L.to(L_ptr.dtype.element_ty), mask=has & valid[None, :])
-        q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reads, K, C, BK, VECTOR)
+        q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reading(r, SUB) if VECTOR else reads, K, C, BK, VECTOR)
         if VECTOR:
-            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, erasing(r, UNTIED), K, C, BK, VECTOR)
             Lb = (-L).to(k.dtype)
         else:
             e = k
@@ -287,10 +291,11 @@ def gradient_kernel(
         if VECTOR:
             at = slot * C * K + (row * K + keys)
             fits = tl.full([C, 1], True, tl.int1) & wide
+            asked, erases = reading(r, SUB)[:, None] & wide, erasing(r, UNTIED)[:, None] & wide
         if not LATE:
             if VECTOR:
-                q = tl.load(read_ptr + at, mask=fits, other=0.0)
-                e = tl.load(erase_ptr + at, mask=fits, other=0.0)
+                q = tl.load(read_ptr + at, mask=asked, other=0.0)
+                e = tl.load(erase_ptr + at, mask=erases, other=0.0)
                 w = tl.load(write_ptr + at, mask=fits, other=0.0)
             else:
                 k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0)
@@ -315,8 +320,8 @@ def gradient_kernel(
 
         if LATE:
             if VECTOR:
-                q = tl.load(read_ptr + at, mask=fits, other=0.0)
-                e = tl.load(erase_ptr + at, mask=fits, other=0.0)
+                q = tl.load(read_ptr + at, mask=asked, other=0.0)
+                e = tl.load(erase_ptr + at, mask=erases, other=0.0)
                 w = tl.load(write_ptr + at, mask=fits, other=0.0)
             else:
                 k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0)
@@ -331,12 +336,12 @@ def gradient_kernel(
             if GATE != 0:
                 end += tl.sum(dq * q.to(tl.float32) - de * e.to(tl.float32), 0)
             dq += tl.dot(D1, wx, input_precision="ieee")
-            tl.store(read_ptr + at, dq.to(dtype), mask=fits)
+            tl.store(read_ptr + at, dq.to(dtype), mask=asked)
             part = dq * q.to(tl.float32)
             s_q += tl.sum(part, 1)
             change = -part
             de += tl.dot(D2, wx, input_precision="ieee")
-            tl.store(erase_ptr + at, (-de).to(dtype), mask=fits)
+            tl.store(erase_ptr + at, (-de).to(dtype), mask=erases)
             erased = de * e.to(tl.float32)
             s_e -= tl.sum(erased, 1)
             change += erased

@@ -266,6 +266,7 @@ def _local(
         SUB=layout.substeps,
         GATE=modes.gate,
         VECTOR=modes.vector,
+        UNTIED=modes.untied,
         NORM=l2norm,
         PACKED=layout.packed,
         EXACT=q.dtype == torch.float32,
@@ -535,6 +536,7 @@ def backward(
             SUB=substeps,
             GATE=modes.gate,
             VECTOR=modes.vector,
+            UNTIED=modes.untied,
             PACKED=layout.packed,
             **settings,
         )
