@@ -139,7 +139,7 @@ def row_gates(g_ptr, t0, h, H, r, valid, SUB: tl.constexpr):
 @triton.jit
 def gate_parts(g):
     """Log2-decays as multiples of 2^-10, which fp32 adds without error, and rests of which the sums stay below 1/16."""
-    coarse = tl.floor(g * 1024.0) * 0.0009765625
+    coarse = (g + 12288.0) - 12288.0  # rounded: fp32 numbers of this size are such multiples
     return coarse, g - coarse
 
 

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from ..core import chunk_table
+from ..core.compiling import Kernel, compile_together, compiling
+from . import kernels, kernels_around, kernels_backward, kernels_step
 from .kept import chunk_rows, kept
-from .kernels import local_kernel, state_kernel
-from .kernels_around import chain_kernel, finish_kernel, hard_gradient_kernel, hard_kernel, prepare_kernel
-from .kernels_backward import adjoint_kernel, gradient_kernel
-from .kernels_step import step_kernel
+
+local_kernel, state_kernel = Kernel(kernels.local_kernel), Kernel(kernels.state_kernel)
+adjoint_kernel, gradient_kernel = Kernel(kernels_backward.adjoint_kernel), Kernel(kernels_backward.gradient_kernel)
+prepare_kernel, finish_kernel = Kernel(kernels_around.prepare_kernel), Kernel(kernels_around.finish_kernel)
+hard_kernel, hard_gradient_kernel = Kernel(kernels_around.hard_kernel), Kernel(kernels_around.hard_gradient_kernel)
+chain_kernel = Kernel(kernels_around.chain_kernel)
 
 # log2 of what half a chunk may forget in a channel for its rows to have one factor each; factors and their inverses
 # reach it, gradients of operands its square. fp16 has little range; fp32 takes every channel exactly.
@@ -47,7 +51,13 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     if kernel == "local":
         return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": stages}
     if kernel == "gradient":
-        return {"BK": min(BK, 32 if fp32 else 64), "BV": min(_block(V), 32 if fp32 else 128), "LATE": True, "num_warps": 4, "num_stages": 1}
+        return {
+            "BK": min(BK, 32 if fp32 else 64),
+            "BV": min(_block(V), 32 if fp32 else 128),
+            "LATE": True,
+            "num_warps": 4,
+            "num_stages": 1,
+        }
     if fp32:
         return {"BK": BK, "BV": min(BV, 32 if BK <= 128 else 16), "num_warps": 8, "num_stages": 1}
     if BK > 128:
@@ -103,7 +113,7 @@ def _below(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class _Layout:
     """Sequences, chunks and parts of one call."""
 
-    def __init__(self, q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None):
+    def __init__(self, q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None, length: int | None = None):
         self.B, self.T = q.shape[:2]
         self.H, self.heads, self.K, self.V = v.shape[2], q.shape[2], q.shape[3], v.shape[3]
         self.substeps, self.C = substeps, chunk_rows(self.K, q.dtype)
@@ -122,13 +132,14 @@ class _Layout:
             self.longest = int(counts.diff().max())
             self.cu = cu_host.to(q.device)
             self.whole = _Parts(self.rows, 1, self.T, self.cu, counts.to(q.device), None)
-        self.parts = self._split(cu_host)
+        self.parts = self._split(cu_host, length)
 
-    def _split(self, cu_host: Tensor | None) -> _Parts | None:
-        """Parts of the sequences, where walking whole ones would take longer, else None."""
-        BV = launch_settings("state", self.K, self.V, self.dtype, True)["BV"]
-        blocks = max(_cdiv(self.V, BV), _cdiv(self.V + self.K, BV * (2 if self.K <= 128 else 1)))
-        length = part_length(self.longest, self.rows * self.H * blocks, self.device)
+    def _split(self, cu_host: Tensor | None, length: int | None) -> _Parts | None:
+        """Parts of the sequences, of as many chunks as given or where it is faster, else None."""
+        if length is None:
+            BV = launch_settings("state", self.K, self.V, self.dtype, True)["BV"]
+            blocks = max(_cdiv(self.V, BV), _cdiv(self.V + self.K, BV * (2 if self.K <= 128 else 1)))
+            length = part_length(self.longest, self.rows * self.H * blocks, self.device)
         if length >= self.longest:
             return None
         if cu_host is None:
@@ -394,13 +405,19 @@ def forward(
     substeps: int,
     training: bool,
     ab: tuple[Tensor, Tensor] | None = None,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Reading, final state, and when training what the backward pass needs of every chunk. The untied form has
-    ``ab`` in place of ``beta``, and two substeps."""
+    ``ab`` in place of ``beta``, and two substeps. ``length`` is that of the parts in which sequences are walked, in
+    chunks, where it is not to be chosen."""
     q, k, v, S = (x.contiguous() for x in (q, k, v, S))
     beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
-    layout, modes = _Layout(q, v, substeps, cu_host), _Modes(beta, g, w)
+    layout, modes = _Layout(q, v, substeps, cu_host, length), _Modes(beta, g, w)
+    if q.is_cuda and not compiling():
+        kinds = tuple(None if x is None else (x.dtype, x.dim() == 4) for x in (beta, g, w))
+        sizes = layout.tokens, layout.K, layout.V, substeps
+        _compile(q.device, q.dtype, kinds, sizes, l2norm, layout.packed, layout.parts is not None, training)
     local = _local(layout, modes, q, k, beta, g, scale, l2norm, ab)
     o = v.new_empty(layout.B, layout.T, layout.H, layout.V)
     if layout.parts is None:
@@ -410,6 +427,38 @@ def forward(
         entering, last = _enter(layout, modes, local, v, w, S, scale, layout.parts)
         _walk(layout, modes, local, v, w, entering, scale, layout.parts, o=o)
     return (o, last, local["matrices"], local["rows"]) if training else (o, last, None, None)
+
+
+@cache
+def _compile(
+    device: torch.device,
+    dtype: torch.dtype,
+    kinds: tuple[tuple[torch.dtype, bool] | None, ...],
+    sizes: tuple[int, int, int, int],
+    l2norm: bool,
+    packed: bool,
+    parts: bool,
+    training: bool,
+) -> None:
+    """Compile the kernels of a call together, those of its backward pass too when training."""
+    tokens, K, V, n = sizes
+    T = 2 * tokens if parts else 1
+    beta, g, w = (
+        None if kind is None else torch.empty(1, R, 1, *([D] if kind[1] else []), dtype=kind[0], device=device)
+        for kind, R, D in zip(kinds, (T * n, T, T * n), (K, K, V), strict=True)
+    )
+    ab = None if beta is not None else tuple(torch.empty(1, T, 1, K, dtype=dtype, device=device) for _ in range(2))
+    R = T if beta is None else T * n  # the untied form has its substeps in the tokens' rows
+    q, k, v = (torch.empty(1, r, 1, D, dtype=dtype, device=device) for r, D in ((T, K), (R, K), (R, V)))
+    S, cu = torch.empty(1, 1, K, V, device=device), torch.tensor([0, T], dtype=torch.int32) if packed else None
+    length = 1 if parts else 2
+
+    def call() -> None:
+        o, last, matrices, rows = forward(q, k, v, beta, g, w, S, cu, 1.0, l2norm, n, training, ab, length)
+        if matrices is not None and rows is not None:
+            backward(q, k, v, beta, g, w, S, matrices, rows, cu, 1.0, l2norm, n, o, last, ab, length)
+
+    compile_together(call)
 
 
 def step(
@@ -441,7 +490,7 @@ def step(
     BV = _block(V)
     while BV > 32 or (BV > 8 and B * H * _cdiv(V, BV) < 256):  # enough programs to fill the memory's pipes
         BV //= 2
-    step_kernel[(B * H * _cdiv(V, BV),)](
+    kernels_step.step_kernel[(B * H * _cdiv(V, BV),)](
         q,
         k,
         v,
@@ -469,7 +518,7 @@ def step(
         UNTIED=modes.untied,
         NORM=l2norm,
         INDEX=index is not None,
-        num_warps=4,
+        num_warps=2,
     )
     return o, out
 
@@ -491,12 +540,13 @@ def backward(
     do: Tensor,
     dS: Tensor,
     ab: tuple[Tensor, Tensor] | None = None,
+    length: int | None = None,
 ) -> dict[str, Tensor]:
     """Gradients by input name, from those of the reading and of the final state."""
     q, k, v, S, do, dS = (x.contiguous() for x in (q, k, v, S, do, dS))
     beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
-    layout, modes = _Layout(q, v, substeps, cu_host), _Modes(beta, g, w)
+    layout, modes = _Layout(q, v, substeps, cu_host, length), _Modes(beta, g, w)
     H, K, V, C = layout.H, layout.K, layout.V, layout.C
     local = _prepare(layout, modes, q, k, beta, g, scale, l2norm, ab)
     if not modes.vector:
