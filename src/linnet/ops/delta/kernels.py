@@ -183,28 +183,6 @@ def power_of_2(n):
 
 
 @triton.jit
-def write_keys(
-    k_ptr, b_ptr, t0, head, heads, K: tl.constexpr, r, valid, cols, wide, SUB: tl.constexpr, UNTIED: tl.constexpr
-):
-    """Tile ``[C, BK]`` of the keys written under: k by row, or, UNTIED, b and k of each token in turn."""
-    if UNTIED:
-        row, second = (r // 2)[:, None], (r % 2 == 1)[:, None]
-        mask = valid[:, None] & wide
-        b = tl.load(tile_at(b_ptr, t0, head, heads, K, row, cols[None, :]), mask=mask & (second == 0), other=0.0)
-        return b + tl.load(tile_at(k_ptr, t0, head, heads, K, row, cols[None, :]), mask=mask & second, other=0.0)
-    else:
-        at = tile_at(k_ptr, t0.to(tl.int64) * SUB, head, heads, K, r[:, None], cols[None, :])
-        return tl.load(at, mask=valid[:, None] & wide, other=0.0)
-
-
-@triton.jit
-def erase_keys(a_ptr, t0, h, H, K: tl.constexpr, r, valid, cols, wide):
-    """UNTIED: the first substep erases with -a, the second nothing."""
-    mask = (valid & (r % 2 == 0))[:, None] & wide
-    return -tl.load(tile_at(a_ptr, t0, h, H, K, (r // 2)[:, None], cols[None, :]), mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def payload(ptr, t0, h, H, V: tl.constexpr, r, values, valid, has, SUB: tl.constexpr, UNTIED: tl.constexpr):
     """Tile ``[C, BV]`` of what is written: v by row, or, UNTIED, on the last row of each token."""
     mask = valid[:, None] & tl.trans(has)

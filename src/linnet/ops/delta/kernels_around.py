@@ -25,7 +25,6 @@ from .kernels import (
     after,
     between,
     channel_gates,
-    erase_keys,
     erasing,
     gate_parts,
     gate_sums,
@@ -34,7 +33,6 @@ from .kernels import (
     reading,
     tile_at,
     within,
-    write_keys,
 )
 from .kernels_backward import RESET
 
@@ -155,13 +153,17 @@ def prepare_kernel(
     PACKED: tl.constexpr,
 ):
     """Operands of a chunk with their decays in them. One warp walks it a few rows at a time, last row first: then the
-    sums over the rows after each take no more than the gates of a block in registers."""
+    sums over the rows after each take no more than the gates of a block in registers. UNTIED, both rows of a token have
+    the same decays, and are made together."""
+    STEPS: tl.constexpr = 1 if UNTIED else SUB
+    LINES: tl.constexpr = C // 2 if UNTIED else C
     pid = tl.program_id(0)
     h = pid % H
     hq = h // (H // HQ)
     slot = pid.to(tl.int64)
     t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
-    s0 = t0.to(tl.int64) * SUB
+    lines = tokens * STEPS
+    s0 = t0.to(tl.int64) * STEPS
     rows_ptr += slot * (8 * C)
     cols = tl.arange(0, BK)
     keys = cols[None, :]
@@ -169,8 +171,9 @@ def prepare_kernel(
     dtype = erase_ptr.dtype.element_ty
     if GATE != 0:
         inside = within(cols, K, BK)
-        end_coarse, end_fine = gates_of(g_ptr, t0, h, H, K, 0, C // 2, tokens * SUB, cols, wide, ROWS, SUB, GATE)
-        second_coarse, second_fine = gates_of(g_ptr, t0, h, H, K, C // 2, C, tokens * SUB, cols, wide, ROWS, SUB, GATE)
+        half: tl.constexpr = LINES // 2
+        end_coarse, end_fine = gates_of(g_ptr, t0, h, H, K, 0, half, lines, cols, wide, ROWS, STEPS, GATE)
+        second_coarse, second_fine = gates_of(g_ptr, t0, h, H, K, half, LINES, lines, cols, wide, ROWS, STEPS, GATE)
         second = second_coarse + second_fine
         hard = tl.minimum(end_coarse + end_fine, second) < -limit
         end_coarse += second_coarse
@@ -184,13 +187,13 @@ def prepare_kernel(
         tl.store(rows_ptr + 6 * C, tl.max(tl.where(hard & inside, 1.0, 0.0), 0))
         base_coarse, base_fine = tl.where(hard, end_coarse, -n), tl.where(hard, end_fine, 0.0)
         behind_coarse, behind_fine = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
-    for block in range(0, C // ROWS):
-        r = C - ROWS - block * ROWS + tl.arange(0, ROWS)
-        row, token = r[:, None], (r // SUB)[:, None]
-        valid = r < tokens * SUB
-        reads = valid & (r % SUB == SUB - 1)
+    for block in range(0, LINES // ROWS):
+        r = LINES - ROWS - block * ROWS + tl.arange(0, ROWS)
+        row, token = r[:, None], (r // STEPS)[:, None]
+        valid = r < lines
+        reads = valid & reading(r, STEPS)
         k_in = valid[:, None] & wide
-        k = write_keys(k_ptr, b_ptr, t0, hq, HQ, K, r, valid, cols, wide, SUB, UNTIED).to(tl.float32)
+        k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
         q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=reads[:, None] & wide, other=0.0).to(tl.float32)
         r_k = tl.zeros([ROWS], dtype=tl.float32) + 1.0
         r_q = tl.zeros([ROWS], dtype=tl.float32) + 1.0
@@ -199,12 +202,15 @@ def prepare_kernel(
         beta = tl.zeros([ROWS], dtype=tl.float32) + 1.0
         if not (ERASE or UNTIED):
             beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)
-        tl.store(rows_ptr + 3 * C + r, beta)
-        tl.store(rows_ptr + 4 * C + r, r_k)
-        tl.store(rows_ptr + 5 * C + r, r_q)
+        for j in tl.static_range(0, 2 if UNTIED else 1):
+            here = rows_ptr + (2 * r + j if UNTIED else r)
+            tl.store(here + 3 * C, beta)
+            tl.store(here + 4 * C, r_k)
+            tl.store(here + 5 * C, r_q)
         k = k * r_k[:, None]
         if UNTIED:
-            e = erase_keys(a_ptr, t0, h, H, K, r, valid, cols, wide)
+            e = -tl.load(tile_at(a_ptr, t0, h, H, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
+            b = tl.load(tile_at(b_ptr, t0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
         elif ERASE:
             e = k * tl.load(tile_at(beta_ptr, s0, h, H, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
         else:
@@ -212,22 +218,30 @@ def prepare_kernel(
         w = k * beta[:, None]
         q = q * (r_q * scale)[:, None]
         if GATE != 0:
-            g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
+            g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, STEPS, GATE)
             left_coarse, left_fine, behind_coarse, behind_fine = gates_left(g, behind_coarse, behind_fine)
-            w = w * tl.exp2(left_coarse + left_fine)
+            left = tl.exp2(left_coarse + left_fine)
+            w = w * left
             late_coarse, late_fine = base_coarse[None, :] - left_coarse, base_fine[None, :] - left_fine
             seen = tl.exp2(late_coarse + late_fine)
             q = q * seen
             if UNTIED:
+                b = b * left
                 own_coarse, own_fine = gate_parts(g)
                 e = e * tl.exp2((late_coarse - own_coarse) + (late_fine - own_fine))
             else:
                 e = e * seen
-        out = slot * C * K + (row * K + keys)
         fits = tl.full([ROWS, 1], True, tl.int1) & wide
+        if UNTIED:
+            out = slot * C * K + (2 * row * K + keys)
+            tl.store(erase_ptr + out, e.to(dtype), mask=fits)
+            tl.store(write_ptr + out, b.to(dtype), mask=fits)
+            out += K
+        else:
+            out = slot * C * K + (row * K + keys)
+            tl.store(erase_ptr + out, e.to(dtype), mask=fits)
         tl.store(write_ptr + out, w.to(dtype), mask=fits)
-        tl.store(read_ptr + out, q.to(dtype), mask=reading(r, SUB)[:, None] & wide)
-        tl.store(erase_ptr + out, e.to(dtype), mask=erasing(r, UNTIED)[:, None] & wide)
+        tl.store(read_ptr + out, q.to(dtype), mask=reading(r, STEPS)[:, None] & wide)
 
 
 @triton.jit
@@ -500,12 +514,15 @@ def finish_kernel(
     PACKED: tl.constexpr,
 ):
     """Gradients of queries, keys and strengths from those of the operands, walking the rows as prepare_kernel does."""
+    STEPS: tl.constexpr = 1 if UNTIED else SUB
+    LINES: tl.constexpr = C // 2 if UNTIED else C
     pid = tl.program_id(0)
     h = pid % H
     hq = h // (H // HQ)
     slot = pid.to(tl.int64)
     t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
-    s0 = t0.to(tl.int64) * SUB
+    lines = tokens * STEPS
+    s0 = t0.to(tl.int64) * STEPS
     cols = tl.arange(0, BK)
     keys = cols[None, :]
     wide = within(keys, K, BK)
@@ -514,25 +531,32 @@ def finish_kernel(
         hard = (lift == 0.0)[None, :]
         n = ((lift.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)[None, :]
         behind_coarse, behind_fine = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
-    for block in range(0, C // ROWS):
-        r = C - ROWS - block * ROWS + tl.arange(0, ROWS)
-        row, token = r[:, None], (r // SUB)[:, None]
-        valid = r < tokens * SUB
-        reads = valid & (r % SUB == SUB - 1)
-        k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
-        at = slot * C * K + (row * K + keys)
+    for block in range(0, LINES // ROWS):
+        r = LINES - ROWS - block * ROWS + tl.arange(0, ROWS)
+        row, token = r[:, None], (r // STEPS)[:, None]
+        valid = r < lines
+        asked = reading(r, STEPS)
+        k_in, q_in = valid[:, None] & wide, (valid & asked)[:, None] & wide
         fits = tl.full([ROWS, 1], True, tl.int1) & wide
-        dq = tl.load(read_ptr + at, mask=reading(r, SUB)[:, None] & wide, other=0.0).to(tl.float32) * scale
+        if UNTIED:
+            at = slot * C * K + (2 * row * K + keys)
+            de = tl.load(erase_ptr + at, mask=fits, other=0.0).to(tl.float32)
+            db = tl.load(write_ptr + at, mask=fits, other=0.0).to(tl.float32)
+            at += K
+        else:
+            at = slot * C * K + (row * K + keys)
+            de = tl.load(erase_ptr + at, mask=fits, other=0.0).to(tl.float32)
         dw = tl.load(write_ptr + at, mask=fits, other=0.0).to(tl.float32)
-        de = tl.load(erase_ptr + at, mask=erasing(r, UNTIED)[:, None] & wide, other=0.0).to(tl.float32)
+        dq = tl.load(read_ptr + at, mask=asked[:, None] & wide, other=0.0).to(tl.float32) * scale
         sums = rows_ptr + slot * (8 * C) + r
         if GATE != 0:
-            g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, SUB, GATE)
+            g = channel_gates(g_ptr, t0, h, H, K, r, valid, cols, wide, STEPS, GATE)
             left_coarse, left_fine, behind_coarse, behind_fine = gates_left(g, behind_coarse, behind_fine)
-            dw = dw * tl.exp2(tl.where(hard, 0.0, left_coarse + left_fine))
+            left = tl.exp2(tl.where(hard, 0.0, left_coarse + left_fine))
             seen = tl.exp2(tl.where(hard, 0.0, (-n - left_coarse) - left_fine))
-            dq = dq * seen
+            dw, dq = dw * left, dq * seen
             if UNTIED:
+                db = db * left
                 own_coarse, own_fine = gate_parts(g)
                 late = (-n - left_coarse - own_coarse) - (left_fine + own_fine)
                 de = de * tl.exp2(tl.where(hard, 0.0, late))
@@ -544,10 +568,9 @@ def finish_kernel(
             dq = (dq - q * (r_q * tl.load(sums))[:, None]) * r_q[:, None]
         tl.store(tile_at(dq_ptr, t0, h, H, K, token, keys), dq.to(dq_ptr.dtype.element_ty), mask=q_in)
         if UNTIED:
-            first = k_in & (row % 2 == 0)
-            tl.store(tile_at(da_ptr, t0, h, H, K, token, keys), (-de).to(da_ptr.dtype.element_ty), mask=first)
-            tl.store(tile_at(db_ptr, t0, h, H, K, token, keys), dw.to(db_ptr.dtype.element_ty), mask=first)
-            tl.store(tile_at(dk_ptr, t0, h, H, K, token, keys), dw.to(dk_ptr.dtype.element_ty), mask=q_in)
+            tl.store(tile_at(da_ptr, t0, h, H, K, row, keys), (-de).to(da_ptr.dtype.element_ty), mask=k_in)
+            tl.store(tile_at(db_ptr, t0, h, H, K, row, keys), db.to(db_ptr.dtype.element_ty), mask=k_in)
+            dk = dw
         else:
             r_k = tl.load(sums + 4 * C)
             k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32) * r_k[:, None]
@@ -562,4 +585,4 @@ def finish_kernel(
             if NORM:
                 n_k = tl.load(sums + C) + tl.load(sums + 2 * C)
                 dk = (dk - k * n_k[:, None]) * r_k[:, None]
-            tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dk.to(dk_ptr.dtype.element_ty), mask=k_in)
+        tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dk.to(dk_ptr.dtype.element_ty), mask=k_in)

@@ -44,7 +44,7 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     fp32 = dtype == torch.float32
     stages = 1 if fp32 else 2
     if kernel in ("prepare", "finish"):
-        ROWS = min(1024 // BK, chunk_rows(K, dtype) // 2)  # 32 numbers of a tile a thread
+        ROWS = min(1024 // BK, chunk_rows(K, dtype) // 4)  # 32 numbers of a tile a thread; at most a quarter of a chunk
         return {"BK": BK, "ROWS": ROWS, "num_warps": 1, "num_stages": 1}
     if kernel == "hard":
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
