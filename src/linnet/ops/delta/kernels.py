@@ -396,8 +396,8 @@ def state_kernel(
     rows_ptr,
     decays_ptr,
     matrices_ptr,
-    start_ptr,  # [N, H, K, START]
-    last_ptr,  # [N, H, K, V]
+    start_ptr,  # [N, H, K, V]
+    last_ptr,
     o_ptr,
     S_ptr,  # KEEP: the state that each chunk reads, [chunks, H, V, K], and R^T, [chunks, H, V, C]
     R_ptr,
@@ -412,7 +412,6 @@ def state_kernel(
     K: tl.constexpr,
     V: tl.constexpr,  # columns of the state that is walked
     WIDTH: tl.constexpr,  # of the values
-    START: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -437,14 +436,14 @@ def state_kernel(
     values = pid % blocks * BV + tl.arange(0, BV)
     has = within(values, V, BV)[:, None]
     keys = tl.arange(0, BK)
+    state = (n.to(tl.int64) * H + h) * K * V + (keys[None, :] * V + values[:, None])
     inside = has & within(keys, K, BK)[None, :]
     given = has
     if MOVES:
         given = (values < WIDTH)[:, None]
         S = tl.where(keys[None, :] == values[:, None] - WIDTH, 1.0, 0.0)
     else:
-        start = (n.to(tl.int64) * H + h) * K * START + (keys[None, :] * START + values[:, None])
-        S = tl.load(start_ptr + start, mask=inside, other=0.0)
+        S = tl.load(start_ptr + state, mask=inside, other=0.0)
 
     n_chunks = tl.cdiv(end - first, CT)
     fade, into, read = factors(rows_ptr, decays_ptr, chunk0, n_chunks, h, H, K, C, BK, VECTOR, GATE)
@@ -510,5 +509,4 @@ def state_kernel(
         fade, into, read = next_fade, next_into, next_read
 
     if LAST:
-        last = (n.to(tl.int64) * H + h) * K * V + (keys[None, :] * V + values[:, None])
-        tl.store(last_ptr + last, S, mask=inside)
+        tl.store(last_ptr + state, S, mask=inside)

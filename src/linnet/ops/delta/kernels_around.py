@@ -40,8 +40,9 @@ from .kernels_backward import RESET
 @triton.jit(do_not_specialize=["parts", "H"])
 def chain_kernel(
     start_ptr,  # [N, H, K, V]
-    state_ptr,  # [parts, H, K, WIDTH], of which V columns: what the parts add; replaced by the state that comes to them
-    moves_ptr,  # [parts, H, K, MOVES], of which the last K columns: by what they multiply
+    own_ptr,  # what the parts add, the first V of WIDTH columns, [parts, H, K, WIDTH]
+    moves_ptr,  # by what they multiply, the last K of MOVES columns, [parts, H, K, MOVES]
+    state_ptr,  # the states that come to the parts, [parts, H, K, V]
     last_ptr,  # [N, H, K, V]
     first_ptr,  # [N + 1] parts before each sequence (PACKED)
     parts,  # of each sequence
@@ -56,6 +57,7 @@ def chain_kernel(
     REVERSE: tl.constexpr,  # the adjoint: from the last part to the first, by the transposes
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
+    FINE: tl.constexpr,
 ):
     blocks = tl.cdiv(V, BV)
     pid = tl.program_id(0)
@@ -66,31 +68,35 @@ def chain_kernel(
         first = tl.load(first_ptr + n)
         count = tl.load(first_ptr + n + 1) - first
     keys, values = tl.arange(0, BK)[:, None], pid % blocks * BV + tl.arange(0, BV)[None, :]
-    has, wide = within(values, V, BV), within(keys, K, BK)
+    inside = within(keys, K, BK) & within(values, V, BV)
     ends = (n.to(tl.int64) * H + h) * K * V + (keys * V + values)
-    S = tl.load(start_ptr + ends, mask=wide & has, other=0.0)
-    for it in range(0, count):
+    S = tl.load(start_ptr + ends, mask=inside, other=0.0)
+    for it in tl.range(0, count, num_stages=2 if BM == BK else 1):
         part = first + it
         if REVERSE:
             part = first + count - 1 - it
         slot = part.to(tl.int64) * H + h
-        state = state_ptr + slot * K * WIDTH
-        here = state + (keys * WIDTH + values)
-        after = tl.load(here, mask=wide & has, other=0.0)
-        tl.debug_barrier()
-        tl.store(here, S, mask=wide & has)
-        tl.debug_barrier()
-        moves = moves_ptr + slot * K * MOVES + (MOVES - K)
-        for m0 in range(0, K, BM):
+        state = state_ptr + slot * K * V
+        after = tl.load(own_ptr + slot * K * WIDTH + (keys * WIDTH + values), mask=inside, other=0.0)
+        tl.store(state + (keys * V + values), S, mask=inside)
+        if BM < BK:
+            tl.debug_barrier()
+        for m0 in tl.static_range(0, BK, BM):
             rows, cols = (m0 + tl.arange(0, BM))[:, None], (m0 + tl.arange(0, BM))[None, :]
-            before = tl.load(state + (rows * WIDTH + values), mask=within(rows, K, BM) & has, other=0.0)
+            if BM == BK:
+                before = S
+            else:  # by way of memory: no part of what is in registers can be taken by itself
+                mask = within(rows, K, BM) & within(values, V, BV)
+                before = tl.load(state + (rows * V + values), mask=mask, other=0.0)
             if REVERSE:
-                M = tl.load(moves + (cols * MOVES + keys), mask=wide & within(cols, K, BM), other=0.0)
+                at = cols * MOVES + keys
             else:
-                M = tl.load(moves + (keys * MOVES + cols), mask=wide & within(cols, K, BM), other=0.0)
-            after += product(M, before, EXACT, True)
+                at = keys * MOVES + cols
+            mask = within(keys, K, BK) & within(cols, K, BM)
+            M = tl.load(moves_ptr + slot * K * MOVES + (MOVES - K) + at, mask=mask, other=0.0)
+            after += product(M, before, EXACT, FINE)
         S = after
-    tl.store(last_ptr + ends, S, mask=wide & has)
+    tl.store(last_ptr + ends, S, mask=inside)
 
 
 @triton.jit
@@ -101,7 +107,7 @@ def gates_of(
     """Both parts of the log2-decays of rows ``start`` to ``stop``, summed, by channel."""
     coarse = tl.zeros([ROWS, cols.shape[0]], dtype=tl.float32)
     fine = tl.zeros([ROWS, cols.shape[0]], dtype=tl.float32)
-    for r0 in range(start, stop, ROWS):
+    for r0 in tl.static_range(start, stop, ROWS):  # unrolled: the loads do not wait for each other
         r = r0 + tl.arange(0, ROWS)
         more_coarse, more_fine = gate_parts(channel_gates(g_ptr, t0, h, H, K, r, r < rows, cols, wide, SUB, GATE))
         coarse += more_coarse
@@ -144,7 +150,8 @@ def prepare_kernel(
     K: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,  # covers all keys
-    ROWS: tl.constexpr,  # taken together, at most half of the chunk
+    ROWS: tl.constexpr,  # taken together, at most a quarter of the chunk
+    STAGES: tl.constexpr,  # tiles fetched ahead
     SUB: tl.constexpr,
     GATE: tl.constexpr,
     ERASE: tl.constexpr,
@@ -187,7 +194,7 @@ def prepare_kernel(
         tl.store(rows_ptr + 6 * C, tl.max(tl.where(hard & inside, 1.0, 0.0), 0))
         base_coarse, base_fine = tl.where(hard, end_coarse, -n), tl.where(hard, end_fine, 0.0)
         behind_coarse, behind_fine = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
-    for block in range(0, LINES // ROWS):
+    for block in tl.range(0, LINES // ROWS, num_stages=STAGES):
         r = LINES - ROWS - block * ROWS + tl.arange(0, ROWS)
         row, token = r[:, None], (r // STEPS)[:, None]
         valid = r < lines
@@ -506,6 +513,7 @@ def finish_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     SUB: tl.constexpr,
     GATE: tl.constexpr,
     ERASE: tl.constexpr,
@@ -531,7 +539,7 @@ def finish_kernel(
         hard = (lift == 0.0)[None, :]
         n = ((lift.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)[None, :]
         behind_coarse, behind_fine = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
-    for block in range(0, LINES // ROWS):
+    for block in tl.range(0, LINES // ROWS, num_stages=STAGES):
         r = LINES - ROWS - block * ROWS + tl.arange(0, ROWS)
         row, token = r[:, None], (r // STEPS)[:, None]
         valid = r < lines

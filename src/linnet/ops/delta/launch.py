@@ -45,7 +45,7 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     stages = 1 if fp32 else 2
     if kernel in ("prepare", "finish"):
         ROWS = min(1024 // BK, chunk_rows(K, dtype) // 4)  # 32 numbers of a tile a thread; at most a quarter of a chunk
-        return {"BK": BK, "ROWS": ROWS, "num_warps": 1, "num_stages": 1}
+        return {"BK": BK, "ROWS": ROWS, "STAGES": 2, "num_warps": 1, "num_stages": 1}
     if kernel == "hard":
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
     if kernel == "local":
@@ -330,7 +330,6 @@ def _walk(
         layout.K,
         width,
         layout.V,
-        None if S is None else S.shape[-1],
         C=layout.C,
         SUB=layout.substeps,
         GATE=modes.gate,
@@ -346,32 +345,37 @@ def _walk(
     )
 
 
-def _chain(layout: _Layout, parts: _Parts, start: Tensor, state: Tensor, moves: Tensor, reverse: bool) -> Tensor:
-    """From part to part: replaces what each adds to a state by the state that comes to it, and returns the last."""
-    last = torch.empty_like(start)
+def _chain(
+    layout: _Layout, parts: _Parts, start: Tensor, own: Tensor, moves: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """From part to part: the states that come to them, and the last of every sequence, from what each part adds and by
+    what it multiplies."""
+    states, last = start.new_empty(parts.count, *start.shape[1:]), torch.empty_like(start)
     BK, BV = _block(layout.K), min(32, _block(layout.V))
     chain_kernel[(layout.rows * layout.H * _cdiv(layout.V, BV),)](
         start,
-        state,
+        own,
         moves,
+        states,
         last,
         parts.before,
         parts.each,
         layout.H,
         layout.K,
         layout.V,
-        state.shape[-1],
+        own.shape[-1],
         moves.shape[-1],
         BK=BK,
-        BM=min(BK, 64 if BK <= 128 else 32),
+        BM=min(BK, 128),
         BV=BV,
         REVERSE=reverse,
         PACKED=layout.packed,
         EXACT=layout.dtype == torch.float32,
+        FINE=layout.dtype == torch.float16,
         num_warps=4 if BK <= 128 else 8,
         num_stages=2,
     )
-    return last
+    return states, last
 
 
 def _enter(
@@ -383,12 +387,12 @@ def _enter(
     S: Tensor,
     scale: float,
     parts: _Parts,
-) -> tuple[Tensor, Tensor]:
-    """The states that enter the parts, beside what each multiplies a state by ``[parts, H, K, V + K]``, and the last
-    state of every sequence."""
-    state = S.new_empty(parts.count, layout.H, layout.K, layout.V + layout.K)
-    _walk(layout, modes, local, v, w, None, scale, parts, last=state)
-    return state, _chain(layout, parts, S, state, state, False)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The states that enter the parts, the last of every sequence, and what each part adds to a state, beside by what
+    it multiplies it, ``[parts, H, K, V + K]``."""
+    moves = S.new_empty(parts.count, layout.H, layout.K, layout.V + layout.K)
+    _walk(layout, modes, local, v, w, None, scale, parts, last=moves)
+    return *_chain(layout, parts, S, moves, moves, False), moves
 
 
 def forward(
@@ -424,7 +428,7 @@ def forward(
         last = torch.empty_like(S)
         _walk(layout, modes, local, v, w, S, scale, layout.whole, o=o, last=last)
     else:
-        entering, last = _enter(layout, modes, local, v, w, S, scale, layout.parts)
+        entering, last, _ = _enter(layout, modes, local, v, w, S, scale, layout.parts)
         _walk(layout, modes, local, v, w, entering, scale, layout.parts, o=o)
     return (o, last, local["matrices"], local["rows"]) if training else (o, last, None, None)
 
@@ -596,12 +600,12 @@ def backward(
         dS0 = torch.empty_like(S)
         walk_back(dS, dS0)
     else:
-        moves, _ = _enter(layout, modes, local, v, w, S, scale, parts)
-        _walk(layout, modes, local, v, w, moves, scale, parts, kept=(entering, R))
-        ends = S.new_zeros(parts.count, H, K, V)
-        walk_back(ends, ends)
-        dS0 = _chain(layout, parts, dS, ends, moves, True)
-        walk_back(ends, ends)
+        states, _, moves = _enter(layout, modes, local, v, w, S, scale, parts)
+        _walk(layout, modes, local, v, w, states, scale, parts, kept=(entering, R))
+        own = torch.empty_like(states)
+        walk_back(torch.zeros_like(states), own)
+        states, dS0 = _chain(layout, parts, dS, own, moves, True)
+        walk_back(states, own)
     dq, dk = q.new_empty(*q.shape[:2], H, K), k.new_empty(*k.shape[:2], H, K)
     a, b = ab or (None, None)
     wanted = {"beta": beta, "g": g, "w": w, "a": a, "b": b}
