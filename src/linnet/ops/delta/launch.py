@@ -139,7 +139,8 @@ class _Layout:
         if length is None:
             BV = launch_settings("state", self.K, self.V, self.dtype, True)["BV"]
             blocks = max(_cdiv(self.V, BV), _cdiv(self.V + self.K, BV * (2 if self.K <= 128 else 1)))
-            length = part_length(self.longest, self.rows * self.H * blocks, self.device)
+            rows = _cdiv(self.chunks, max(1, self.longest))  # as if all were as long as the longest
+            length = part_length(self.longest, rows * self.H * blocks, self.device)
         if length >= self.longest:
             return None
         if cu_host is None:
