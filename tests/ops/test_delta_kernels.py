@@ -92,7 +92,7 @@ def test_parts_cover_packed_sequences() -> None:
     lengths, K = [1, 0, 200, 64, 130], 16
     cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     q = torch.empty(1, sum(lengths), 1, K, dtype=torch.bfloat16)
-    parts = launch._Layout(q, q, 1, cu).parts
+    parts = launch._Layout(q, q, 1, cu, 2).parts
     assert parts is not None
     assert parts.before.tolist() == [0, 1, 1, 3, 4, 6]  # type: ignore[union-attr]
     assert parts.cu.tolist() == [0, 1, 129, 201, 265, 393, 395]  # type: ignore[union-attr]
