@@ -71,7 +71,7 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def part_length(chunks: int, programs: int, device: torch.device) -> int:
