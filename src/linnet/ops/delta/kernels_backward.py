@@ -136,13 +136,18 @@ def adjoint_kernel(
 
 
 @triton.jit
-def value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SUB: tl.constexpr):
+def value_tiles(
+    do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
     """Tiles of a chunk's values: gradients of the reading ``[C, BV]``, R ``[BV, C]``, L ``[C, BV]``."""
     r = tl.arange(0, C)
     values = v0 + tl.arange(0, BV)
     has = within(values, V, BV)
-    do = tl.load(tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :]), mask=reads[:, None] & has[None, :], other=0.0)
-    R = tl.load(R_ptr + (values[:, None] * C + r[None, :]), mask=has[:, None] & tl.full([1, C], True, tl.int1), other=0.0)
+    at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
+    do = tl.load(at, mask=reads[:, None] & has[None, :], other=0.0)
+    every = has[:, None] & tl.full([1, C], True, tl.int1)
+    R = tl.load(R_ptr + (values[:, None] * C + r[None, :]), mask=every, other=0.0)
     L = tl.load(tile_at(L_ptr, s0, h, H, V, r[:, None], values[None, :]), mask=valid[:, None] & has[None, :], other=0.0)
     return do, R, L
 
@@ -208,7 +213,6 @@ def gradient_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    LATE: tl.constexpr,
     KEYS: tl.constexpr,  # K rounded up to a power of two
     SUB: tl.constexpr,
     GATE: tl.constexpr,
@@ -292,14 +296,6 @@ def gradient_kernel(
             at = slot * C * K + (row * K + keys)
             fits = tl.full([C, 1], True, tl.int1) & wide
             asked, erases = reading(r, SUB)[:, None] & wide, erasing(r, UNTIED)[:, None] & wide
-        if not LATE:
-            if VECTOR:
-                q = tl.load(read_ptr + at, mask=asked, other=0.0)
-                e = tl.load(erase_ptr + at, mask=erases, other=0.0)
-                w = tl.load(write_ptr + at, mask=fits, other=0.0)
-            else:
-                k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0)
-                q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0)
         if not ONE:
             do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, 0, valid, reads, V, C, BV, SUB)
         S, dS = state_tiles(S_ptr, dS_ptr, 0, k0, K, V, BK, BV)
@@ -318,14 +314,13 @@ def gradient_kernel(
             if GATE != 0:
                 end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
 
-        if LATE:
-            if VECTOR:
-                q = tl.load(read_ptr + at, mask=asked, other=0.0)
-                e = tl.load(erase_ptr + at, mask=erases, other=0.0)
-                w = tl.load(write_ptr + at, mask=fits, other=0.0)
-            else:
-                k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0)
-                q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0)
+        if VECTOR:
+            q = tl.load(read_ptr + at, mask=asked, other=0.0)
+            e = tl.load(erase_ptr + at, mask=erases, other=0.0)
+            w = tl.load(write_ptr + at, mask=fits, other=0.0)
+        else:
+            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0)
+            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0)
         if VECTOR:
             wx = w
             if GATE != 0:

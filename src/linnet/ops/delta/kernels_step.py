@@ -81,11 +81,10 @@ def step_kernel(
                 z = z * beta
             if not UNTIED:
                 z = z - tl.sum(S * e[:, None], 0)
-            if j == SUB - 1:  # read before it is written: the state then goes out without waiting for the reading
-                q = tl.load(q_ptr + (token * HQ + hq) * K + keys, mask=wide, other=0.0).to(tl.float32)
-                if NORM:
-                    q = q * tl.rsqrt(tl.sum(q * q, 0) + 1e-6)
-                o = (tl.sum(S * q[:, None], 0) + tl.sum(q * k, 0) * z) * scale
             S += k[:, None] * z[None, :]
+        q = tl.load(q_ptr + (token * HQ + hq) * K + keys, mask=wide, other=0.0).to(tl.float32)
+        if NORM:
+            q = q * tl.rsqrt(tl.sum(q * q, 0) + 1e-6)
+        o = tl.sum(S * (q * scale)[:, None], 0)
         tl.store(o_ptr + (token * H + h) * V + values, o.to(o_ptr.dtype.element_ty), mask=has)
     tl.store(out_ptr + at, S, mask=wide[:, None] & has[None, :])

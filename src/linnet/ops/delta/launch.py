@@ -45,16 +45,15 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     stages = 1 if fp32 else 2
     if kernel in ("prepare", "finish"):
         ROWS = min(1024 // BK, chunk_rows(K, dtype) // 4)  # 32 numbers of a tile a thread; at most a quarter of a chunk
-        return {"BK": BK, "ROWS": ROWS, "STAGES": 2, "num_warps": 1, "num_stages": 1}
+        return {"BK": BK, "ROWS": ROWS, "STAGES": 3, "num_warps": 1, "num_stages": 1}
     if kernel == "hard":
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
     if kernel == "local":
         return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": stages}
     if kernel == "gradient":
         return {
-            "BK": min(BK, 32 if fp32 else 64),
+            "BK": min(BK, 32) if fp32 else 64,  # blocks of 32 in 16 bits made illegal accesses on Hopper
             "BV": min(_block(V), 32 if fp32 else 128),
-            "LATE": True,
             "num_warps": 4,
             "num_stages": 1,
         }
@@ -78,10 +77,10 @@ def part_length(chunks: int, programs: int, device: torch.device) -> int:
     """Chunks of the parts in which to walk sequences of so many, where whole ones would have so many programs.
 
     Parts are walked twice, first for what they do to a state, in half as long a time if twice as many programs run, so
-    that they have to fit the GPU at once. Further launches take as long as about eight chunks, the chain as four for
-    each part. The interpreter, where nothing is gained, has short sequences only.
+    that they have to fit the GPU at once. Further launches, on the host too, take as long as 24 chunks, the chain as
+    four for each part. The interpreter, where nothing is gained, has short sequences only.
     """
-    step, launches = (4, 8) if device.type == "cuda" else (0, 0)
+    step, launches = (4, 24) if device.type == "cuda" else (0, 0)
     parts = _multiprocessors(device) // max(1, programs)
     parts = max(1, min(parts, isqrt(2 * chunks // step) if step else chunks))
     length = _cdiv(chunks, parts)
