@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from linnet.ops.delta import launch
 
-SCALAR = ("local_kernel", "state_kernel", "adjoint_kernel", "pairs_kernel", "gradient_kernel")
+SCALAR = ("local_kernel", "state_kernel", "adjoint_kernel", "gradient_kernel")
 VECTOR = ("prepare_kernel", "hard_kernel", "hard_gradient_kernel", "finish_kernel")
 
 # Modes, and the kernels that differ from those of the modes before.
@@ -27,6 +27,7 @@ CALLS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "packed substeps": ({"gate": "none", "substeps": 2, "lengths": [100, 300]}, ("local_kernel", "state_kernel")),
     "channel-wise": ({"gate": "vector", "channelwise": True}, (*SCALAR, *VECTOR)),
     "untied": ({"gate": "vector", "untied": True}, ("prepare_kernel", "gradient_kernel", "finish_kernel")),
+    "few heads": ({"gate": "vector", "heads": 1}, ("state_kernel", "chain_kernel")),
 }
 
 
@@ -40,9 +41,10 @@ def recorded(
     untied: bool = False,
     substeps: int = 1,
     lengths: list[int] | None = None,
+    heads: int = 16,
 ) -> list[Launch]:
     """What forward and backward of a call launch."""
-    B, T, H = (4, 400, 16) if lengths is None else (1, sum(lengths), 16)
+    B, T, H = (4 if heads > 1 else 1, 400, heads) if lengths is None else (1, sum(lengths), heads)
     rows, R = B if lengths is None else len(lengths), T * substeps
     cu = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
@@ -50,8 +52,8 @@ def recorded(
         return torch.empty(shape, dtype=dtype)
 
     g = {"none": None, "scalar": torch.empty(B, T, H), "vector": torch.empty(B, T, H, K)}[gate]
-    beta = None if untied else torch.empty(B, R, H, K) if channelwise else torch.empty(B, R, H)
-    w = torch.empty(B, R, H, V) if channelwise else None
+    beta = None if untied else empty(B, R, H, K) if channelwise else torch.empty(B, R, H)
+    w = empty(B, R, H, V) if channelwise else None
     given = (empty(B, T, H, K), empty(B, R, H, K), empty(B, R, H, V), beta, g, w, torch.empty(rows, H, K, V))
     options = (cu, 1.0, not untied, 2 if untied else substeps)
     ab = (empty(B, T, H, K), empty(B, T, H, K)) if untied else None
@@ -77,6 +79,24 @@ def test_compiles_for_hopper(name: str, kernel: str) -> None:
     assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
     if kernel in SCALAR:
         assert "wgmma.mma_async" in built.asm["ptx"]
+
+
+def test_parts_are_for_few_heads_and_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    gpu = torch.device("cuda")
+    assert launch.part_length(512, 132, gpu) == 512 and launch.part_length(16, 4, gpu) == 16
+    assert [launch.part_length(512, programs, gpu) for programs in (2, 8, 33)] == [32, 32, 128]
+
+
+def test_parts_cover_packed_sequences() -> None:
+    lengths, K = [1, 0, 200, 64, 130], 16
+    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    q = torch.empty(1, sum(lengths), 1, K, dtype=torch.bfloat16)
+    parts = launch._Layout(q, q, 1, cu, 2).parts
+    assert parts is not None
+    assert parts.before.tolist() == [0, 1, 1, 3, 4, 6]  # type: ignore[union-attr]
+    assert parts.cu.tolist() == [0, 1, 129, 201, 265, 393, 395]  # type: ignore[union-attr]
+    assert parts.first.tolist() == [0, 1, 3, 5, 6, 8, 9]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

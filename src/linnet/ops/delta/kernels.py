@@ -66,15 +66,66 @@ def product(a, b, EXACT: tl.constexpr, FINE: tl.constexpr):
 
 
 @triton.jit
-def inverse(T, C: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr):
+def quarters(X):
+    """Upper left, lower left and lower right quarters of matrices ``[n, c, c]``."""
+    n: tl.constexpr = X.shape[0]
+    half: tl.constexpr = X.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(X, [n, 2, half, 2, half]), (0, 2, 4, 1, 3)))
+    a, b = tl.split(left)
+    _, d = tl.split(right)
+    return a, b, d
+
+
+@triton.jit
+def halves(X):
+    """The two matrices of each pair ``[2 n, c, c]``."""
+    n: tl.constexpr = X.shape[0] // 2
+    c: tl.constexpr = X.shape[1]
+    return tl.split(tl.permute(tl.reshape(X, [n, 2, c, c]), (0, 2, 3, 1)))
+
+
+@triton.jit
+def paired(a, d):
+    """The inverse of :func:`halves`."""
+    n: tl.constexpr = a.shape[0]
+    c: tl.constexpr = a.shape[1]
+    return tl.reshape(tl.permute(tl.join(a, d), (0, 3, 1, 2)), [2 * n, c, c])
+
+
+@triton.jit
+def merged(X, below, EXACT: tl.constexpr, FINE: tl.constexpr):
+    """Inverses of unit lower triangular matrices ``[n, 2 c, 2 c]``, from those of their diagonal blocks ``[2 n, c, c]``
+    and the blocks below the diagonal."""
+    n: tl.constexpr = X.shape[0] // 2
+    c: tl.constexpr = X.shape[1]
+    a, d = halves(X)
+    b = -product(d, product(below, a, EXACT, FINE), EXACT, FINE)
+    left, right = tl.join(a, b), tl.join(tl.zeros([n, c, c], dtype=tl.float32), d)
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 3, 1, 4, 2)), [n, 2 * c, 2 * c])
+
+
+@triton.jit
+def inverse(T, EXACT: tl.constexpr, FINE: tl.constexpr):
     """``(I + T)^-1`` of a strictly lower triangular ``T``, from the inverses of ever larger diagonal blocks."""
-    r, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    C: tl.constexpr = T.shape[0]
+    T = tl.reshape(T, [1, C, C])
+    if C > 32:
+        a, below_32, d = quarters(T)
+        T = paired(a, d)
+    if C > 16:
+        a, below_16, d = quarters(T)
+        T = paired(a, d)
+    r, c = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
     X = tl.where(r == c, 1.0, tl.where((r == c + 1) & (r % 2 == 1), -T, 0.0))
-    for level in tl.static_range(1, LEVELS):
+    for level in tl.static_range(1, 4):
         below = ((r >> level) == (c >> level) + 1) & ((r >> level) % 2 == 1)
         corner = product(tl.where(below, T, 0.0), X, EXACT, FINE)
         X -= product(X, corner, EXACT, FINE)
-    return X
+    if C > 16:
+        X = merged(X, below_16, EXACT, FINE)
+    if C > 32:
+        X = merged(X, below_32, EXACT, FINE)
+    return tl.reshape(X, [C, C])
 
 
 @triton.jit
@@ -88,7 +139,7 @@ def row_gates(g_ptr, t0, h, H, r, valid, SUB: tl.constexpr):
 @triton.jit
 def gate_parts(g):
     """Log2-decays as multiples of 2^-10, which fp32 adds without error, and rests of which the sums stay below 1/16."""
-    coarse = tl.floor(g * 1024.0) * 0.0009765625
+    coarse = (g + 12288.0) - 12288.0  # rounded: fp32 numbers of this size are such multiples
     return coarse, g - coarse
 
 
@@ -129,28 +180,6 @@ def channel_gates(g_ptr, t0, h, H, K: tl.constexpr, r, valid, cols, wide, SUB: t
 def power_of_2(n):
     """``2 ** n`` of whole numbers -126 .. 127, without error."""
     return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def write_keys(
-    k_ptr, b_ptr, t0, head, heads, K: tl.constexpr, r, valid, cols, wide, SUB: tl.constexpr, UNTIED: tl.constexpr
-):
-    """Tile ``[C, BK]`` of the keys written under: k by row, or, UNTIED, b and k of each token in turn."""
-    if UNTIED:
-        row, second = (r // 2)[:, None], (r % 2 == 1)[:, None]
-        mask = valid[:, None] & wide
-        b = tl.load(tile_at(b_ptr, t0, head, heads, K, row, cols[None, :]), mask=mask & (second == 0), other=0.0)
-        return b + tl.load(tile_at(k_ptr, t0, head, heads, K, row, cols[None, :]), mask=mask & second, other=0.0)
-    else:
-        at = tile_at(k_ptr, t0.to(tl.int64) * SUB, head, heads, K, r[:, None], cols[None, :])
-        return tl.load(at, mask=valid[:, None] & wide, other=0.0)
-
-
-@triton.jit
-def erase_keys(a_ptr, t0, h, H, K: tl.constexpr, r, valid, cols, wide):
-    """UNTIED: the first substep erases with -a, the second nothing."""
-    mask = (valid & (r % 2 == 0))[:, None] & wide
-    return -tl.load(tile_at(a_ptr, t0, h, H, K, (r // 2)[:, None], cols[None, :]), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -204,11 +233,11 @@ def local_kernel(
     HQ,
     K: tl.constexpr,
     C: tl.constexpr,
-    LEVELS: tl.constexpr,  # log2 C
     BK: tl.constexpr,
     SUB: tl.constexpr,
     GATE: tl.constexpr,  # 0 none, 1 a scalar per token, 2 one per channel
     VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -236,8 +265,9 @@ def local_kernel(
             wide = within(cols, K, BK)
             fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
             w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            e = tl.load(erase_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            q = tl.load(read_ptr + tile + cols[None, :], mask=fits, other=0.0)
+            erases, reads = erasing(r, UNTIED)[:, None], reading(r, SUB)[:, None]
+            e = tl.load(erase_ptr + tile + cols[None, :], mask=erases & wide[None, :], other=0.0)
+            q = tl.load(read_ptr + tile + cols[None, :], mask=reads & wide[None, :], other=0.0)
             if GATE != 0:
                 lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
                 hard += tl.sum((lift == 0.0).to(tl.int32), 0)
@@ -286,20 +316,38 @@ def local_kernel(
         tl.store(rows_ptr + 5 * C, r_q)
         T_ = T_ * r_k[:, None] * (r_k * beta)[None, :]
         P = P * (r_q * scale)[:, None] * (r_k * beta)[None, :]
-    A = inverse(tl.where(row > col, T_, 0.0), C, LEVELS, EXACT, FINE)
     dtype = matrices_ptr.dtype.element_ty
     matrices_ptr += slot * (2 * C * C) + (row * C + col)
-    tl.store(matrices_ptr, A.to(dtype))
     tl.store(matrices_ptr + C * C, tl.where(row >= col, P, 0.0).to(dtype))
+    A = inverse(tl.where(row > col, T_, 0.0), EXACT, FINE)
+    tl.store(matrices_ptr, A.to(dtype))
 
 
 @triton.jit
-def sequence(n, cu_ptr, first_ptr, T, CT, PACKED: tl.constexpr):
-    """First token of a sequence, the one after its last, and its first chunk."""
+def stretch(n, cu_ptr, first_ptr, T, CT, LENGTH, PACKED: tl.constexpr):
+    """First token of a sequence, or of ``LENGTH`` tokens of one, the one after its last, and its first chunk."""
     if PACKED:
         return tl.load(cu_ptr + n), tl.load(cu_ptr + n + 1), tl.load(first_ptr + n)
     else:
-        return n * T, (n + 1) * T, n * tl.cdiv(T, CT)
+        parts = tl.cdiv(T, LENGTH)
+        first = n // parts * T + n % parts * LENGTH
+        end = tl.minimum(first + LENGTH, (n // parts + 1) * T)
+        return first, end, n // parts * tl.cdiv(T, CT) + n % parts * (LENGTH // CT)
+
+
+@triton.jit
+def reading(r, SUB: tl.constexpr):
+    """Rows of a chunk that read: the last of each token. ``prepare_kernel`` writes out no others."""
+    return r % SUB == SUB - 1
+
+
+@triton.jit
+def erasing(r, UNTIED: tl.constexpr):
+    """Rows of a chunk that erase: all, or, UNTIED, the first of each token. ``prepare_kernel`` writes out no others."""
+    if UNTIED:
+        return r % 2 == 0
+    else:
+        return tl.full(r.shape, True, tl.int1)
 
 
 @triton.jit
@@ -311,24 +359,34 @@ def key_tile(
     wide = within(cols, K, BK)
     if VECTOR:
         at = ptr + slot * C * K + (tl.arange(0, C)[:, None] * K + cols)
-        return tl.load(at, mask=tl.full([C, 1], True, tl.int1) & wide, other=0.0)
+        return tl.load(at, mask=mask[:, None] & wide, other=0.0)
     else:
         return tl.load(tile_at(ptr, start, head, heads, K, row[:, None], cols), mask=mask[:, None] & wide, other=0.0)
 
 
 @triton.jit
-def factors(rows_ptr, chunk, n_chunks, h, H, C: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr):
-    """What a serial pass fetches a chunk ahead by hand: the compiler does so only for what enters a product."""
+def factors(
+    rows_ptr, decays_ptr, chunk, n_chunks, h, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    VECTOR: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """What a serial pass fetches a chunk ahead by hand, as the compiler does so only for what enters a product: by what
+    the state is multiplied before it is written to and before it is read, and the rows' factors of reading."""
     slot = chunk.to(tl.int64) * H + h
-    fade, read = 1.0, tl.zeros([C], dtype=tl.float32)
-    if not VECTOR:
+    fade, into, read = 1.0, 1.0, tl.zeros([C], dtype=tl.float32)
+    if VECTOR:
+        if GATE != 0:
+            keys = tl.arange(0, BK)
+            inside = within(keys, K, BK) & (n_chunks > 0)
+            into = tl.load(decays_ptr + slot * (3 * K) + keys, mask=inside, other=1.0)
+            fade = tl.load(decays_ptr + slot * (3 * K) + K + keys, mask=inside, other=1.0)
+    else:
         if GATE != 0:
             fade = tl.load(rows_ptr + slot * (8 * C) + 7 * C, mask=n_chunks > 0, other=1.0)
         read = tl.load(rows_ptr + slot * (8 * C) + 2 * C + tl.arange(0, C), mask=n_chunks > 0, other=0.0)
-    return fade, read
+    return fade, into, read
 
 
-@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+@triton.jit(do_not_specialize=["T", "CT", "LENGTH", "H", "HQ"])
 def state_kernel(
     erase_ptr,  # k, k and q themselves, or the operands written out by prepare_kernel
     write_ptr,
@@ -348,10 +406,12 @@ def state_kernel(
     scale,
     T,
     CT,
+    LENGTH,  # tokens of a stretch that is walked by itself
     H,
     HQ,
     K: tl.constexpr,
-    V: tl.constexpr,
+    V: tl.constexpr,  # columns of the state that is walked
+    WIDTH: tl.constexpr,  # of the values
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -363,6 +423,7 @@ def state_kernel(
     OUTPUT: tl.constexpr,
     KEEP: tl.constexpr,
     LAST: tl.constexpr,
+    MOVES: tl.constexpr,  # start from [0, I] instead: what a stretch adds to a state, and by what it multiplies it
     PACKED: tl.constexpr,
 ):
     blocks = tl.cdiv(V, BV)
@@ -370,37 +431,45 @@ def state_kernel(
     h = (pid // blocks) % H
     n = pid // (blocks * H)
     hq = h // (H // HQ)
-    first, end, chunk0 = sequence(n, cu_ptr, first_ptr, T, CT, PACKED)
+    first, end, chunk0 = stretch(n, cu_ptr, first_ptr, T, CT, LENGTH, PACKED)
     r = tl.arange(0, C)
     values = pid % blocks * BV + tl.arange(0, BV)
     has = within(values, V, BV)[:, None]
     keys = tl.arange(0, BK)
-    state = keys[None, :] * V + values[:, None]
+    state = (n.to(tl.int64) * H + h) * K * V + (keys[None, :] * V + values[:, None])
     inside = has & within(keys, K, BK)[None, :]
-    S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
+    given = has
+    if MOVES:
+        given = (values < WIDTH)[:, None]
+        S = tl.where(keys[None, :] == values[:, None] - WIDTH, 1.0, 0.0)
+    else:
+        S = tl.load(start_ptr + state, mask=inside, other=0.0)
 
     n_chunks = tl.cdiv(end - first, CT)
-    fade, read = factors(rows_ptr, chunk0, n_chunks, h, H, C, VECTOR, GATE)
+    fade, into, read = factors(rows_ptr, decays_ptr, chunk0, n_chunks, h, H, K, C, BK, VECTOR, GATE)
     for it in range(0, n_chunks):
         t0 = first + it * CT
         slot = (chunk0 + it).to(tl.int64) * H + h
         ahead = tl.minimum(it + 1, n_chunks - 1)
-        next_fade, next_read = factors(rows_ptr, chunk0 + ahead, n_chunks, h, H, C, VECTOR, GATE)
+        next_fade, next_into, next_read = factors(
+            rows_ptr, decays_ptr, chunk0 + ahead, n_chunks, h, H, K, C, BK, VECTOR, GATE
+        )
         valid = r < tl.minimum(end - t0, CT) * SUB
-        reads = valid & (r % SUB == SUB - 1)
+        all_rows = tl.full([C], True, tl.int1)
+        reads = valid & reading(r, SUB)
         s0 = t0.to(tl.int64) * SUB
         tile = r[:, None] * C + r[None, :]
         rows = rows_ptr + slot * (8 * C) + r
 
         if VECTOR:
             if GATE != 0:
-                S = S * tl.load(decays_ptr + slot * (3 * K) + keys, mask=within(keys, K, BK), other=0.0)[None, :]
+                S = S * into[None, :]
         if KEEP:
             at = S_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
             tl.store(at, S.to(S_ptr.dtype.element_ty), mask=inside)
-        k = key_tile(write_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+        k = key_tile(write_ptr, slot, s0, hq, HQ, r, all_rows if VECTOR else valid, K, C, BK, VECTOR)
         if VECTOR:
-            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, erasing(r, UNTIED), K, C, BK, VECTOR)
         else:
             e = k
         Sb = S.to(k.dtype)
@@ -408,22 +477,20 @@ def state_kernel(
         if not VECTOR:
             X = X * tl.load(rows)[None, :]
         A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
+        # v goes to the tensor cores as it lies in memory
+        z = payload(v_ptr, t0, h, H, WIDTH, r, values, valid, given, SUB, UNTIED)
         if W:
-            at = tile_at(v_ptr, s0, h, H, V, r[None, :], values[:, None])
-            z = tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
-            at = tile_at(w_ptr, s0, h, H, V, r[None, :], values[:, None])
-            z = z * tl.load(at, mask=has & valid[None, :], other=0.0).to(tl.float32)
-            R = tl.dot((z - X).to(k.dtype), tl.trans(A), input_precision="ieee")
-        else:  # v goes to the tensor cores as it lies in memory
-            v = payload(v_ptr, t0, h, H, V, r, values, valid, has, SUB, UNTIED)
-            R = tl.dot(tl.trans(v), tl.trans(A), input_precision="ieee")
-            R = tl.dot((-X).to(k.dtype), tl.trans(A), R, input_precision="ieee")
+            w = payload(w_ptr, t0, h, H, WIDTH, r, values, valid, given, SUB, UNTIED)
+            z = (z.to(tl.float32) * w.to(tl.float32)).to(k.dtype)
+        R = tl.dot(tl.trans(z), tl.trans(A), input_precision="ieee")
+        R = tl.dot((-X).to(k.dtype), tl.trans(A), R, input_precision="ieee")
         Rb = R.to(k.dtype)
         if KEEP:
             at = R_ptr + slot * C * V + (values[:, None] * C + r[None, :])
             tl.store(at, Rb, mask=has & tl.full([1, C], True, tl.int1))
         if OUTPUT:
-            q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reads, K, C, BK, VECTOR)
+            asked = reading(r, SUB) if VECTOR else reads
+            q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, asked, K, C, BK, VECTOR)
             o = tl.dot(Sb, tl.trans(q), input_precision="ieee")
             if not VECTOR:
                 o = o * read[None, :]
@@ -435,11 +502,11 @@ def state_kernel(
             Rb = (R * tl.load(rows + C)[None, :]).to(k.dtype)
         if GATE != 0:
             if VECTOR:
-                S = S * tl.load(decays_ptr + slot * (3 * K) + K + keys, mask=within(keys, K, BK), other=0.0)[None, :]
+                S = S * fade[None, :]
             else:
                 S = S * fade
         S = tl.dot(Rb, k, S, input_precision="ieee")
-        fade, read = next_fade, next_read
+        fade, into, read = next_fade, next_into, next_read
 
     if LAST:
-        tl.store(last_ptr + (n.to(tl.int64) * H + h) * K * V + state, S, mask=inside)
+        tl.store(last_ptr + state, S, mask=inside)

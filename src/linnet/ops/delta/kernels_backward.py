@@ -20,11 +20,13 @@ import triton.language as tl
 from .kernels import (
     _span,
     between,
+    erasing,
     factors,
     gate_sums,
     key_tile,
+    reading,
     row_gates,
-    sequence,
+    stretch,
     tile_at,
     within,
 )
@@ -32,7 +34,7 @@ from .kernels import (
 RESET = tl.constexpr(-150.0)  # log2-decays below it were cut: a reset passes no gradient
 
 
-@triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
+@triton.jit(do_not_specialize=["T", "CT", "LENGTH", "H", "HQ"])
 def adjoint_kernel(
     erase_ptr,
     write_ptr,
@@ -50,6 +52,7 @@ def adjoint_kernel(
     scale,
     T,
     CT,
+    LENGTH,
     H,
     HQ,
     K: tl.constexpr,
@@ -60,6 +63,7 @@ def adjoint_kernel(
     SUB: tl.constexpr,
     GATE: tl.constexpr,
     VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     blocks = tl.cdiv(V, BV)
@@ -67,7 +71,7 @@ def adjoint_kernel(
     h = (pid // blocks) % H
     n = pid // (blocks * H)
     hq = h // (H // HQ)
-    first, end, chunk0 = sequence(n, cu_ptr, first_ptr, T, CT, PACKED)
+    first, end, chunk0 = stretch(n, cu_ptr, first_ptr, T, CT, LENGTH, PACKED)
     r = tl.arange(0, C)
     values = pid % blocks * BV + tl.arange(0, BV)
     has = within(values, V, BV)[:, None]
@@ -77,36 +81,40 @@ def adjoint_kernel(
     dS = tl.load(last_ptr + (n.to(tl.int64) * H + h) * K * V + state, mask=inside, other=0.0)
 
     n_chunks = tl.cdiv(end - first, CT)
-    fade, read = factors(rows_ptr, chunk0 + n_chunks - 1, n_chunks, h, H, C, VECTOR, GATE)
+    fade, into, read = factors(rows_ptr, decays_ptr, chunk0 + n_chunks - 1, n_chunks, h, H, K, C, BK, VECTOR, GATE)
     for it in range(0, n_chunks):
         c = n_chunks - 1 - it
         ahead = chunk0 + tl.maximum(c - 1, 0)
-        next_fade, next_read = factors(rows_ptr, ahead, n_chunks, h, H, C, VECTOR, GATE)
+        next_fade, next_into, next_read = factors(rows_ptr, decays_ptr, ahead, n_chunks, h, H, K, C, BK, VECTOR, GATE)
         t0 = first + c * CT
         slot = (chunk0 + c).to(tl.int64) * H + h
         valid = r < tl.minimum(end - t0, CT) * SUB
-        reads = valid & (r % SUB == SUB - 1)
+        all_rows = tl.full([C], True, tl.int1)
+        reads = valid & reading(r, SUB)
         s0 = t0.to(tl.int64) * SUB
         tile = r[:, None] * C + r[None, :]
         rows = rows_ptr + slot * (8 * C) + r
 
         at = dS_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
         tl.store(at, dS.to(dS_ptr.dtype.element_ty), mask=inside)
-        k = key_tile(write_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
-        dR = tl.dot(dS.to(k.dtype), tl.trans(k), input_precision="ieee")
-        if not VECTOR:
-            dR = dR * tl.load(rows + C)[None, :]
+        k = key_tile(write_ptr, slot, s0, hq, HQ, r, all_rows if VECTOR else valid, K, C, BK, VECTOR)
         at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
         do = tl.trans(tl.load(at, mask=tl.trans(has) & reads[:, None], other=0.0))
         P = tl.load(matrices_ptr + slot * (2 * C * C) + C * C + tile)
-        dR = tl.dot(do, P, dR, input_precision="ieee")
+        dR = tl.dot(do, P, input_precision="ieee")
+        if VECTOR:
+            dR = tl.dot(dS.to(k.dtype), tl.trans(k), dR, input_precision="ieee")
+        else:
+            # A sum would be made one product that starts from the other, and the load then not be fetched ahead.
+            x = tl.dot(dS.to(k.dtype), tl.trans(k), input_precision="ieee")
+            dR = tl.fma(x, tl.load(rows + C)[None, :], dR)
         A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
         L = tl.dot(dR.to(k.dtype), A, input_precision="ieee")
         at = tile_at(L_ptr, s0, h, H, V, r[None, :], values[:, None])
         tl.store(at, L.to(L_ptr.dtype.element_ty), mask=has & valid[None, :])
-        q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reads, K, C, BK, VECTOR)
+        q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reading(r, SUB) if VECTOR else reads, K, C, BK, VECTOR)
         if VECTOR:
-            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, valid, K, C, BK, VECTOR)
+            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, erasing(r, UNTIED), K, C, BK, VECTOR)
             Lb = (-L).to(k.dtype)
         else:
             e = k
@@ -114,100 +122,66 @@ def adjoint_kernel(
             Lb = (L * -tl.load(rows)[None, :]).to(k.dtype)
         if GATE != 0:
             if VECTOR:
-                dS = dS * tl.load(decays_ptr + slot * (3 * K) + K + keys, mask=within(keys, K, BK), other=0.0)[None, :]
+                dS = dS * fade[None, :]
             else:
                 dS = dS * fade
         dS = tl.dot(do, q, dS, input_precision="ieee")
         dS = tl.dot(Lb, e, dS, input_precision="ieee")
         if VECTOR:
             if GATE != 0:
-                dS = dS * tl.load(decays_ptr + slot * (3 * K) + keys, mask=within(keys, K, BK), other=0.0)[None, :]
-        fade, read = next_fade, next_read
+                dS = dS * into[None, :]
+        fade, into, read = next_fade, next_into, next_read
 
     tl.store(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, dS, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "CT", "H"])
-def pairs_kernel(
-    v_ptr,
-    g_ptr,
-    w_ptr,
-    rows_ptr,
-    do_ptr,
-    R_ptr,
-    L_ptr,
-    D1_ptr,  # gradients of the pairs of P and (negative) T, with the decays and strengths of scalars, [chunks, H, C, C]
-    D2_ptr,
-    dv_ptr,  # W and UNTIED; otherwise L is the gradient of v
-    dw_ptr,
-    cu_ptr,
-    table_ptr,
-    T,
-    CT,
-    H,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BV: tl.constexpr,
-    SUB: tl.constexpr,
-    GATE: tl.constexpr,
-    W: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNTIED: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    h = pid % H
-    slot = pid.to(tl.int64)
-    t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
+@triton.jit
+def value_tiles(
+    do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """Tiles of a chunk's values: gradients of the reading ``[C, BV]``, R ``[BV, C]``, L ``[C, BV]``."""
     r = tl.arange(0, C)
-    row, col = r[:, None], r[None, :]
-    valid = r < tokens * SUB
-    reads = valid & (r % SUB == SUB - 1)
-    s0 = t0.to(tl.int64) * SUB
-    rows_ptr += slot * (8 * C) + r
-    dP = tl.zeros([C, C], dtype=tl.float32)
-    dT = tl.zeros([C, C], dtype=tl.float32)
-    for v0 in range(0, V, BV):
-        values = v0 + tl.arange(0, BV)
-        has = within(values, V, BV)
-        inside = valid[:, None] & has[None, :]
-        at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
-        do = tl.load(at, mask=reads[:, None] & has[None, :], other=0.0)
-        at = R_ptr + slot * C * V + (values[:, None] * C + col)
-        R = tl.load(at, mask=has[:, None] & tl.full([1, C], True, tl.int1), other=0.0)
-        L = tl.load(tile_at(L_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
-        dP = tl.dot(do, R, dP, input_precision="ieee")
-        dT = tl.dot(L, R, dT, input_precision="ieee")
-        if UNTIED:
-            at = tile_at(dv_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
-            tl.store(at, L, mask=reads[:, None] & has[None, :])
-        if W:
-            at = tile_at(v_ptr, s0, h, H, V, row, values[None, :])
-            dw = L.to(tl.float32) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            at = tile_at(w_ptr, s0, h, H, V, row, values[None, :])
-            dv = L.to(tl.float32) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(tile_at(dw_ptr, s0, h, H, V, row, values[None, :]), dw.to(dw_ptr.dtype.element_ty), mask=inside)
-            tl.store(tile_at(dv_ptr, s0, h, H, V, row, values[None, :]), dv.to(dv_ptr.dtype.element_ty), mask=inside)
-    dP = tl.where(row >= col, dP, 0.0)
-    dT = tl.where(row > col, dT, 0.0)
-    if not VECTOR:
-        if GATE != 0:
-            g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
-            coarse, fine = gate_sums(g)
-            kept = between(coarse, fine, C)
-            dP, dT = dP * kept, dT * kept
-        beta = tl.load(rows_ptr + 3 * C)
-        dP, dT = dP * beta[None, :], dT * beta[None, :]
-    tile = slot * (C * C) + (row * C + col)
-    tl.store(D1_ptr + tile, dP.to(D1_ptr.dtype.element_ty))
-    tl.store(D2_ptr + tile, dT.to(D2_ptr.dtype.element_ty))
+    values = v0 + tl.arange(0, BV)
+    has = within(values, V, BV)
+    at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
+    do = tl.load(at, mask=reads[:, None] & has[None, :], other=0.0)
+    every = has[:, None] & tl.full([1, C], True, tl.int1)
+    R = tl.load(R_ptr + (values[:, None] * C + r[None, :]), mask=every, other=0.0)
+    L = tl.load(tile_at(L_ptr, s0, h, H, V, r[:, None], values[None, :]), mask=valid[:, None] & has[None, :], other=0.0)
+    return do, R, L
+
+
+@triton.jit
+def state_tiles(S_ptr, dS_ptr, v0, k0, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Tiles ``[BV, BK]`` of the state that a chunk reads and of the gradient of the one it leaves."""
+    values, cols = v0 + tl.arange(0, BV), k0 + tl.arange(0, BK)
+    inside = within(values, V, BV)[:, None] & (cols < K)[None, :]
+    at = values[:, None] * K + cols[None, :]
+    return tl.load(S_ptr + at, mask=inside, other=0.0), tl.load(dS_ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def sum_before(x, start, below):
+    """``start`` and the rows of ``x`` before each: on the tensor cores, in two parts that hold 16 bits."""
+    C: tl.constexpr = x.shape[0]
+    total = tl.zeros([C, x.shape[1]], dtype=tl.float32) + start[None, :]
+    if below.dtype == tl.float32:
+        return tl.dot(below, x, total, input_precision="ieee")
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        rest = x - (bits & -65536).to(tl.float32, bitcast=True)
+        total = tl.dot(below, rest.to(tl.bfloat16), total)
+        return tl.dot(below, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), total)
 
 
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
 def gradient_kernel(
     q_ptr,
     k_ptr,
+    v_ptr,
     g_ptr,
+    w_ptr,
     rows_ptr,  # VECTOR: the first three become sums over the keys of read, erase and write times their gradients
     decays_ptr,
     erase_ptr,  # VECTOR: operands, replaced by their gradients
@@ -218,10 +192,13 @@ def gradient_kernel(
     R_ptr,
     dS_ptr,
     L_ptr,
-    D1_ptr,
+    D1_ptr,  # gradients of the pairs of P and (negative) T, with the decays and strengths of scalars, [chunks, H, C, C]
     D2_ptr,
+    below_ptr,  # VECTOR with a gate: ones below the diagonal, [C, C]
     dq_ptr,  # by value head, [tokens, H, K]; not VECTOR, as the next two
     dk_ptr,
+    dv_ptr,  # W and UNTIED; otherwise L is the gradient of v
+    dw_ptr,
     dbeta_ptr,
     dg_ptr,
     cu_ptr,
@@ -236,12 +213,13 @@ def gradient_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    KEYS: tl.constexpr,  # K rounded up to a power of two
     SUB: tl.constexpr,
     GATE: tl.constexpr,
+    W: tl.constexpr,
     VECTOR: tl.constexpr,
     UNTIED: tl.constexpr,
     NORM: tl.constexpr,
-    WHOLE: tl.constexpr,  # whether BK covers all keys
     PACKED: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -262,9 +240,10 @@ def gradient_kernel(
     R_ptr += slot * C * V
     S_ptr += slot * K * V
     dS_ptr += slot * K * V
-    D1_ptr += slot * (C * C) + (row * C + col)
-    D2_ptr += slot * (C * C) + (row * C + col)
     dtype = do_ptr.dtype.element_ty
+    ONE: tl.constexpr = V <= BV  # values in one tile: read once
+    do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, 0, valid, reads, V, C, BV, SUB)
+
     s_q = tl.zeros([C], dtype=tl.float32)
     s_e = tl.zeros([C], dtype=tl.float32)
     s_w = tl.zeros([C], dtype=tl.float32)
@@ -277,25 +256,58 @@ def gradient_kernel(
             seen, left = tl.exp2(tl.load(rows_ptr + 6 * C)), tl.load(rows_ptr + C) / r_k
             total = tl.load(total_ptr)
 
+    dP = tl.dot(do, R, input_precision="ieee")
+    dT = tl.dot(L, R, input_precision="ieee")
+    for v0 in range(BV, V, BV):
+        do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads, V, C, BV, SUB)
+        dP = tl.dot(do, R, dP, input_precision="ieee")
+        dT = tl.dot(L, R, dT, input_precision="ieee")
+    dP = tl.where(row >= col, dP, 0.0)
+    dT = tl.where(row > col, dT, 0.0)
+    hard = 0
+    if VECTOR:
+        if GATE != 0:
+            decays_ptr += slot * (3 * K)
+            every = tl.arange(0, KEYS)
+            factor = tl.load(decays_ptr + 2 * K + every, mask=within(every, K, KEYS), other=1.0)
+            hard = tl.sum((factor == 0.0).to(tl.int32), 0)
+    else:
+        if GATE != 0:
+            coarse, fine = gate_sums(row_gates(g_ptr, t0, h, H, r, valid, SUB))
+            decay = between(coarse, fine, C)
+            dP, dT = dP * decay, dT * decay
+        dP, dT = dP * beta[None, :], dT * beta[None, :]
+    # To memory and back: both sides of these are needed, and Triton 3.6 turns what is in registers wrongly on Hopper.
+    D1_ptr += slot * (C * C) + (row * C + col)
+    D2_ptr += slot * (C * C) + (row * C + col)
+    tl.store(D1_ptr, dP.to(dtype))
+    tl.store(D2_ptr, dT.to(dtype))
+    tl.debug_barrier()
+    D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
+    if VECTOR and GATE != 0:
+        below = tl.load(below_ptr + (row * C + col))
+
     for k0 in range(0, K, BK):
         cols = k0 + tl.arange(0, BK)
         keys = cols[None, :]
         wide = within(keys, K, BK)
-        dq = tl.zeros([C, BK], dtype=tl.float32)
-        de = tl.zeros([C, BK], dtype=tl.float32)
-        dw = tl.zeros([C, BK], dtype=tl.float32)
+        k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
+        if VECTOR:
+            at = slot * C * K + (row * K + keys)
+            fits = tl.full([C, 1], True, tl.int1) & wide
+            asked, erases = reading(r, SUB)[:, None] & wide, erasing(r, UNTIED)[:, None] & wide
+        if not ONE:
+            do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, 0, valid, reads, V, C, BV, SUB)
+        S, dS = state_tiles(S_ptr, dS_ptr, 0, k0, K, V, BK, BV)
         end = tl.zeros([BK], dtype=tl.float32)  # through the state that crosses the chunk
-        for v0 in range(0, V, BV):
-            values = v0 + tl.arange(0, BV)
-            has = within(values, V, BV)
-            at = tile_at(do_ptr, t0, h, H, V, token, values[None, :])
-            do = tl.load(at, mask=reads[:, None] & has[None, :], other=0.0)
-            at = R_ptr + (values[:, None] * C + col)
-            R = tl.load(at, mask=has[:, None] & tl.full([1, C], True, tl.int1), other=0.0)
-            at = tile_at(L_ptr, s0, h, H, V, row, values[None, :])
-            L = tl.load(at, mask=valid[:, None] & has[None, :], other=0.0)
-            S = tl.load(S_ptr + (values[:, None] * K + keys), mask=has[:, None] & wide, other=0.0)
-            dS = tl.load(dS_ptr + (values[:, None] * K + keys), mask=has[:, None] & wide, other=0.0)
+        if GATE != 0:
+            end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
+        dq = tl.dot(do, S, input_precision="ieee")
+        de = tl.dot(L, S, input_precision="ieee")
+        dw = tl.dot(tl.trans(R), dS, input_precision="ieee")
+        for v0 in range(BV, V, BV):
+            do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads, V, C, BV, SUB)
+            S, dS = state_tiles(S_ptr, dS_ptr, v0, k0, K, V, BK, BV)
             dq = tl.dot(do, S, dq, input_precision="ieee")
             de = tl.dot(L, S, de, input_precision="ieee")
             dw = tl.dot(tl.trans(R), dS, dw, input_precision="ieee")
@@ -303,84 +315,100 @@ def gradient_kernel(
                 end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
 
         if VECTOR:
-            at = slot * C * K + (row * K + keys)
-            fits = tl.full([C, 1], True, tl.int1) & wide
-            q = tl.load(read_ptr + at, mask=fits, other=0.0)
-            e = tl.load(erase_ptr + at, mask=fits, other=0.0)
+            q = tl.load(read_ptr + at, mask=asked, other=0.0)
+            e = tl.load(erase_ptr + at, mask=erases, other=0.0)
             w = tl.load(write_ptr + at, mask=fits, other=0.0)
+        else:
+            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0)
+            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0)
+        if VECTOR:
             wx = w
             if GATE != 0:
                 inside = within(cols, K, BK)
-                decays = decays_ptr + slot * (3 * K) + cols
-                lift = tl.load(decays + 2 * K, mask=inside, other=0.0)
-                end = end * tl.load(decays + K, mask=inside, other=0.0)
-                end += tl.sum(dq * q.to(tl.float32) - de * e.to(tl.float32), 0)
+                lift = tl.load(decays_ptr + 2 * K + cols, mask=inside, other=0.0)
+                end = end * tl.load(decays_ptr + K + cols, mask=inside, other=0.0)
                 wx = (w.to(tl.float32) * lift[None, :]).to(dtype)
-            D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
+            if GATE != 0:
+                end += tl.sum(dq * q.to(tl.float32) - de * e.to(tl.float32), 0)
+            dq += tl.dot(D1, wx, input_precision="ieee")
+            tl.store(read_ptr + at, dq.to(dtype), mask=asked)
+            part = dq * q.to(tl.float32)
+            s_q += tl.sum(part, 1)
+            change = -part
+            de += tl.dot(D2, wx, input_precision="ieee")
+            tl.store(erase_ptr + at, (-de).to(dtype), mask=erases)
+            erased = de * e.to(tl.float32)
+            s_e -= tl.sum(erased, 1)
+            change += erased
             pairs = tl.dot(tl.trans(D1), q, input_precision="ieee")
             pairs -= tl.dot(tl.trans(D2), e, input_precision="ieee")
             if GATE != 0:
-                pairs = pairs * lift[None, :]
-            dw += pairs
-            dq = tl.dot(D1, wx, dq, input_precision="ieee")
-            de = -tl.dot(D2, wx, de, input_precision="ieee")
-            tl.store(read_ptr + at, dq.to(dtype), mask=fits)
-            tl.store(erase_ptr + at, de.to(dtype), mask=fits)
+                dw = tl.fma(pairs, tl.zeros([C, BK], dtype=tl.float32) + lift[None, :], dw)
+            else:
+                dw += pairs
             tl.store(write_ptr + at, dw.to(dtype), mask=fits)
-            dq = dq * q.to(tl.float32)
-            de = de * e.to(tl.float32)
-            dw = dw * w.to(tl.float32)
-            s_q += tl.sum(dq, 1)
-            s_e += tl.sum(de, 1)
-            s_w += tl.sum(dw, 1)
+            part = dw * w.to(tl.float32)
+            s_w += tl.sum(part, 1)
             if GATE != 0:
-                # Not by a product with a triangle of ones: Triton 3.6 makes that access memory out of bounds on Hopper.
-                change = dw - dq - de
-                dg = end[None, :] + (tl.cumsum(change, 0) - change)
+                change += part
+                dg = sum_before(change, end, below)
                 if UNTIED:
-                    dg -= de
+                    dg += erased
                 if GATE == 2:
-                    here = tile_at(g_ptr, t0, h, H, K, token, keys)
-                    g = tl.load(here, mask=first[:, None] & wide, other=0.0).to(tl.float32) * 1.4426950408889634
-                    dg = tl.where(g < RESET, 0.0, dg)
+                    if hard > 0:
+                        here = tile_at(g_ptr, t0, h, H, K, token, keys)
+                        g = tl.load(here, mask=first[:, None] & wide, other=0.0).to(tl.float32) * 1.4426950408889634
+                        dg = tl.where(g < RESET, 0.0, dg)
                     here = tile_at(dg_ptr, t0, h, H, K, token, keys)
                     tl.store(here, dg.to(dg_ptr.dtype.element_ty), mask=first[:, None] & wide)
                 else:
                     dg_row += tl.sum(dg, 1)
         else:
-            k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
-            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
-            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0).to(tl.float32)
-            k, q = (k * r_k[:, None]).to(dtype), (q * (r_q * scale)[:, None]).to(dtype)
+            k = (k.to(tl.float32) * r_k[:, None]).to(dtype)
+            q = (q.to(tl.float32) * (r_q * scale)[:, None]).to(dtype)
             dw = dw * left[:, None]
             if GATE != 0:
                 dq, de = dq * seen[:, None], de * seen[:, None]
                 reach += tl.sum(end, 0) * total
                 dg_row += tl.sum(dq * q.to(tl.float32) - de * k.to(tl.float32), 1)
-            D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
-            dq = tl.dot(D1, k, dq, input_precision="ieee")
-            de = -tl.dot(D2, k, de, input_precision="ieee")
-            dw = tl.dot(tl.trans(D1), q, dw, input_precision="ieee")
+            dq += tl.dot(D1, k, input_precision="ieee")
+            de += tl.dot(D2, k, input_precision="ieee")
+            dw += tl.dot(tl.trans(D1), q, input_precision="ieee")
             dw -= tl.dot(tl.trans(D2), k, input_precision="ieee")
             s_q += tl.sum(dq * q.to(tl.float32), 1)
-            s_e += tl.sum(de * k.to(tl.float32), 1)
+            s_e -= tl.sum(de * k.to(tl.float32), 1)
             s_w += tl.sum(dw * k.to(tl.float32), 1)
-            dq, dw = dq * scale, dw + de
-            if NORM and WHOLE:
-                q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0).to(tl.float32)
-                dq = (dq - q * (r_q * s_q)[:, None]) * r_q[:, None]
-                dw = (dw - k.to(tl.float32) * (s_e + s_w)[:, None]) * r_k[:, None]
+            dq, dw = dq * scale, dw - de
+            if NORM:  # its adjoint needs the sums over all keys: here in the last block, for the others below
+                last = k0 + BK >= K
+                dq -= q.to(tl.float32) * tl.where(last & (scale != 0.0), s_q / scale, 0.0)[:, None]
+                dw -= k.to(tl.float32) * tl.where(last, s_e + s_w, 0.0)[:, None]
+                dq, dw = dq * tl.where(last, r_q, 1.0)[:, None], dw * tl.where(last, r_k, 1.0)[:, None]
             tl.store(tile_at(dq_ptr, t0, h, H, K, token, keys), dq.to(dtype), mask=q_in)
             tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dw.to(dtype), mask=k_in)
-
+    if W or UNTIED:
+        for v0 in range(0, V, BV):
+            values = v0 + tl.arange(0, BV)
+            has = within(values, V, BV)[None, :]
+            inside = valid[:, None] & has
+            L = tl.load(tile_at(L_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
+            if UNTIED:
+                tl.store(tile_at(dv_ptr, t0, h, H, V, token, values[None, :]), L, mask=reads[:, None] & has)
+            else:
+                v = tl.load(tile_at(v_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
+                dw = (L.to(tl.float32) * v.to(tl.float32)).to(dw_ptr.dtype.element_ty)
+                tl.store(tile_at(dw_ptr, s0, h, H, V, row, values[None, :]), dw, mask=inside)
+                w = tl.load(tile_at(w_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
+                dv = (L.to(tl.float32) * w.to(tl.float32)).to(dv_ptr.dtype.element_ty)
+                tl.store(tile_at(dv_ptr, s0, h, H, V, row, values[None, :]), dv, mask=inside)
     if VECTOR:
         tl.store(rows_ptr, s_q)
         tl.store(rows_ptr + C, s_e)
         tl.store(rows_ptr + 2 * C, s_w)
     else:
-        if NORM and not WHOLE:  # the norm's adjoint needs the sums over all keys
+        if NORM and K > BK:
             tl.debug_barrier()
-            for k0 in range(0, K, BK):
+            for k0 in range(0, K - BK, BK):
                 keys = (k0 + tl.arange(0, BK))[None, :]
                 k_in, q_in = valid[:, None] & within(keys, K, BK), reads[:, None] & within(keys, K, BK)
                 k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32)

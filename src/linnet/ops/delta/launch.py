@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from math import isqrt
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import chunk_table
+from ..core.compiling import Kernel, compile_together, compiling
+from . import kernels, kernels_around, kernels_backward, kernels_step
 from .kept import chunk_rows, kept
-from .kernels import local_kernel, state_kernel
-from .kernels_around import finish_kernel, hard_gradient_kernel, hard_kernel, prepare_kernel
-from .kernels_backward import adjoint_kernel, gradient_kernel, pairs_kernel
-from .kernels_step import step_kernel
+
+local_kernel, state_kernel = Kernel(kernels.local_kernel), Kernel(kernels.state_kernel)
+adjoint_kernel, gradient_kernel = Kernel(kernels_backward.adjoint_kernel), Kernel(kernels_backward.gradient_kernel)
+prepare_kernel, finish_kernel = Kernel(kernels_around.prepare_kernel), Kernel(kernels_around.finish_kernel)
+hard_kernel, hard_gradient_kernel = Kernel(kernels_around.hard_kernel), Kernel(kernels_around.hard_gradient_kernel)
+chain_kernel = Kernel(kernels_around.chain_kernel)
 
 # log2 of what half a chunk may forget in a channel for its rows to have one factor each; factors and their inverses
 # reach it, gradients of operands its square. fp16 has little range; fp32 takes every channel exactly.
@@ -39,48 +44,123 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     fp32 = dtype == torch.float32
     stages = 1 if fp32 else 2
     if kernel in ("prepare", "finish"):
-        return {"BK": min(BK, 64 if kernel == "prepare" else 32), "num_warps": 4, "num_stages": 2}
+        ROWS = min(1024 // BK, chunk_rows(K, dtype) // 4)  # 32 numbers of a tile a thread; at most a quarter of a chunk
+        return {"BK": BK, "ROWS": ROWS, "STAGES": 3, "num_warps": 1, "num_stages": 1}
     if kernel == "hard":
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
     if kernel == "local":
         return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": stages}
-    if kernel == "pairs":
-        return {"BV": BV, "num_warps": 4, "num_stages": stages}
     if kernel == "gradient":
-        BK = min(BK, 32 if fp32 or vector else 64)
-        return {"BK": BK, "BV": min(BV, 32), "num_warps": 4, "num_stages": 1 if fp32 else 3}
+        return {
+            "BK": min(BK, 32) if fp32 else 64,  # blocks of 32 in 16 bits made illegal accesses on Hopper
+            "BV": min(_block(V), 32 if fp32 else 128),
+            "num_warps": 4,
+            "num_stages": 1,
+        }
     if fp32:
         return {"BK": BK, "BV": min(BV, 32 if BK <= 128 else 16), "num_warps": 8, "num_stages": 1}
     if BK > 128:
         return {"BK": BK, "BV": BV, "num_warps": 8, "num_stages": 1 if vector else 2}
     C = chunk_rows(K, dtype)
-    stage = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV)  # bytes that a chunk's tiles take, of about 225 KB
-    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": max(1, min(3, 225_000 // stage))}
+    stage, room = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV), 225_000  # bytes that a chunk's tiles take
+    if kernel == "moves":  # reads nothing, and two programs share a multiprocessor
+        stage, room = 2 * C * (BK * (2 if vector else 1) + C + BV), 112_000
+    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": max(1, min(3, room // stage))}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def part_length(chunks: int, programs: int, device: torch.device) -> int:
+    """Chunks of the parts in which to walk sequences of so many, where whole ones would have so many programs.
+
+    Parts are walked twice, first for what they do to a state, in half as long a time if twice as many programs run, so
+    that they have to fit the GPU at once. Further launches, on the host too, take as long as 24 chunks, the chain as
+    four for each part. The interpreter, where nothing is gained, has short sequences only.
+    """
+    step, launches = (4, 24) if device.type == "cuda" else (0, 0)
+    parts = _multiprocessors(device) // max(1, programs)
+    parts = max(1, min(parts, isqrt(2 * chunks // step) if step else chunks))
+    length = _cdiv(chunks, parts)
+    return length if 2 * length + step * parts + launches <= chunks else chunks
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """How many there are before each, and in all."""
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+class _Parts(NamedTuple):
+    """Stretches of tokens that a serial pass walks on their own: whole sequences, or parts of them."""
+
+    count: int
+    each: int  # of a sequence, where all have as many
+    length: int  # tokens of one, but the last of a sequence
+    cu: Tensor | None  # PACKED: their first tokens
+    first: Tensor | None  # their first chunks
+    before: Tensor | None  # parts before each sequence
+
+
+@cache
+def _below(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ones below the diagonal: of a matrix made on chip Triton 3.6 makes wrong operands of the tensor cores."""
+    return torch.ones(C, C, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16, device=device).tril_(-1)
 
 
 class _Layout:
-    """Sequences and chunks of one call."""
+    """Sequences, chunks and parts of one call."""
 
-    def __init__(self, q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None):
+    def __init__(self, q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None, length: int | None = None):
         self.B, self.T = q.shape[:2]
         self.H, self.heads, self.K, self.V = v.shape[2], q.shape[2], q.shape[3], v.shape[3]
         self.substeps, self.C = substeps, chunk_rows(self.K, q.dtype)
         self.tokens = self.C // substeps
-        self.packed = cu_host is not None
+        self.packed, self.device, self.dtype = cu_host is not None, q.device, q.dtype
         self.kept = kept(q, v, substeps, cu_host)
         if cu_host is None:
-            self.rows, self.chunks = self.B, self.B * -(-self.T // self.tokens)
-            self.cu = self.table = self.first = None
+            self.rows, self.longest = self.B, -(-self.T // self.tokens)
+            self.chunks = self.B * self.longest
+            self.cu = self.table = None
+            self.whole = _Parts(self.B, 1, self.T, None, None, None)
         else:
             self.rows = len(cu_host) - 1
             self.table = chunk_table(cu_host, self.tokens, q.device)
-            self.chunks = len(self.table)
-            counts = torch.zeros(len(cu_host), dtype=torch.int32)
-            counts[1:] = (-(-cu_host.diff() // self.tokens)).cumsum(0)
-            self.cu, self.first = cu_host.to(q.device), counts.to(q.device)
+            self.chunks, counts = len(self.table), _starts(-(-cu_host.diff() // self.tokens))
+            self.longest = int(counts.diff().max())
+            self.cu = cu_host.to(q.device)
+            self.whole = _Parts(self.rows, 1, self.T, self.cu, counts.to(q.device), None)
+        self.parts = self._split(cu_host, length)
+
+    def _split(self, cu_host: Tensor | None, length: int | None) -> _Parts | None:
+        """Parts of the sequences, of as many chunks as given or where it is faster, else None."""
+        if length is None:
+            BV = launch_settings("state", self.K, self.V, self.dtype, True)["BV"]
+            blocks = max(_cdiv(self.V, BV), _cdiv(self.V + self.K, BV * (2 if self.K <= 128 else 1)))
+            rows = _cdiv(self.chunks, max(1, self.longest))  # as if all were as long as the longest
+            length = part_length(self.longest, rows * self.H * blocks, self.device)
+        if length >= self.longest:
+            return None
+        if cu_host is None:
+            each = _cdiv(self.longest, length)
+            return _Parts(self.B * each, each, length * self.tokens, None, None, None)
+        table = chunk_table(cu_host, length * self.tokens, torch.device("cpu"))
+        n, part = table[:, 0], table[:, 1]
+        cu = torch.cat([cu_host[n] + part * (length * self.tokens), cu_host[-1:]])
+        first = _starts(-(-cu_host.diff() // self.tokens))
+        first = torch.cat([first[n] + part * length, first[-1:]])
+        before = _starts(torch.bincount(n, minlength=self.rows))
+        cu, first, before = (x.to(self.device, torch.int32) for x in (cu, first, before))
+        return _Parts(len(table), 1, self.T, cu, first, before)
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         return self.T, self.tokens, self.H, self.heads, self.K
+
+    def rare(self) -> tuple[int]:
+        """Programs of what few chunks of a call need, 64 chunks each at most: one each where all may need it."""
+        slots = self.chunks * self.H
+        return (max(min(slots, 512), _cdiv(slots, 64)),)
 
 
 class _Modes:
@@ -157,7 +237,7 @@ def _local(
         local["rows"] = q.new_empty(layout.kept[1], dtype=torch.float32)
     local["matrices"] = q.new_empty(layout.kept[0])
     if modes.vector and modes.gate:
-        hard_kernel[(layout.chunks * layout.H,)](
+        hard_kernel[layout.rare()](
             q,
             k,
             beta,
@@ -169,6 +249,7 @@ def _local(
             layout.cu,
             layout.table,
             scale,
+            layout.chunks * layout.H,
             *layout.sizes(),
             C=layout.C,
             SUB=layout.substeps,
@@ -193,10 +274,10 @@ def _local(
         LEAST[q.dtype],
         *layout.sizes(),
         C=layout.C,
-        LEVELS=layout.C.bit_length() - 1,
         SUB=layout.substeps,
         GATE=modes.gate,
         VECTOR=modes.vector,
+        UNTIED=modes.untied,
         NORM=l2norm,
         PACKED=layout.packed,
         EXACT=q.dtype == torch.float32,
@@ -212,17 +293,20 @@ def _walk(
     local: dict[str, Any],
     v: Tensor,
     w: Tensor | None,
-    S: Tensor,
+    S: Tensor | None,
     scale: float,
+    parts: _Parts,
     *,
     o: Tensor | None = None,
     last: Tensor | None = None,
     kept: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """The serial pass: the reading and the final state, or (``kept``) entering states and writes of every chunk."""
-    settings = launch_settings("state", layout.K, layout.V, v.dtype, modes.vector)
+    """One serial pass over parts from their states ``S``: the reading and the final states, or (``kept``) entering
+    states and writes of every chunk, or (``S`` None) what each part adds to a state and by what it multiplies it."""
+    settings = launch_settings("moves" if S is None else "state", layout.K, layout.V, v.dtype, modes.vector)
     erase, read, write = local["operands"]
-    state_kernel[(layout.rows * layout.H * _cdiv(layout.V, settings["BV"]),)](
+    width = layout.V + (layout.K if S is None else 0)
+    state_kernel[(parts.count * layout.H * _cdiv(width, settings["BV"]),)](
         erase,
         write,
         read,
@@ -235,10 +319,16 @@ def _walk(
         last,
         o,
         *(kept or (None, None)),
-        layout.cu,
-        layout.first,
+        parts.cu,
+        parts.first,
         scale,
-        *layout.sizes(),
+        layout.T,
+        layout.tokens,
+        parts.length,
+        layout.H,
+        layout.heads,
+        layout.K,
+        width,
         layout.V,
         C=layout.C,
         SUB=layout.substeps,
@@ -249,9 +339,60 @@ def _walk(
         OUTPUT=o is not None,
         KEEP=kept is not None,
         LAST=last is not None,
+        MOVES=S is None,
         PACKED=layout.packed,
         **settings,
     )
+
+
+def _chain(
+    layout: _Layout, parts: _Parts, start: Tensor, own: Tensor, moves: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """From part to part: the states that come to them, and the last of every sequence, from what each part adds and by
+    what it multiplies."""
+    states, last = start.new_empty(parts.count, *start.shape[1:]), torch.empty_like(start)
+    BK, BV = _block(layout.K), min(32, _block(layout.V))
+    chain_kernel[(layout.rows * layout.H * _cdiv(layout.V, BV),)](
+        start,
+        own,
+        moves,
+        states,
+        last,
+        parts.before,
+        parts.each,
+        layout.H,
+        layout.K,
+        layout.V,
+        own.shape[-1],
+        moves.shape[-1],
+        BK=BK,
+        BM=min(BK, 128),
+        BV=BV,
+        REVERSE=reverse,
+        PACKED=layout.packed,
+        EXACT=layout.dtype == torch.float32,
+        FINE=layout.dtype == torch.float16,
+        num_warps=4 if BK <= 128 else 8,
+        num_stages=2,
+    )
+    return states, last
+
+
+def _enter(
+    layout: _Layout,
+    modes: _Modes,
+    local: dict[str, Any],
+    v: Tensor,
+    w: Tensor | None,
+    S: Tensor,
+    scale: float,
+    parts: _Parts,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The states that enter the parts, the last of every sequence, and what each part adds to a state, beside by what
+    it multiplies it, ``[parts, H, K, V + K]``."""
+    moves = S.new_empty(parts.count, layout.H, layout.K, layout.V + layout.K)
+    _walk(layout, modes, local, v, w, None, scale, parts, last=moves)
+    return *_chain(layout, parts, S, moves, moves, False), moves
 
 
 def forward(
@@ -268,17 +409,60 @@ def forward(
     substeps: int,
     training: bool,
     ab: tuple[Tensor, Tensor] | None = None,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Reading, final state, and when training what the backward pass needs of every chunk. The untied form has
-    ``ab`` in place of ``beta``, and two substeps."""
+    ``ab`` in place of ``beta``, and two substeps. ``length`` is that of the parts in which sequences are walked, in
+    chunks, where it is not to be chosen."""
     q, k, v, S = (x.contiguous() for x in (q, k, v, S))
     beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
-    layout, modes = _Layout(q, v, substeps, cu_host), _Modes(beta, g, w)
+    layout, modes = _Layout(q, v, substeps, cu_host, length), _Modes(beta, g, w)
+    if q.is_cuda and not compiling():
+        kinds = tuple(None if x is None else (x.dtype, x.dim() == 4) for x in (beta, g, w))
+        sizes = layout.tokens, layout.K, layout.V, substeps
+        _compile(q.device, q.dtype, kinds, sizes, l2norm, layout.packed, layout.parts is not None, training)
     local = _local(layout, modes, q, k, beta, g, scale, l2norm, ab)
-    o, last = v.new_empty(layout.B, layout.T, layout.H, layout.V), torch.empty_like(S)
-    _walk(layout, modes, local, v, w, S, scale, o=o, last=last)
+    o = v.new_empty(layout.B, layout.T, layout.H, layout.V)
+    if layout.parts is None:
+        last = torch.empty_like(S)
+        _walk(layout, modes, local, v, w, S, scale, layout.whole, o=o, last=last)
+    else:
+        entering, last, _ = _enter(layout, modes, local, v, w, S, scale, layout.parts)
+        _walk(layout, modes, local, v, w, entering, scale, layout.parts, o=o)
     return (o, last, local["matrices"], local["rows"]) if training else (o, last, None, None)
+
+
+@cache
+def _compile(
+    device: torch.device,
+    dtype: torch.dtype,
+    kinds: tuple[tuple[torch.dtype, bool] | None, ...],
+    sizes: tuple[int, int, int, int],
+    l2norm: bool,
+    packed: bool,
+    parts: bool,
+    training: bool,
+) -> None:
+    """Compile the kernels of a call together, those of its backward pass too when training."""
+    tokens, K, V, n = sizes
+    T = 2 * tokens if parts else 1
+    beta, g, w = (
+        None if kind is None else torch.empty(1, R, 1, *([D] if kind[1] else []), dtype=kind[0], device=device)
+        for kind, R, D in zip(kinds, (T * n, T, T * n), (K, K, V), strict=True)
+    )
+    ab = None if beta is not None else tuple(torch.empty(1, T, 1, K, dtype=dtype, device=device) for _ in range(2))
+    R = T if beta is None else T * n  # the untied form has its substeps in the tokens' rows
+    q, k, v = (torch.empty(1, r, 1, D, dtype=dtype, device=device) for r, D in ((T, K), (R, K), (R, V)))
+    S, cu = torch.empty(1, 1, K, V, device=device), torch.tensor([0, T], dtype=torch.int32) if packed else None
+    length = 1 if parts else 2
+
+    def call() -> None:
+        o, last, matrices, rows = forward(q, k, v, beta, g, w, S, cu, 1.0, l2norm, n, training, ab, length)
+        if matrices is not None and rows is not None:
+            backward(q, k, v, beta, g, w, S, matrices, rows, cu, 1.0, l2norm, n, o, last, ab, length)
+
+    compile_together(call)
 
 
 def step(
@@ -310,7 +494,7 @@ def step(
     BV = _block(V)
     while BV > 32 or (BV > 8 and B * H * _cdiv(V, BV) < 256):  # enough programs to fill the memory's pipes
         BV //= 2
-    step_kernel[(B * H * _cdiv(V, BV),)](
+    kernels_step.step_kernel[(B * H * _cdiv(V, BV),)](
         q,
         k,
         v,
@@ -338,7 +522,7 @@ def step(
         UNTIED=modes.untied,
         NORM=l2norm,
         INDEX=index is not None,
-        num_warps=4,
+        num_warps=2,
     )
     return o, out
 
@@ -360,12 +544,13 @@ def backward(
     do: Tensor,
     dS: Tensor,
     ab: tuple[Tensor, Tensor] | None = None,
+    length: int | None = None,
 ) -> dict[str, Tensor]:
     """Gradients by input name, from those of the reading and of the final state."""
     q, k, v, S, do, dS = (x.contiguous() for x in (q, k, v, S, do, dS))
     beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
-    layout, modes = _Layout(q, v, substeps, cu_host), _Modes(beta, g, w)
+    layout, modes = _Layout(q, v, substeps, cu_host, length), _Modes(beta, g, w)
     H, K, V, C = layout.H, layout.K, layout.V, layout.C
     local = _prepare(layout, modes, q, k, beta, g, scale, l2norm, ab)
     if not modes.vector:
@@ -374,35 +559,53 @@ def backward(
 
     entering, leaving = (q.new_empty(layout.chunks, H, V, K) for _ in range(2))
     R, L = q.new_empty(layout.chunks, H, V, C), q.new_empty(layout.B, layout.T * substeps, H, V)
-    _walk(layout, modes, local, v, w, S, scale, kept=(entering, R))
-
     settings = launch_settings("state", K, V, v.dtype, modes.vector)
     erase, read, write = local["operands"]
-    dS0 = torch.empty_like(S)
-    adjoint_kernel[(layout.rows * H * _cdiv(V, settings["BV"]),)](
-        erase,
-        write,
-        read,
-        local["rows"],
-        local["decays"],
-        matrices,
-        do,
-        dS,
-        dS0,
-        leaving,
-        L,
-        layout.cu,
-        layout.first,
-        scale,
-        *layout.sizes(),
-        V,
-        C=C,
-        SUB=substeps,
-        GATE=modes.gate,
-        VECTOR=modes.vector,
-        PACKED=layout.packed,
-        **settings,
-    )
+    parts = layout.whole if layout.parts is None else layout.parts
+
+    def walk_back(last: Tensor, start: Tensor) -> None:
+        adjoint_kernel[(parts.count * H * _cdiv(V, settings["BV"]),)](
+            erase,
+            write,
+            read,
+            local["rows"],
+            local["decays"],
+            matrices,
+            do,
+            last,
+            start,
+            leaving,
+            L,
+            parts.cu,
+            parts.first,
+            scale,
+            layout.T,
+            layout.tokens,
+            parts.length,
+            H,
+            layout.heads,
+            K,
+            V,
+            C=C,
+            SUB=substeps,
+            GATE=modes.gate,
+            VECTOR=modes.vector,
+            UNTIED=modes.untied,
+            PACKED=layout.packed,
+            **settings,
+        )
+
+    if layout.parts is None:
+        _walk(layout, modes, local, v, w, S, scale, parts, kept=(entering, R))
+        dS0 = torch.empty_like(S)
+        walk_back(dS, dS0)
+    else:
+        states, _, moves = _enter(layout, modes, local, v, w, S, scale, parts)
+        _walk(layout, modes, local, v, w, states, scale, parts, kept=(entering, R))
+        own = torch.empty_like(states)
+        walk_back(torch.zeros_like(states), own)
+        states, dS0 = _chain(layout, parts, dS, own, moves, True)
+        walk_back(states, own)
     dq, dk = q.new_empty(*q.shape[:2], H, K), k.new_empty(*k.shape[:2], H, K)
     a, b = ab or (None, None)
     wanted = {"beta": beta, "g": g, "w": w, "a": a, "b": b}
@@ -410,39 +613,14 @@ def backward(
     if modes.write or modes.untied:
         grads["v"] = torch.empty_like(v)
     D1, D2 = (q.new_empty(layout.chunks, H, C, C) for _ in range(2))
-    pairs_kernel[(layout.chunks * H,)](
-        v,
-        g,
-        w,
-        local["rows"],
-        do,
-        R,
-        L,
-        D1,
-        D2,
-        grads["v"],
-        grads.get("w"),
-        layout.cu,
-        layout.table,
-        layout.T,
-        layout.tokens,
-        H,
-        V,
-        C=C,
-        SUB=substeps,
-        GATE=modes.gate,
-        W=modes.write,
-        VECTOR=modes.vector,
-        UNTIED=modes.untied,
-        PACKED=layout.packed,
-        **launch_settings("pairs", K, V, v.dtype, modes.vector),
-    )
     settings = launch_settings("gradient", K, V, v.dtype, modes.vector)
     operands = local["operands"] if modes.vector else (None, None, None)
     gradient_kernel[(layout.chunks * H,)](
         q,
         k,
+        v,
         g,
+        w,
         local["rows"],
         local["decays"],
         *operands,
@@ -453,8 +631,11 @@ def backward(
         L,
         D1,
         D2,
+        _below(C, v.dtype, v.device) if modes.vector and modes.gate else None,
         dq,
         dk,
+        grads["v"],
+        grads.get("w"),
         grads.get("beta"),
         grads.get("g"),
         layout.cu,
@@ -464,11 +645,12 @@ def backward(
         V,
         C=C,
         SUB=substeps,
+        KEYS=_block(K),
         GATE=modes.gate,
+        W=modes.write,
         VECTOR=modes.vector,
         UNTIED=modes.untied,
         NORM=l2norm,
-        WHOLE=settings["BK"] >= K,
         PACKED=layout.packed,
         **settings,
     )
@@ -483,7 +665,7 @@ def backward(
             "PACKED": layout.packed,
         }
         if modes.gate:
-            hard_gradient_kernel[(layout.chunks * H,)](
+            hard_gradient_kernel[layout.rare()](
                 q,
                 k,
                 beta,
@@ -499,6 +681,7 @@ def backward(
                 layout.cu,
                 layout.table,
                 scale,
+                layout.chunks * H,
                 *layout.sizes(),
                 **flags,
                 **launch_settings("hard", K, V, v.dtype, True),

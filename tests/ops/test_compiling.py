@@ -1,0 +1,37 @@
+"""Compiling the kernels of a call together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from linnet.ops.core.compiling import Kernel, compile_together, compiling
+
+triton = pytest.importorskip("triton")
+
+
+class Recorder:
+    """Stands for a Triton kernel."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda x: self.calls.append(("run", (grid, x)))
+
+    def warmup(self, x: Any, grid: Any) -> None:
+        self.calls.append(("compile", (grid, x)))
+
+
+@pytest.mark.skipif(not hasattr(triton, "AsyncCompileMode"), reason="Triton is older than 3.5")
+def test_kernels_are_compiled_and_not_run() -> None:
+    recorder = Recorder()
+    kernel = Kernel(recorder)
+    kernel[(1,)](2)
+    compile_together(lambda: kernel[(3,)](4))
+    with pytest.raises(ZeroDivisionError):
+        compile_together(lambda: kernel[(5,)](1 // 0))
+    assert not compiling()
+    kernel[(6,)](7)
+    assert recorder.calls == [("run", ((1,), 2)), ("compile", ((3,), 4)), ("run", ((6,), 7))]
