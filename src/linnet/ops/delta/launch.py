@@ -40,8 +40,9 @@ def _block(n: int) -> int:
 @cache
 def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: bool) -> dict[str, int]:
     """Tile sizes, warps and pipeline depth, by the sizes of keys and values; T never enters."""
-    BK, BV = _block(K), min(32 if dtype == torch.float32 else 64, _block(V))
     fp32 = dtype == torch.float32
+    # In 16 bits no tile is narrower than those checked on Hopper, where products of 16 columns come out wrong.
+    BK, BV = (_block(K), min(32, _block(V))) if fp32 else (max(64, _block(K)), 64)
     stages = 1 if fp32 else 2
     if kernel in ("prepare", "finish"):
         ROWS = min(1024 // BK, chunk_rows(K, dtype) // 4)  # 32 numbers of a tile a thread; at most a quarter of a chunk
@@ -53,7 +54,7 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     if kernel == "gradient":
         return {
             "BK": min(BK, 32) if fp32 else 64,  # blocks of 32 in 16 bits made illegal accesses on Hopper
-            "BV": min(_block(V), 32 if fp32 else 128),
+            "BV": min(32, _block(V)) if fp32 else min(max(64, _block(V)), 128),
             "num_warps": 4,
             "num_stages": 1,
         }
