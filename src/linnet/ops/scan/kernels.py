@@ -242,10 +242,24 @@ def _write_blocks(ptr, base, wide, x):
 
 
 @triton.jit
-def _own(ptr, base, at, hop, mask, CONSTANT: tl.constexpr, col, ALGEBRA: tl.constexpr):
-    """Factors of these tokens, or the one factor of all."""
+def _own(ptr, base, at, hop, mask, CONSTANT: tl.constexpr, col, D: tl.constexpr, ALGEBRA: tl.constexpr):
+    """Factors of these tokens, or the one factor of all: loaded once, and the mask put on in registers. A load of one
+    address for many tokens under a mask of theirs gave tokens their neighbours' factors on Hopper."""
     if CONSTANT:
-        out = _factors(ptr, 0, col, 0, mask, ALGEBRA)
+        one = _factors(ptr, 0, col, 0, col < D, ALGEBRA)
+        if ALGEBRA == REAL:
+            out = (tl.where(mask, one[0], 1.0).to(one[0].dtype),)
+        elif ALGEBRA == MINMAX:
+            out = (tl.where(mask, one[0], float("inf")).to(one[0].dtype),)
+        elif ALGEBRA == COMPLEX:
+            out = (tl.where(mask, one[0], 1.0).to(one[0].dtype), tl.where(mask, one[1], 0.0).to(one[1].dtype))
+        else:
+            out = (
+                tl.where(mask, one[0], 1.0).to(one[0].dtype),
+                tl.where(mask, one[1], 0.0).to(one[1].dtype),
+                tl.where(mask, one[2], 0.0).to(one[2].dtype),
+                tl.where(mask, one[3], 1.0).to(one[3].dtype),
+            )
     else:
         out = _factors(ptr, base, at, hop, mask, ALGEBRA)
     return out
@@ -433,9 +447,9 @@ def _tile(
         if ALGEBRA == MINMAX:
             a = ((tl.load(code_ptr + back + at + hop, mask=led, other=0) == 0).to(tl.float32),)
         else:
-            a = _own(a_ptr, back, at, hop, led, CONSTANT, col, KIND)
+            a = _own(a_ptr, back, at, hop, led, CONSTANT, col, D, KIND)
     else:
-        a = _own(a_ptr, base, at, hop, ok, CONSTANT, col, KIND)
+        a = _own(a_ptr, base, at, hop, ok, CONSTANT, col, D, KIND)
     b = _vector(b_ptr, base, at, hop, ok, KIND, IDLE)
     extra = (known,)
     if GRAD and ALGEBRA == MINMAX and not TOTALS:
@@ -592,7 +606,7 @@ def scan_kernel(
                     if GRAD and ALGEBRA == MINMAX:
                         _write(last_ptr, 0, state, 0, (tl.where(extra[0] == 0, h[0], 0.0),), ended)
                     elif GRAD:
-                        own = _own(a_ptr, base, at, hop, ended, CONSTANT, col, KIND)
+                        own = _own(a_ptr, base, at, hop, ended, CONSTANT, col, D, KIND)
                         _write(last_ptr, 0, state, 0, _apply(_factor(own, KIND, True), _zeros(h), h, KIND), ended)
                     else:
                         _write(last_ptr, 0, state, 0, h, ended)
@@ -624,7 +638,7 @@ def scan_kernel(
                 if ALGEBRA == MINMAX:
                     own = ((tl.load(code_ptr + final * D + col, mask=within, other=0) == 0).to(tl.float32),)
                 else:
-                    own = _factor(_own(a_ptr, final * D, col, 0, within, CONSTANT, col, KIND), KIND, True)
+                    own = _factor(_own(a_ptr, final * D, col, 0, within, CONSTANT, col, D, KIND), KIND, True)
                 _write(last_ptr, n * D, col, 0, _apply(own, _zeros(carry), carry, KIND), within)
             else:
                 _write(last_ptr, n * D, col, 0, carry, within)
