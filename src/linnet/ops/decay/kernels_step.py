@@ -106,10 +106,8 @@ def _stabilizing(i_ptr, f_ptr, m_ptr, cu_ptr, ids_ptr, rows, heads, mask, T, H, 
     enter = tl.maximum(tl.load(m_ptr + n * H + heads, mask=first, other=0.0).to(tl.float64), least)
     a = tl.maximum(lf.to(tl.float64), least)
     b = tl.maximum(i.to(tl.float64), least)
-    b_first = tl.maximum(a + enter, b)
-    nothing = tl.where(mask, 0.0, 0.0).to(tl.float64)
-    after_a = tl.where(mask, tl.where(first, nothing + float("-inf"), a), nothing)
-    after_b = tl.where(mask, tl.where(first, b_first, b), nothing + float("-inf"))
+    after_a = tl.where(mask, tl.where(first, float("-inf"), a), tl.zeros_like(a))
+    after_b = tl.where(mask, tl.where(first, tl.maximum(a + enter, b), b), float("-inf"))
     return i, lf, after_a, after_b, n, first, enter
 
 
