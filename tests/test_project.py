@@ -92,7 +92,8 @@ def test_version_agrees_everywhere() -> None:
 def test_metadata() -> None:
     about = metadata("linnet")
     assert about["License-Expression"] == "Apache-2.0"
-    assert set(about.get_all("Provides-Extra") or ()) == {"hf", "serve", "eval", "graph", "bench", "docs", "dev"}
+    extras = {"hf", "torchtitan", "serve", "eval", "graph", "bench", "docs", "dev"}
+    assert set(about.get_all("Provides-Extra") or ()) == extras
 
 
 def test_catalogue_is_up_to_date() -> None:

@@ -20,7 +20,7 @@ _COMMANDS = {
     "serve": "Serve a trained model over HTTP, to OpenAI's clients.",
     "eval": "Measure a trained language model: loss by context length, copying, recall and state tracking.",
     "convert": "Convert a checkpoint of transformers (Llama, Qwen, Olmo Hybrid, Kimi Linear, Mamba, xLSTM), or back.",
-    "compare": "Train mixers on a synthetic task in the same decoder and compare their accuracy by length.",
+    "compare": "Train mixers on a synthetic task or a text in the same decoder and compare them by length.",
     "reproduce": "Run the small version of a paper's central experiment and hold the measured figures against bars.",
     "list": "List the mixers, the ops they run on, or the synthetic tasks.",
     "inspect": "Show one mixer: paper, recurrence, options, size and identities.",

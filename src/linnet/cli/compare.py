@@ -70,8 +70,9 @@ def compare(
         typer.Option("--resume", help="Go on with the comparison in --out, with its settings.", rich_help_panel=_RUN),
     ] = False,
 ) -> None:
-    """Train mixers on a synthetic task in the same decoder and compare their accuracy by length; or on a text, and
-    compare their bits per byte.
+    """Train mixers on a synthetic task or a text in the same decoder and compare them by length.
+
+    On a task their accuracy is compared, on a text their bits per byte.
 
     Ends with a table, plots and a page to open in a browser. Ctrl-C saves and stops; `--resume` goes on.
     """
