@@ -24,13 +24,24 @@ CALLS = {
     "complex": ("complex", torch.float32, 4096, 64, False),
     "block": ("block", torch.float32, 4096, 64, False),
     "minmax": ("minmax", torch.bfloat16, 4096, 2048, False),
+    "constant": ("real", torch.bfloat16, 4096, 2048, False, True),
+    "constant, few channels": ("real", torch.float32, 17, 6, False, True),
+    "constant, complex": ("complex", torch.float32, 100, 64, False, True),
+    "constant, block": ("block", torch.float32, 100, 64, False, True),
+    "constant, packed": ("real", torch.bfloat16, 4096, 48, True, True),
 }
 
 
 def recorded(
-    monkeypatch: pytest.MonkeyPatch, algebra: str, dtype: torch.dtype, T: int, D: int, packed: bool
+    monkeypatch: pytest.MonkeyPatch,
+    algebra: str,
+    dtype: torch.dtype,
+    T: int,
+    D: int,
+    packed: bool,
+    constant: bool = False,
 ) -> list[Launch]:
-    """What forward and backward of a call launch on a GPU."""
+    """What forward and backward of a call launch on a GPU; ``constant``: with one factor for all tokens."""
     tile, gpu = launch.tile, torch.device("cuda")
     monkeypatch.setattr(
         launch, "tile", lambda algebra, D, packed, device, **size: tile(algebra, D, packed, gpu, **size)
@@ -38,6 +49,8 @@ def recorded(
     monkeypatch.setattr(launch, "processors", lambda device: 132)
     factors, tail = {"complex": ((2,), (2,)), "block": ((2, 2), (2,))}.get(algebra, ((), ()))
     a, b = torch.empty(1, T, D, *factors, dtype=dtype), torch.empty(1, T, D, *tail, dtype=dtype)
+    if constant:
+        a = a[:, :1].expand_as(a)
     ids, h = torch.zeros(T, dtype=torch.int32) if packed else None, torch.empty(1, D, *tail)
 
     def call() -> None:

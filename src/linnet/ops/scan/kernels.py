@@ -243,23 +243,18 @@ def _write_blocks(ptr, base, wide, x):
 
 @triton.jit
 def _own(ptr, base, at, hop, mask, CONSTANT: tl.constexpr, col, D: tl.constexpr, ALGEBRA: tl.constexpr):
-    """Factors of these tokens, or the one factor of all: loaded once, and the mask put on in registers. A load of one
-    address for many tokens under a mask of theirs gave tokens their neighbours' factors on Hopper."""
+    """Factors of these tokens, or the one factor of all. That one is loaded once and masked in registers: a load for
+    all tokens would set the layout of the scan, and another layout gives wrong results on Hopper (see the tests)."""
     if CONSTANT:
         one = _factors(ptr, 0, col, 0, col < D, ALGEBRA)
-        if ALGEBRA == REAL:
-            out = (tl.where(mask, one[0], 1.0).to(one[0].dtype),)
-        elif ALGEBRA == MINMAX:
-            out = (tl.where(mask, one[0], float("inf")).to(one[0].dtype),)
+        unity = (1.0,)
+        if ALGEBRA == MINMAX:
+            unity = (float("inf"),)
         elif ALGEBRA == COMPLEX:
-            out = (tl.where(mask, one[0], 1.0).to(one[0].dtype), tl.where(mask, one[1], 0.0).to(one[1].dtype))
-        else:
-            out = (
-                tl.where(mask, one[0], 1.0).to(one[0].dtype),
-                tl.where(mask, one[1], 0.0).to(one[1].dtype),
-                tl.where(mask, one[2], 0.0).to(one[2].dtype),
-                tl.where(mask, one[3], 1.0).to(one[3].dtype),
-            )
+            unity = (1.0, 0.0)
+        elif ALGEBRA == BLOCK:
+            unity = (1.0, 0.0, 0.0, 1.0)
+        out = _where(mask, one, unity)
     else:
         out = _factors(ptr, base, at, hop, mask, ALGEBRA)
     return out
