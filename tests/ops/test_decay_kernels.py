@@ -15,7 +15,7 @@ import torch
 from ahead_of_time import BLACKWELL, HOPPER, MI300, SHARED_MEMORY, Launch, build, launches
 from triton.backends.compiler import GPUTarget
 
-from linnet.ops.decay import launch
+from linnet.ops.decay import launch, launch_step
 
 CALLS: dict[str, dict[str, Any]] = {
     "scalar": {"gate": "scalar"},
@@ -102,3 +102,17 @@ def test_tiles_of_one_width_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     passes = [one for one in recorded(monkeypatch, HOPPER, 64, 80, gate="scalar") if "TMA" in one.arguments]
     one = next(one for one in passes if one.arguments["FULL_R"] and not one.arguments["FULL_P"])
     assert build(one, HOPPER).asm
+
+
+@pytest.mark.parametrize("target", [HOPPER, BLACKWELL, MI300], ids=["sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_gates_of_the_mlstm_compile(target: GPUTarget, packed: bool) -> None:
+    B, T, H = (1 if packed else 2), 300, 6
+    cu, ids = (
+        (torch.tensor([0, 100, T], dtype=torch.int32), torch.zeros(T, dtype=torch.int32)) if packed else (None,) * 2
+    )
+    i, m = torch.empty(B, T, H), torch.empty(2, H)
+    found = launches(lambda: launch_step.stabilizer(i, i, m, cu, ids, -1e4))
+    assert len(found) == 2, "what blocks do to a stabiliser, then the stabiliser"
+    for one in found:
+        assert build(one, target).metadata.shared <= SHARED_MEMORY[target]

@@ -114,9 +114,9 @@ def run(
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     step = q.shape[1] == 1 and segments is None and backend == "auto"  # nothing to chunk or to register
     if step and name == "triton" and not training and not torch.compiler.is_compiling():
-        from . import launch
+        from . import launch, launch_step
 
-        o, (S, z) = launch.step(q, k, v, g, gv, u, w, launch.State(S, z), floor, scale, eps)
+        o, (S, z) = launch_step.step(q, k, v, g, gv, u, w, launch.State(S, z), floor, scale, eps)
         return o, S, z
     if name == "reference" or step:
         bounds = None if segments is None else segments.cu_seqlens_host.tolist()

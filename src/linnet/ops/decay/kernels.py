@@ -8,11 +8,10 @@ is the forward pass with (r, s, p) = (q, k, v). Its three gradients are the same
 
     dq: (dO, v, k) forward in time        dv: (k, q, dO) backward in time        dk: (v, dO, q) backward in time
 
-A program walks the chunks of one
-sequence (or of one piece of it) in either direction with the state on chip, and only the payload's channels are split
-over programs. Pieces of ``PIECE`` tokens have their boundary states in memory: they let a long sequence fill the GPU
-(every piece starts from its own boundary state), and the gradient of the gates starts afresh at each, which keeps it
-free of cancellation over long sequences.
+A program walks the chunks of one sequence (or of one piece of it) in either direction with the state on chip, and only
+the payload's channels are split over programs. Pieces of ``PIECE`` tokens have their boundary states in memory: they
+let a long sequence fill the GPU (every piece starts from its own boundary state), and the gradient of the gates starts
+afresh at each, which keeps it free of cancellation over long sequences.
 
 Gates. Of a pair of tokens, the *late* one (q, dO) reads what the *early* one (k, v) wrote. A scalar gate enters as a
 matrix over the pairs. A vector gate, on the channels of reader and writer or of the payload, is split into a factor of

@@ -13,7 +13,6 @@ from ..core import chunk_table
 from .kernels import pass_kernel
 from .kernels_around import chain_kernel, finish_kernel, gate_kernel, prepare_kernel, read_kernel, sums_kernel
 from .kernels_norm import keys_kernel, norm_kernel
-from .kernels_step import stabilizer_kernel, stabilizer_sums_kernel, step_kernel
 
 # How strongly half a chunk may forget, in log2, before it is walked token by token: the factors of a vector gate reach
 # 2^limit and their products over masked pairs its square. fp16 has little range; fp32 keeps its digits.
@@ -29,11 +28,11 @@ _PART = 128
 # Triton's own helpers of this kind cost more on the host than a small launch.
 
 
-def _cdiv(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _power_of_2(n: int) -> int:
+def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
@@ -51,7 +50,7 @@ def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool) -
     Measured on Hopper: pieces (split) run two programs a multiprocessor with two stages, whole sequences one program
     with three; from 256 reading channels on two warp groups share the state. With 512 a second stage has no room.
     """
-    BR, widest = max(16, _power_of_2(DR)), max(16, _power_of_2(DP))
+    BR, widest = max(16, power_of_2(DR)), max(16, power_of_2(DP))
     if dtype == torch.float32:
         return {"BR": BR, "BP": min(32 if BR <= 128 else 16, widest), "C": C, "num_warps": 4, "num_stages": 2}
     if BR <= 128:
@@ -179,7 +178,7 @@ class _Call:
             self.tokens,
             self.piece,
             self.H,
-            LENGTH=_power_of_2(self.piece),
+            LENGTH=power_of_2(self.piece),
             C=self.chunk,
             PACKED=self.packed,
         )
@@ -197,7 +196,7 @@ class _Call:
         slow: int,
     ) -> None:
         D = early.shape[-1]
-        wide = max(16, _power_of_2(D))
+        wide = max(16, power_of_2(D))
         chunks = self.pieces * (self.piece // self.chunk)
         prepare_kernel[(chunks * self.H,)](
             late,
@@ -260,8 +259,8 @@ class _Call:
     ) -> None:
         """Turn the passes' gradients into those of the tokens, in place, and gather those of gate and bonus."""
         D, E = early.shape[-1], self.V if by_key else self.K
-        wide = min(64, max(16, _power_of_2(D)))
-        finish_kernel[(self.pieces * self.H * _cdiv(D, wide),)](
+        wide = min(64, max(16, power_of_2(D)))
+        finish_kernel[(self.pieces * self.H * ceil_div(D, wide),)](
             late,
             early,
             None if gate is None else gate.values,
@@ -316,7 +315,7 @@ class _Call:
             self.piece,
             self.H,
             D,
-            BD=max(16, _power_of_2(D)),
+            BD=max(16, power_of_2(D)),
             C=self.chunk,
             PACKED=self.packed,
             num_warps=4 if D <= 128 else 8,
@@ -326,7 +325,7 @@ class _Call:
         """Whether to walk a payload of so many channels in pieces rather than whole sequences: when whole ones would
         leave the GPU half empty, or a single long one would keep it waiting."""
         settings = launch_settings(self.K, DP, self.chunk, self.dtype, False)
-        programs = self.rows * self.H * _cdiv(DP, settings["BP"])
+        programs = self.rows * self.H * ceil_div(DP, settings["BP"])
         uneven = self.packed and self.longest * self.rows > 2 * self.T
         return self.longest > self.piece and (programs < 96 or (uneven and programs < 1024))
 
@@ -361,7 +360,7 @@ class _Call:
         DR, DP = writer.shape[-1], payload.shape[-1]
         side_r, side_p = (self.value, self.key) if transposed else (self.key, self.value)
         settings = launch_settings(DR, DP, self.chunk, self.dtype, split)
-        grid = ((self.pieces if split else self.rows) * self.H * _cdiv(DP, settings["BP"]),)
+        grid = ((self.pieces if split else self.rows) * self.H * ceil_div(DP, settings["BP"]),)
         gate = self.gate
         heads = [self.H if t is None else t.shape[2] for t in (reader, writer, payload, dot)]
         BR, BP = settings["BR"], settings["BP"]
@@ -465,7 +464,7 @@ class _Call:
         """Boundary states of every piece and the final state, from the pieces' own writes and summed gates."""
         edges, last = torch.empty_like(own), _rows(start, self.rows)
         R, P, block = start.shape[2], start[0, 0, 0].numel(), 64
-        chain_kernel[(self.rows * self.H * _cdiv(R * P, block),)](
+        chain_kernel[(self.rows * self.H * ceil_div(R * P, block),)](
             start,
             own,
             *totals,
@@ -484,25 +483,46 @@ class _Call:
         )
         return edges, last
 
-    def _keys(self, keys: Tensor, w: Tensor | None, *, reverse: bool = False, **given: Any) -> None:
-        """Launch the walk of the running sum of keys; see :func:`keys_kernel`."""
-        read = "x" in given
-        K = keys.shape[-1]
-        wide = max(16, _power_of_2(K) if read else min(32, _power_of_2(K)))
+    def _walk_keys(
+        self,
+        keys: Tensor,
+        w: Tensor | None,
+        parts: Tensor | None,
+        *,
+        reverse: bool = False,
+        own: Tensor | None = None,
+        total: Tensor | None = None,
+        q: Tensor | None = None,
+        start: Tensor | None = None,
+        x: Tensor | None = None,
+        over: Tensor | None = None,
+        floor: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Launch the walk of the running sum of keys, which fills ``own``, ``total`` and ``parts``, or, where ``x`` is
+        given, reads along from ``start`` and ``parts``; see :func:`keys_kernel`."""
+        read, K = x is not None, keys.shape[-1]
+        wide = max(16, power_of_2(K) if read else min(32, power_of_2(K)))
         part = min(_PART, self.piece)
         gate = self.gate if self.key is None else self.key
-        programs = self.pieces * (self.piece // part) if read else self.pieces * _cdiv(K, wide)
+        programs = self.pieces * (self.piece // part) if read else self.pieces * ceil_div(K, wide)
         keys_kernel[(programs * self.H,)](
-            given.get("q"),
+            q,
             keys,
             None if gate is None else gate.values,
             self.u,
             w,
-            *(given.get(name) for name in ("start", "x", "over", "floor", "own", "total", "part", "part_total")),
+            start,
+            x,
+            over,
+            floor,
+            own,
+            total,
+            *((None, None) if parts is None else parts),
             self.cu,
             self.table,
             self.scale,
-            given.get("eps", 0.0),
+            eps,
             self.T,
             self.tokens,
             self.piece,
@@ -522,26 +542,33 @@ class _Call:
         )
 
     def sum_keys(
-        self, keys: Tensor, w: Tensor | None, start: Tensor, pieces: int, *, reverse: bool = False, **parts: Any
+        self,
+        keys: Tensor,
+        w: Tensor | None,
+        start: Tensor,
+        pieces: int,
+        *,
+        parts: Tensor | None = None,
+        reverse: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The running sum of keys ``[., H, K]`` at the boundaries of all pieces, and the final one; or, backward in
-        time, its gradient, from the queries and what ``w`` holds for each."""
+        """The running sum of keys ``[., H, K]`` at the boundaries of all pieces, and the final one (``parts`` takes
+        what leads from a piece's start to each of its parts); or, backward in time, its gradient, from the queries and
+        what ``w`` holds for each."""
         own = _rows(start, pieces)
         scalar, vector = self.gate is not None, self.key is not None
         total = None if not (scalar or vector) else own.new_empty(own.shape if vector else own.shape[:2])
-        self._keys(keys, w, reverse=reverse, own=own, total=total, **parts)
+        self._walk_keys(keys, w, parts, reverse=reverse, own=own, total=total)
         return self._link(start, own, (total if scalar else None, total if vector else None, None), reverse)
 
     def normaliser(
         self, q: Tensor, k: Tensor, w: Tensor | None, z: Tensor, floor: Tensor | None, eps: float, pieces: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The normaliser and what a reading is multiplied by, ``[H, tokens]``, and the running sum of
-        keys at the boundaries of all pieces and after the last token."""
+        """The normaliser and what a reading is multiplied by, ``[H, tokens]``, and the running sum of keys at the
+        boundaries of all pieces and after the last token."""
         x, over = (z.new_empty(self.H, self.tokens) for _ in range(2))
-        parts = z.new_empty(2, pieces, self.H, _cdiv(self.piece, _PART), z.shape[-1])
-        given = {"part": parts[0], "part_total": parts[1]}
-        bounds, last = self.sum_keys(k, w, z, pieces, **given)
-        self._keys(k, w, q=q, start=bounds, x=x, over=over, floor=floor, eps=eps, **given)
+        parts = z.new_empty(2, pieces, self.H, ceil_div(self.piece, _PART), z.shape[-1])
+        bounds, last = self.sum_keys(k, w, z, pieces, parts=parts)
+        self._walk_keys(k, w, parts, q=q, start=bounds, x=x, over=over, floor=floor, eps=eps)
         return x, over, bounds, last
 
     def read_along(
@@ -658,8 +685,8 @@ def backward(
     lw = dx = None  # by what the late tokens are weighted, and the normaliser's gradient over that
     if x is not None:
         lw, dx = torch.empty_like(x), torch.empty_like(x)
-        rows, wide = 32, min(128, max(16, _power_of_2(V)))
-        norm_kernel[(_cdiv(call.tokens, rows) * H,)](
+        rows, wide = 32, min(128, max(16, power_of_2(V)))
+        norm_kernel[(ceil_div(call.tokens, rows) * H,)](
             do, o, x, floor, lw, dx, eps, call.tokens, H, V, ROWS=rows, BV=wide, FLOOR=floor is not None
         )
 
@@ -672,7 +699,7 @@ def backward(
     dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), torch.empty_like(v)
     scalar = gates and call.key is None and call.value is None and (g is not None or w is not None)
     row = col = cross = None
-    blocks = _cdiv(K, launch_settings(V, K, call.chunk, q.dtype, True)["BP"])
+    blocks = ceil_div(K, launch_settings(V, K, call.chunk, q.dtype, True)["BP"])
     if scalar:  # one partial sum for each block of the payload's channels
         row, col, cross = (new(blocks, H, call.tokens) for _ in range(3))
 
@@ -754,7 +781,7 @@ def backward(
             K * V,
             K,
             blocks,
-            LENGTH=_power_of_2(call.piece),
+            LENGTH=power_of_2(call.piece),
             BLOCK=1024,
             WS=w is not None,
             GATED=g is not None,
@@ -763,58 +790,3 @@ def backward(
             PACKED=call.packed,
         )
     return {name: x for name, x in found.items() if x is not None}
-
-
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    gv: Tensor | None,
-    u: Tensor | None,
-    w: Tensor | None,
-    state: State,
-    floor: Tensor | None,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, State]:
-    """One token for every row, without gradients: reading and the new state."""
-    q, k, v, gv, u, w, floor = (None if x is None else x.contiguous() for x in (q, k, v, gv, u, w, floor))
-    (N, _, H, V), (HQ, K) = v.shape, q.shape[2:]  # type: ignore[union-attr]
-    gate, row = 0, 0
-    if g is not None:
-        gate = 2 if g.dim() == 4 else 1
-        if gate == 2 or g.stride(0) != 0 or g.stride(2) != 1:  # a constant gate came expanded over the rows
-            g = g.contiguous()
-        row = g.stride(0) if N > 1 else 0
-    S, z = (None if x is None else x.contiguous() for x in state)
-    o = torch.empty_like(v)
-    after = State(torch.empty_like(S), None if z is None else torch.empty_like(z))  # type: ignore[arg-type]
-    BK = max(16, _power_of_2(K))
-    BV = min(max(16, _power_of_2(V)), max(16, 4096 // BK))
-    step_kernel[(N * H * _cdiv(V, BV),)](
-        q, k, v, g, gv, u, w, S, z, floor, o, *after, scale, eps, H, HQ, K, V, row, BK=BK, BV=BV, GATE=gate
-    )
-    return o, after  # type: ignore[return-value]
-
-
-def stabilizer(
-    i: Tensor, f: Tensor, m: Tensor, cu: Tensor | None, ids: Tensor | None, least: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-decay, write weight and least denominator ``[B, T, H]`` of the mLSTM (the last two laid out ``[H, B, T]``),
-    and the stabiliser ``[N, H]`` after the last token, from its gates' pre-activations and the stabiliser before the
-    first. Blocks of tokens are walked at once: first for what each does to a stabiliser, then from what enters it."""
-    i, f, m = i.contiguous(), f.contiguous(), m.contiguous()
-    B, T, H = i.shape
-    heads = min(16, _power_of_2(H))
-    block = 4096 // heads
-    blocks = _cdiv(B * T, block)
-    grid = (blocks * _cdiv(H, heads),)
-    sums = torch.empty(2, blocks, H, dtype=torch.float64, device=i.device)
-    g, last = torch.empty(i.shape, dtype=torch.float32, device=i.device), m.float().clone()
-    w, floor = (torch.empty(H, B, T, dtype=torch.float32, device=i.device) for _ in range(2))
-    given = (i, f, m, cu, ids, *sums, T, B * T, H, blocks, least)
-    sizes: dict[str, Any] = {"HEADS": heads, "BLOCK": block, "PACKED": cu is not None, "num_warps": 8}
-    stabilizer_sums_kernel[grid](*given, **sizes)
-    stabilizer_kernel[grid](*given, g, w, floor, last, **sizes)
-    return g, w.permute(1, 2, 0), floor.permute(1, 2, 0), last

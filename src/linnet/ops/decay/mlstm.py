@@ -128,7 +128,7 @@ def _forward(
     kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if kernel:
-        from .launch import stabilizer
+        from .launch_step import stabilizer
 
         return stabilizer(i, f, m0, cu_seqlens, ids, _FLOOR)
     lf = F.logsigmoid(f)
