@@ -1,0 +1,104 @@
+"""The scan of keys that makes the normaliser of 16-bit inputs, in Triton's interpreter: the contract suite there has
+fp32 alone, where the normaliser is one more channel.
+
+The interpreter has to be chosen before Triton is imported, hence a process of its own, which runs this file again.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from linnet.ops.core.registry import has_triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SCALE, EPS, PIECE, PART = 0.7, 0.1, 16, 8
+ONE, PACKED = [38], [21, 0, 1, 14]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED or not has_triton(), reason="needs Triton; this is the process that it starts")
+def test_the_scan_of_keys_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
+    command += ["-W", "ignore:Conversion of an array:DeprecationWarning"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, f"pytest ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-1000:]}"
+
+
+def recurrence(
+    q: Tensor, k: Tensor, g: Tensor | None, u: Tensor | None, w: Tensor | None, z: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Normaliser of one sequence token by token, and the sums of keys before each token and after the last."""
+    x, sums = [], [z]
+    for t in range(len(k)):
+        key = k[t] if w is None else w[t, :, None] * k[t]
+        keep = 1.0 if g is None else (g[t] if g.dim() == 3 else g[t, :, None]).exp()
+        after = keep * z + key
+        read = after if u is None else z + u * key
+        x.append(SCALE * (q[t] * read).sum(-1))
+        z = after
+        sums.append(z)
+    return x, sums
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="started by the test above")
+@pytest.mark.parametrize(
+    ("gate", "bonus", "write", "bounded", "lengths"),
+    [
+        ("none", False, False, False, ONE),
+        ("constant", False, True, True, ONE),
+        ("scalar", False, True, True, PACKED),
+        ("vector", False, False, False, PACKED),
+        ("vector", True, False, False, ONE),
+        ("vector", True, False, False, PACKED),
+    ],
+)
+def test_the_scan_of_keys(
+    gate: str, bonus: bool, write: bool, bounded: bool, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = import_module("linnet.ops.decay.launch")
+    monkeypatch.setattr(launch, "_PART", PART)
+    torch.manual_seed(0)
+    T, H, K = sum(lengths), 2, 6
+    q, k, v = torch.randn(1, T, H, K), torch.randn(1, T, H, K), torch.randn(1, T, H, 4)
+    g = {"constant": -torch.rand(H), "scalar": -torch.rand(1, T, H), "vector": -torch.rand(1, T, H, K)}.get(gate)
+    if g is not None and gate != "constant":
+        g[:, 5] = -200.0  # a reset
+    if gate == "constant":
+        g = g.expand(1, T, H)
+    u, w = torch.randn(H, K) if bonus else None, torch.rand(1, T, H) if write else None
+    floor = torch.rand(1, T, H) if bounded else None
+    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32) if len(lengths) > 1 else None
+    z = torch.randn(len(lengths), H, K).double().requires_grad_()
+    dx, dz = torch.randn(1, T, H), torch.randn(len(lengths), H, K)
+
+    call = launch._Call(q, v, g, None, u, cu, SCALE, PIECE)
+    line = launch._line
+    x, over, bounds, last = call.normaliser(q, k, line(w), z.detach().float(), line(floor), EPS, call.pieces)
+    _, d_first = call.sum_keys(q, line(dx), dz, call.pieces, reverse=True)
+
+    first, expected, starts, ends, loss = 0, [], [], [], 0.0
+    for n, length in enumerate(lengths):
+        own = slice(first, first + length)
+        parts = [None if y is None else y[0, own].double() for y in (g, w)]
+        given = (q[0, own].double(), k[0, own].double(), parts[0], None if u is None else u.double(), parts[1], z[n])
+        found, sums = recurrence(*given)
+        expected += found
+        starts += [sums[t] for t in range(0, length, PIECE)]
+        ends.append(sums[-1])
+        loss = loss + sum((y * dx[0, first + t]).sum() for t, y in enumerate(found)) + (sums[-1] * dz[n]).sum()
+        first += length
+    exact = torch.stack(expected, 1)  # [H, T]
+    low = exact if floor is None else torch.maximum(exact.abs(), line(floor).double())
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(x.double(), exact, **close)
+    torch.testing.assert_close(1 / over.double(), low + EPS, **close)
+    torch.testing.assert_close(bounds[: len(starts)].double(), torch.stack(starts), **close)
+    torch.testing.assert_close(last.double(), torch.stack(ends), **close)
+    torch.testing.assert_close(d_first.double(), torch.autograd.grad(loss, z)[0], **close)
