@@ -17,7 +17,7 @@ from linnet.ops import backend as using
 from linnet.ops import cell
 from linnet.ops.core import Cost, Segments, get_op
 
-__all__ = ["GRIDS", "SUITES", "Shape", "Workload", "grid", "suite"]
+__all__ = ["GRIDS", "SUITES", "Shape", "Workload", "grid", "run_mixer", "suite", "weights_of"]
 
 Inputs = dict[str, Tensor]
 STATES = 16  # of a channel of the selective scan, Mamba's default

@@ -3,6 +3,7 @@ another."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
@@ -26,7 +27,7 @@ from .scoring import accuracy
 __all__ = ["Exercise", "TaskExercise", "TextExercise", "build_exercise"]
 
 
-class Exercise:
+class Exercise(ABC):
     """What models are trained and tested on.
 
     Attributes:
@@ -54,17 +55,17 @@ class Exercise:
     levels: Mapping[str, float] = MappingProxyType({})
     limits: tuple[float, float] | None = None
 
+    @abstractmethod
     def batches(self, length: int | Sequence[int], batch_size: int, seed: int) -> Any:
         """The training rows: what :func:`linnet.training.train` takes as data."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, length: int) -> None:
         """Raise the ValueError of a length that cannot be tested at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def test(self, model: Any, length: int, rows: int) -> dict[str, Any]:
         """Scores of a model in evaluation mode on rows it was not trained on."""
-        raise NotImplementedError
 
 
 class TaskExercise(Exercise):
