@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from forked import fork
+
 torch._utils._get_available_device_type = lambda: "cpu"
 for name, answer in {
     "get_device_name": "CPU",
@@ -192,21 +194,4 @@ def main(rank: int, port: str, folder: Path, name: str) -> None:
 if __name__ == "__main__":
     sys.modules["titan_processes"] = sys.modules["__main__"]
     __name__ = "titan_processes"
-    children = []
-    for index in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                main(index, sys.argv[1], Path(sys.argv[2]), sys.argv[3])
-                code = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    sys.exit(fork(2, lambda index: main(index, sys.argv[1], Path(sys.argv[2]), sys.argv[3])))

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from forked import fork
 from linnet import ops, parallel
 from linnet.models import Decoder, DecoderConfig
 from linnet.ops import ConvState, DecayState, DeltaState, ScanState
@@ -304,23 +305,5 @@ def main(rank, size, port):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    count = int(sys.argv[1])
-    children = []
-    for index in range(count):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                main(index, count, sys.argv[2])
-                code = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in children]
-    sys.exit(max(codes))
+    port, count = sys.argv[1], int(sys.argv[2])
+    sys.exit(fork(count, lambda index: main(index, count, port)))
