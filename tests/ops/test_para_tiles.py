@@ -5,30 +5,22 @@ The interpreter has to be chosen before Triton is imported, hence a process of i
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
 import torch
 
+from interpreted import in_the_interpreter, run_interpreted, starts_the_interpreter
 from linnet.ops import ParaState, Segments, paragru, paralstm
-from linnet.ops.core.registry import has_triton
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED or not has_triton(), reason="needs Triton; this is the process that it starts")
+@starts_the_interpreter
 def test_tiles_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
-    command += ["-W", "ignore:Conversion of an array:DeprecationWarning"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, f"pytest ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-1000:]}"
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="started by the test above")
+@in_the_interpreter
 @pytest.mark.parametrize(
     ("op", "lengths", "steps"),
     [(paragru, [17, 0, 1, 20], 12), (paragru, [18], 1), (paralstm, [18], 12)],
