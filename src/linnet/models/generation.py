@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linnet.ops import Segments
-from linnet.ops.core import map_state, state_tensors
+from linnet.ops.core import map_state, overwriting_states, state_tensors
 
 from .decoder import Decoder, DecoderOutput
 
@@ -258,9 +258,11 @@ class DecodingStep:
             return self.model(inputs, held, last_only=True)
 
         def step() -> Tensor:
-            out = forward()
+            with overwriting_states():
+                out = forward()
             for old, new in zip(state_tensors(held), state_tensors(out.state), strict=True):
-                old.copy_(new)
+                if new.data_ptr() != old.data_ptr():
+                    old.copy_(new)
             return out.logits
 
         try:

@@ -1,12 +1,15 @@
 """Recurrent state as immutable nested tuples of tensors.
 
 A state is a NamedTuple of tensors (or of further states, or ``None`` for a part a mode does not use). Axis 0 of
-every tensor is the row: one sequence of a batch, or one segment of a packed sequence. Nothing here mutates.
+every tensor is the row: one sequence of a batch, or one segment of a packed sequence. Nothing here mutates, and no op
+overwrites a state it was given, unless the caller says so with :func:`overwriting_states`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,9 +17,11 @@ from torch import Tensor
 
 __all__ = [
     "detach",
+    "following",
     "join_rows",
     "map_state",
     "named_tensors",
+    "overwriting_states",
     "repeat_rows",
     "select_rows",
     "state_bytes",
@@ -93,3 +98,22 @@ def join_rows(states: Sequence[Any]) -> Any:
 def state_bytes(state: Any) -> int:
     """Memory the state occupies, in bytes."""
     return sum(x.numel() * x.element_size() for x in state_tensors(state))
+
+
+_overwriting: ContextVar[bool] = ContextVar("overwriting", default=False)
+
+
+@contextmanager
+def overwriting_states() -> Iterator[None]:
+    """While inside, the kernels that read one token a row may put the new state where the old one is, and the old one
+    is then lost. For a loop that owns its state: nothing is copied back, and there is one state instead of two."""
+    token = _overwriting.set(True)
+    try:
+        yield
+    finally:
+        _overwriting.reset(token)
+
+
+def following(state: Tensor) -> Tensor:
+    """Memory for the state after ``state``: new, or its own inside :func:`overwriting_states`."""
+    return state if _overwriting.get() else torch.empty_like(state)

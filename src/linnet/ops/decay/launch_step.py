@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linnet.ops.core import following
+
 from .kernels_step import stabilizer_kernel, stabilizer_sums_kernel, step_kernel
 from .launch import State, ceil_div, power_of_2
 
@@ -35,7 +37,8 @@ def step(
         row = g.stride(0) if N > 1 else 0
     S, z = (None if x is None else x.contiguous() for x in state)
     o = torch.empty_like(v)
-    after = State(torch.empty_like(S), None if z is None else torch.empty_like(z))  # type: ignore[arg-type]
+    # Every program reads all of a head's z, so that one is never overwritten.
+    after = State(following(S), None if z is None else torch.empty_like(z))  # type: ignore[arg-type]
     BK = max(16, power_of_2(K))
     BV = min(max(16, power_of_2(V)), max(16, 4096 // BK))
     step_kernel[(N * H * ceil_div(V, BV),)](
