@@ -1,7 +1,7 @@
 """The Triton kernels on a machine without a GPU: the op contract once more, in Triton's interpreter.
 
-The interpreter runs one element of the grid after the other in NumPy, so only two tests of the contract run, on small
-shapes; a GPU runs all of it.
+The interpreter runs one element of the grid after the other in NumPy, so only two tests of the contract run, and one of
+strided inputs, on small shapes; a GPU runs all of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from interpreted import run_interpreted, starts_the_interpreter
-from linnet.ops.core import ops
+from linnet.ops.core import get_op, ops
 
 PARTS = "matches_reference or packed_equals_separate"
 BORROWED = {"softmax_scan"}  # runs the kernels of scan and minmax_scan
@@ -27,4 +27,5 @@ def test_kernels_in_the_interpreter(name: str, device: torch.device) -> None:
     if device.type != "cpu":
         pytest.skip("the kernels run for real in this session")
     file = str(Path(__file__).with_name("test_ops.py"))
-    run_interpreted(file, "-k", f"triton and ({PARTS}) and [{name}-")
+    first = get_op(name).cases[0].name.replace(" ", "_")
+    run_interpreted(file, "-k", f"triton and [{name}- and ({PARTS} or (strided and -{first}-))")

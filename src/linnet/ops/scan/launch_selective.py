@@ -56,7 +56,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reading, the last states ``[N, D, S]`` and the states before every chunk. ``ids`` are the sequences of
     packed tokens."""
-    x, delta, B, C = (y.contiguous() for y in (x, delta, B, C))
+    x, delta, B, C, D = (None if y is None else y.contiguous() for y in (x, delta, B, C, D))
     A, h0 = (y.mT.contiguous() for y in (A, h0))
     call = _Call(x, B, len(A), chunk, ids)
     edges, reach = call.edges(h0)
@@ -84,7 +84,7 @@ def backward(
     dlast: Tensor,
 ) -> dict[str, Tensor]:
     """Gradients by input name."""
-    x, delta, B, C, dy = (y.contiguous() for y in (x, delta, B, C, dy))
+    x, delta, B, C, D, dy = (None if y is None else y.contiguous() for y in (x, delta, B, C, D, dy))
     A, h0, dlast = (y.mT.contiguous() for y in (A, h0, dlast))
     call = _Call(x, B, len(A), chunk, ids)
     dedges, reach = call.edges(h0)
