@@ -1,5 +1,8 @@
 """What each process of the test does: every engine and two decoders, on its slice and on the whole. Forked once PyTorch
-is loaded, so that the processes share the cost of it."""
+is loaded, so that the processes share the cost of it. With a GPU for each process, the same over NCCL:
+
+    PYTHONPATH=tests python tests/parallel/processes.py 29500 4 cuda
+"""
 
 from __future__ import annotations
 
@@ -128,6 +131,7 @@ def check(name, whole, part, inputs, options, state, group):
     ours, theirs = [*b.values(), *state_tensors(start_b)], [*a.values(), *state_tensors(start_a)]
     for x, y in zip(ours, theirs, strict=True):
         grad = torch.zeros_like(x) if x.grad is None else x.grad
+        grad = grad.contiguous()
         dist.all_reduce(grad, group=group)  # each process has those of its slice
         close(name, grad, torch.zeros_like(y) if y.grad is None else y.grad)
 
@@ -198,7 +202,7 @@ def check_tensor_parallel(group):
         tokens, targets = torch.randint(11, (B, T)), torch.randint(11, (B, T))
         expected = model.loss(tokens, targets)
         expected.backward()
-        mesh = DeviceMesh.from_group(group, "cpu")
+        mesh = DeviceMesh.from_group(group, torch.get_default_device().type)
         assert parallel.tensor_parallel(spread, mesh) is spread
         loss = spread.loss(tokens, targets)
         loss.backward()
@@ -236,7 +240,7 @@ def check_tensor_parallel(group):
 
 def check_sharded_and_split():
     """Two processes for the layers, times two for the batch."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    mesh = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("data", "tensor"))
     torch.manual_seed(3)
     mixers = ["gated_deltanet(num_heads=2, head_dim=4)", "attention(num_heads=2)"]
     model = Decoder(DecoderConfig(vocab_size=11, d_model=8, num_layers=2, mixers=mixers, mlp_hidden=8)).double()
@@ -273,10 +277,13 @@ def check_refusals(group):
     refuses(lambda: sliced.conv(randn(1, 2, 3), randn(3, 5), group=group), "slices of at least 4 tokens")
 
 
-def main(rank, size, port):
+def main(rank, size, port, device):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    torch.set_default_device(device)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=size)
     pair = dist.new_group([0, 1])
     torch.manual_seed(0)
     given = list(cases())
@@ -305,5 +312,5 @@ def main(rank, size, port):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    port, count = sys.argv[1], int(sys.argv[2])
-    sys.exit(fork(count, lambda index: main(index, count, port)))
+    port, count, device = sys.argv[1], int(sys.argv[2]), [*sys.argv, "cpu"][3]
+    sys.exit(fork(count, lambda index: main(index, count, port, device)))

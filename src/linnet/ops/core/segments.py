@@ -41,12 +41,13 @@ class Segments:
         if isinstance(lengths, Tensor):
             device = lengths.device if device is None else device
             lengths = lengths.tolist()
-        sizes = torch.tensor([int(n) for n in lengths], dtype=torch.int64)
+        # The host's part says so: a caller may have set another default device.
+        sizes = torch.tensor([int(n) for n in lengths], dtype=torch.int64, device="cpu")
         if sizes.numel() == 0 or int(sizes.min()) < 0:
             raise ValueError(f"lengths: expected at least one length, none negative, got {list(lengths)[:8]}")
-        host = torch.zeros(sizes.numel() + 1, dtype=torch.int32)
+        host = torch.zeros(sizes.numel() + 1, dtype=torch.int32, device="cpu")
         host[1:] = sizes.cumsum(0)
-        ids = torch.repeat_interleave(torch.arange(sizes.numel(), dtype=torch.int32), sizes)
+        ids = torch.repeat_interleave(torch.arange(sizes.numel(), dtype=torch.int32, device="cpu"), sizes)
         device = torch.device("cpu") if device is None else torch.device(device)
         return cls(host.to(device), host, ids.to(device), int(sizes.max()), int(host[-1]))
 
@@ -71,7 +72,7 @@ class Segments:
         starts = torch.ones_like(rows, dtype=torch.bool)
         starts[:, 1:] = rows[:, 1:] != rows[:, :-1]
         at = starts.flatten().nonzero().flatten()
-        ends = torch.cat([at[1:], torch.tensor([rows.numel()])])
+        ends = torch.cat([at[1:], at.new_tensor([rows.numel()])])
         return cls.from_lengths((ends - at).tolist(), ids.device)
 
     def __len__(self) -> int:
@@ -96,7 +97,7 @@ class Segments:
 @lru_cache(maxsize=64)
 def _chunk_table(bounds: tuple[int, ...], chunk: int, device: str) -> Tensor:
     rows = [(n, c) for n, (a, b) in enumerate(pairwise(bounds)) for c in range(-(-(b - a) // chunk))]
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 2).to(device)
+    return torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device)
 
 
 def chunk_table(cu_seqlens_host: Tensor, chunk: int, device: torch.device | str) -> Tensor:
