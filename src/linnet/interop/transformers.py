@@ -81,6 +81,7 @@ class LinnetConfig(PreTrainedConfig):
         # The head of a tied decoder is the embedding itself, not a second module to be tied to it.
         kwargs["tie_word_embeddings"] = False
         super().__post_init__(**kwargs)
+        self.architectures = self.architectures or ["LinnetForCausalLM"]
 
     @classmethod
     def of(cls, config: DecoderConfig, **kwargs: Any) -> LinnetConfig:
