@@ -277,6 +277,11 @@ def check_refusals(group):
     refuses(lambda: sliced.conv(randn(1, 2, 3), randn(3, 5), group=group), "slices of at least 4 tokens")
 
 
+def report(name):
+    if dist.get_rank() == 0:
+        print("OK", name, flush=True)
+
+
 def main(rank, size, port, device):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
@@ -291,21 +296,17 @@ def main(rank, size, port, device):
     for group in (None, pair):
         if group is pair and rank > 1:
             break
-        done = []
-        for case in given if group is None else given[2::6]:
-            check(*case, group)
-            done.append(case[0])
+        for name, *case in given if group is None else given[2::6]:
+            check(name, *case, group)
+            report(name)
         for split_rows in (False, True) if group is None else (False,):
             check_decoder(group, split_rows)
+            report("decoder-rows" if split_rows else "decoder")
         check_refusals(group)
-        if group is pair:
-            check_tensor_parallel(pair)
-            done = ["tensor-parallel"]
-        else:
-            done += ["decoder", "decoder-rows", "refusals"]
-        if rank == 0:
-            for name in done:
-                print("OK", name)
+        report("refusals")
+    if rank < 2:
+        check_tensor_parallel(pair)
+        report("tensor-parallel")
     dist.barrier()
     dist.destroy_process_group()
 
