@@ -21,6 +21,7 @@ from vllm.model_executor.layers.attention import Attention as PagedAttention
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.linear_attn import (
     LinearAttentionBackend,
     LinearAttentionMetadata,
@@ -30,7 +31,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from linnet.mixers import Mixer
 from linnet.mixers.attention import Attention
-from linnet.models import Decoder
+from linnet.models import Decoder, DecoderConfig
 from linnet.models.decoder import check_tensors
 from linnet.models.mlp import at_least_fp32
 from linnet.ops import Segments
@@ -98,9 +99,9 @@ class _Builder(LinearAttentionMetadataBuilder):
         batch.state_indices_tensor = self.pages[:count].copy_(batch.state_indices_tensor[:count])
         lengths = common.query_start_loc_cpu[: count + 1].diff()
         # Pages are handed out as they were left. A prompt of one token comes as a decoding request.
-        begins = (lengths > 0) & (common.seq_lens_cpu_upper_bound[:count] == lengths)
-        if bool(begins.any()):
-            pages = batch.state_indices_tensor[begins.to(self.device)]
+        begins = ((lengths > 0) & (common.seq_lens_cpu_upper_bound[:count] == lengths)).nonzero()[:, 0]
+        if len(begins):
+            pages = batch.state_indices_tensor.index_select(0, begins.to(self.device))
             for name in self.layer_names:
                 self.vllm_config.compilation_config.static_forward_context[name].begin(pages)
         if batch.num_prefills:
@@ -192,6 +193,16 @@ class _Paged:
         return self.mixer.emit(o.view(q.shape), x), None
 
 
+def _empty(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
+    """A decoder whose weights are yet to be loaded, on vLLM's device."""
+    model = Decoder.meta(config)
+    saved = model.state_dict()
+    if all(name in saved for name, _ in model.named_buffers()):
+        return model.to(dtype).to_empty(device=torch.get_default_device()).eval()
+    with set_default_torch_dtype(torch.float32):  # some mixer computes buffers that are not saved
+        return Decoder(config).to(dtype).eval()
+
+
 class LinnetForCausalLM(nn.Module, HasInnerState, IsHybrid):
     """A linnet decoder as a model of vLLM.
 
@@ -216,7 +227,7 @@ class LinnetForCausalLM(nn.Module, HasInnerState, IsHybrid):
                 raise ValueError(f"{name}: expected auto or float32, got {getattr(caches, name)}")
         config: ServedConfig = vllm_config.model_config.hf_config
         size = _row_bytes(config, vllm_config.model_config.dtype)
-        self.model = Decoder(config.decoder_config())
+        self.model = _empty(config.decoder_config(), vllm_config.model_config.dtype)
         self.paged = nn.ModuleList()
         self.now: dict[str, Tensor] = {}
         context = vllm_config.compilation_config.static_forward_context
