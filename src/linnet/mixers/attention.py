@@ -147,7 +147,7 @@ class Attention(Mixer):
         return self.emit(o, x), cache
 
     def project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries ``[B, T, H, K]``, keys and values of the tokens, rotated to their ``positions`` (where it rotates)."""
+        """Queries ``[B, T, H, K]``, keys and values, rotated to the tokens' ``positions`` where the mixer rotates."""
         q, k, v = self.q_proj(x), self.k_proj(x), parts.heads(self.v_proj(x), self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:  # over a head, or over all of them
             q, k = (n(y.unflatten(-1, (-1, n.size))).flatten(2) for n, y in ((self.q_norm, q), (self.k_norm, k)))
