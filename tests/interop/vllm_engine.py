@@ -1,0 +1,98 @@
+"""vLLM's own engine on a linnet decoder, on the CPU, against :func:`linnet.generate`; the plug-in is found by its entry
+point. Prompts of one token, of several parts, and with a beginning that is cached; pages that others have used."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+import torch
+
+from linnet.mixers import build_mixer
+from linnet.models import Decoder, DecoderConfig, generate
+from linnet.ops.core import map_state, state_tensors
+
+ATTENTION = "attention(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=True"
+MIXERS = [
+    "gla(num_heads=2)", f"{ATTENTION})", "mamba2(head_dim=8, state_dim=8)", f"{ATTENTION}, window=9)",
+    "gated_deltanet(num_heads=2, head_dim=8)", "rwkv7(head_dim=8)", "retnet(num_heads=2)", "aaren(num_heads=2)",
+    "slstm(num_heads=2)",
+]  # fmt: skip
+NEW = 12
+
+
+def refuses(call, text: str) -> None:
+    try:
+        call()
+    except ValueError as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"not refused: {text}")
+
+
+def check_rows() -> None:
+    from linnet.interop.vllm.model import Row
+
+    for spec in MIXERS[::2]:
+        mixer = build_mixer(spec, 16)
+        row, state = Row(mixer), map_state(lambda x: torch.rand(x.shape).to(x.dtype), mixer.init_state(3))
+        pages = torch.full((3, row.size + 32), 255, dtype=torch.uint8)
+        for held, x in zip(row.views(pages), state_tensors(state), strict=True):
+            held.copy_(x)
+        for held, x in zip(row.views(pages), state_tensors(state), strict=True):
+            assert torch.equal(held, x) and held.dtype == x.dtype
+        assert bool((pages[:, row.size :] == 255).all())
+
+
+def check_configs() -> None:
+    from linnet.interop.vllm.config import served_mixers
+
+    shape = {"vocab_size": 8, "d_model": 16, "num_layers": 2}
+    mla = "mla(num_heads=2, kv_rank=8, nope_dim=4, rope_dim=2, v_dim=6)"
+    refuses(lambda: served_mixers(DecoderConfig(mixers=["gla", mla], **shape)), "the state of mla grows")
+    heads = ["attention(num_heads=2)", "attention(num_heads=4)"]
+    refuses(lambda: served_mixers(DecoderConfig(mixers=heads, **shape)), "got [(2, 8), (4, 4)]")
+
+
+def main(folder: str) -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(vocab_size=64, d_model=32, num_layers=9, mixers=MIXERS, mlp_hidden=32, init_std=0.2)
+    decoder = Decoder(config).eval()
+    decoder.save(folder)
+
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        folder, skip_tokenizer_init=True, dtype="float32", max_model_len=256, max_num_batched_tokens=64, max_num_seqs=4,
+        enforce_eager=True, gpu_memory_utilization=0.05, enable_prefix_caching=True, num_gpu_blocks_override=48,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(64, (n,), generator=generator).tolist() for n in (5, 150, 1, 33, 64, 1)]
+    prompts.append([*prompts[1], 3, 4])
+    options = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    expected = [generate(decoder, [p], max_new_tokens=NEW, temperature=0).tokens[0].tolist() for p in prompts]
+    cached = 0
+    for _ in range(2):
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], options, use_tqdm=False)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == expected
+        cached += sum(o.num_cached_tokens for o in outputs)
+    assert cached > 0
+
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    assert {name for name, _ in model.named_parameters()} == {f"model.{name}" for name in decoder.state_dict()}
+    tensors = dict(decoder.state_dict())
+    taken = model.load_weights((name, x + 1) for name, x in tensors.items())
+    assert taken == {f"model.{name}" for name in tensors}
+    assert all(torch.equal(x, tensors[name] + 1) for name, x in model.model.state_dict().items())
+    tensors["other"] = tensors.pop("norm.weight")
+    refuses(lambda: model.load_weights(tensors.items()), "missing norm.weight, unexpected other")
+    check_rows()
+    check_configs()
+    print("OK")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
