@@ -93,6 +93,8 @@ class Attention(Mixer):
         ValueError: naming the option, for sizes that do not divide or are out of range.
     """
 
+    attend = staticmethod(attention)  # another cache, such as of a server, is another function
+
     def __init__(
         self,
         d_model: int,
@@ -139,33 +141,20 @@ class Attention(Mixer):
     ) -> tuple[Tensor, AttentionState]:
         parts.check_input(x, self.d_model, segments)
         cache = None if state is None else parts.unpack(state, AttentionState)
-        positions = None
-        if self.rotated:
-            positions, _ = parts.count_positions(x, None if cache is None else cache.length, segments)
-        q, k, v = self.project(x, positions)
-        o, cache = attention(q, k, v, window=self.window, state=cache, segments=segments)
-        return self.emit(o, x), cache
-
-    def project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries ``[B, T, H, K]``, keys and values, rotated to the tokens' ``positions`` where the mixer rotates."""
         q, k, v = self.q_proj(x), self.k_proj(x), parts.heads(self.v_proj(x), self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:  # over a head, or over all of them
             q, k = (n(y.unflatten(-1, (-1, n.size))).flatten(2) for n, y in ((self.q_norm, q), (self.k_norm, k)))
         q, k = parts.heads(q, self.num_heads), parts.heads(k, self.num_kv_heads)
         if self.rotated:
+            positions, _ = parts.count_positions(x, None if cache is None else cache.length, segments)
             q, k = (self.rotate(y, positions) for y in (q, k))
-        return q, k, v
-
-    def emit(self, o: Tensor, x: Tensor) -> Tensor:
-        """The output ``[B, T, D]`` from what was read ``[B, T, H, K]``."""
-        gate = 1.0 if self.g_proj is None else torch.sigmoid(self.g_proj(x))
-        return self.o_proj(o.flatten(2) * gate)
+        o, cache = self.attend(q, k, v, window=self.window, state=cache, segments=segments)
+        return self.o_proj(o.flatten(2) * (1.0 if self.g_proj is None else torch.sigmoid(self.g_proj(x)))), cache
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         turned = rotary(x[..., : self.rotated], positions, base=self.rope_base, scaling=self.rope_scaling)
         return turned if self.rotated == self.head_dim else torch.cat([turned, x[..., self.rotated :]], -1)
 
     def init_state(self, rows: int) -> AttentionState:
-        like = self.o_proj.weight
-        empty = like.new_zeros(rows, 0, self.num_kv_heads, self.head_dim)
-        return AttentionState(empty, empty, torch.zeros(rows, dtype=torch.int64, device=like.device))
+        empty = self.o_proj.weight.new_zeros(rows, 0, self.num_kv_heads, self.head_dim)
+        return AttentionState(empty, empty, empty.new_zeros(rows, dtype=torch.int64))

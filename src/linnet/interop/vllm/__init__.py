@@ -16,7 +16,7 @@ def register() -> None:
     """Make the architecture known; vLLM calls this in each of its processes, maybe more than once. The model itself is
     imported when one is loaded."""
     from transformers import AutoConfig
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry  # type: ignore[import-not-found, attr-defined]
 
     from linnet.interop.vllm.config import ServedConfig
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig  # type: ignore[import-not-found, attr-defined]
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention as PagedAttention
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -176,7 +176,8 @@ class _Paged:
     """Runs a mixer ``attention``, in place of its ``forward``, on vLLM's cache of keys and values."""
 
     def __init__(self, mixer: Attention, config: VllmConfig, prefix: str, now: dict[str, Tensor]):
-        self.mixer, self.now = mixer, now
+        self.mixer, self.run, self.now = mixer, mixer.forward, now
+        mixer.attend = self._attend  # type: ignore[assignment, method-assign]
         self.attend = PagedAttention(
             mixer.num_heads,
             mixer.head_dim,
@@ -187,10 +188,13 @@ class _Paged:
             prefix=prefix,
         )
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return self.attend(*[y.flatten(1).contiguous() for y in (q, k, v)]).view(q.shape), None
+
     def __call__(self, x: Tensor, state: Any = None, segments: Segments | None = None) -> tuple[Tensor, None]:
-        q, k, v = self.mixer.project(x, self.now["positions"][None])
-        o = self.attend(*[y[0].flatten(1).contiguous() for y in (q, k, v)])
-        return self.mixer.emit(o.view(q.shape), x), None
+        rows = x[0].unsqueeze(1)  # one a token, each at its position
+        before = self.mixer.init_state(len(rows))._replace(length=self.now["positions"])
+        return self.run(rows, before)[0].transpose(0, 1), None
 
 
 def _empty(config: DecoderConfig, dtype: torch.dtype) -> Decoder:
