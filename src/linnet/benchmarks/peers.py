@@ -173,6 +173,7 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_fla("gated_delta_rule", "fla")
+@_fla("gated_delta_rule_grouped", "fla")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
@@ -234,6 +235,7 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_peer("gated_delta_rule", "flash-qla", "flash-qla", "flash_qla")
+@_peer("gated_delta_rule_grouped", "flash-qla", "flash-qla", "flash_qla")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from flash_qla import chunk_gated_delta_rule
 
@@ -425,4 +427,5 @@ for _kind in ("lstm", "gru", "slstm"):
     _loop(_kind, "cell", kind=_kind)
 _loop("paragru", "paragru")
 _loop("m2rnn", "m2rnn", clip=1.0)
+_loop("block_scan", "scan")
 _loop("selective_scan", "selective_scan")  # the published kernel (mamba-ssm) has to be built from source
