@@ -78,7 +78,8 @@ def test_gates_before_their_sigmoid():
 
 def test_grids():
     assert {shape.tokens for shape in grid("main,wide,packed,sizes,length")} == {32768}
-    assert len(set(GRIDS["wide"])) == 64 and GRIDS["wide"][0] == GRIDS["main"][0] and len(grid("main,wide")) == 64
+    assert len(set(GRIDS["wide"])) == 64 and GRIDS["wide"][0] == GRIDS["main"][0] and len(grid("near,wide")) == 64
+    assert len(grid("near")) == 10 and len(grid("main,near")) == 12
     for shape in grid("packed"):
         lengths = shape.lengths
         assert sum(lengths) == shape.T and 4 <= 4 * min(lengths) < max(lengths)

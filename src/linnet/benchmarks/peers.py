@@ -37,6 +37,7 @@ class Peer(NamedTuple):
         packed: whether it takes packed sequences.
         cpu: whether it runs without a GPU.
         heads: how many it takes at most; any number when None.
+        fixed: whether it compiles its kernels for one batch and length only.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Peer(NamedTuple):
     packed: bool = True
     cpu: bool = False
     heads: int | None = None
+    fixed: bool = False
 
     def obstacle(self, device: torch.device, packed: bool, heads: int = 1) -> str | None:
         """Why it cannot run there, on packed sequences or not, with so many heads; None when it can."""
@@ -86,9 +88,10 @@ def _peer(
     restore: Callable[[Tensor], Tensor] = lambda o: o,
     packed: bool = True,
     heads: int | None = None,
+    fixed: bool = False,
 ) -> Callable[[Run], Run]:
     def add(run: Run) -> Run:
-        peer = Peer(name, package, module, run, convert, restore, packed, heads=heads)
+        peer = Peer(name, package, module, run, convert, restore, packed, heads=heads, fixed=fixed)
         _peers.setdefault(workload, []).append(peer)
         return run
 
@@ -244,7 +247,15 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 # mlstm_kernels (tiled flash linear attention).
 
-_mlstm = partial(_peer, package="mlstm-kernels", module="mlstm_kernels", convert=_swapped, restore=_swap, packed=False)
+_mlstm = partial(
+    _peer,
+    package="mlstm-kernels",
+    module="mlstm_kernels",
+    convert=_swapped,
+    restore=_swap,
+    packed=False,
+    fixed=True,
+)
 
 
 @_mlstm("mlstm_exp", "mlstm-kernels")
@@ -269,15 +280,7 @@ def _preactivations(x: Inputs) -> Inputs:
     return _swapped({"q": x["q"], "k": x["k"], "v": x["v"], "i": x["w"].double().logit().to(x["w"].dtype), "f": f})
 
 
-@_peer(
-    "mlstm_sig",
-    "mlstm-kernels",
-    "mlstm-kernels",
-    "mlstm_kernels",
-    convert=_preactivations,
-    restore=_swap,
-    packed=False,
-)
+@_mlstm("mlstm_sig", "mlstm-kernels", convert=_preactivations)
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from mlstm_kernels.torch.chunkwise import registry
 
@@ -380,7 +383,7 @@ def _for_flashrnn(x: Inputs) -> Inputs:
 
 
 def _flashrnn(kind: str, name: str, backend: str) -> None:
-    @_peer(kind, name, "flashrnn", "flashrnn", convert=_for_flashrnn, packed=False)
+    @_peer(kind, name, "flashrnn", "flashrnn", convert=_for_flashrnn, packed=False, fixed=True)
     def _(x: Inputs, cu: Tensor | None) -> Tensor:
         from flashrnn import flashrnn
 

@@ -181,9 +181,12 @@ def _compile_ahead(
 
 
 def _variant(job: dict[str, Any], op: str, name: str, shape: Any) -> str:
-    """What is compiled and tuned once: kernels are not made anew for other lengths or batches."""
-    _, _, H, K, V, lengths = shape
-    return f"{op} {name} {H} {K} {V} {bool(lengths)} {job['dtype']}"
+    """What is compiled and tuned once: few make kernels anew for another batch or length."""
+    from .peers import peers
+
+    B, T, H, K, V, lengths = shape
+    fixed = any(peer.fixed for peer in peers(op) if peer.name == name)
+    return f"{op} {name} {f'{B} {T} ' if fixed else ''}{H} {K} {V} {bool(lengths)} {job['dtype']}"
 
 
 def _names(op: str, name: str, p: str, shape: Any, dtype: str) -> dict[str, Any]:

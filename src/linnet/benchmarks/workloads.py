@@ -361,6 +361,22 @@ def _packed(count: int, H: int, K: int, V: int, total: int = _TOKENS) -> Shape:
     return Shape(1, total, H, K, V, _lengths(count, total, count))
 
 
+def _far(s: Shape) -> int:
+    """In how many of length, heads and head sizes a shape differs from the usual one."""
+    return (s.T != _USUAL.T) + (s.H != _USUAL.H) + ((s.K, s.V) != (_USUAL.K, _USUAL.V))
+
+
+# Nearest first, so that a run cut short has covered most.
+_WIDE = sorted(
+    (
+        Shape(_TOKENS // T, T, H, K, V)
+        for K, V in ((128, 128), (64, 64), (128, 256), (256, 512))
+        for H in (16, 4, 32, 8)
+        for T in (8192, 32768, 2048, 1024)
+    ),
+    key=_far,
+)
+
 GRIDS: dict[str, tuple[Shape, ...]] = {
     "main": (
         _USUAL,
@@ -369,17 +385,8 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
         Shape(4, 8192, 32, 64, 64),
         Shape(4, 8192, 4, 256, 512),
     ),
-    "wide": tuple(
-        sorted(  # those that differ least from the usual one first, so that a run cut short has covered most
-            (
-                Shape(_TOKENS // T, T, H, K, V)
-                for K, V in ((128, 128), (64, 64), (128, 256), (256, 512))
-                for H in (16, 4, 32, 8)
-                for T in (8192, 32768, 2048, 1024)
-            ),
-            key=lambda s: (s.T != _USUAL.T) + (s.H != _USUAL.H) + (s.V != _USUAL.V or s.K != _USUAL.K),
-        )
-    ),
+    "near": tuple(shape for shape in _WIDE if _far(shape) <= 1),
+    "wide": tuple(_WIDE),
     "sizes": tuple(Shape(4, 8192, 16, size, size) for size in (64, 96, 256)),
     "length": tuple(Shape(_TOKENS // T, T, 16, 128, 128) for T in (512, 1024, 2048, 4096, 8192, 16384, 32768)),
     "packed": (

@@ -30,7 +30,7 @@ def bench(
     grid: Annotated[
         str,
         typer.Option(
-            help="Shapes: some of `main`, `wide`, `sizes`, `packed`, `length`, `cell`, `tiny`, with commas between.",
+            help="Shapes, with commas between: `main`, `near`, `wide`, `sizes`, `packed`, `length`, `cell`, `tiny`.",
             rich_help_panel=_WHAT,
         ),
     ] = "main",
