@@ -123,19 +123,18 @@ def test_a_crash_costs_its_own_row(monkeypatch):
     assert told[:2] == ["gla linnet 1x2", "gla bad 1x2"]
 
 
-def test_what_is_not_compiled_in_time_is_not_run(monkeypatch):
+def test_what_is_not_compiled_in_time_is_not_run(monkeypatch, rivals):
     said = []
     kept = Results(None)
-    assert worker._compile_ahead(JOB | {"shapes": JOB["shapes"][:1]}, kept, said.append, 1, 100) == []
+    ours = JOB | {"impls": ["linnet"]}
+    assert worker._compile_ahead(ours | {"shapes": JOB["shapes"][:1]}, kept, said.append, 1, 100) == []
     assert said[0] == "compiling ahead: 0 of 1 are ready" and said[-1] == "compiling ahead: 1 of 1 are ready"
     monkeypatch.setattr(worker, "_converse", lambda job, timeout: said.append(job) or iter([{"end": None}]))
-    worker.run(JOB | {"impls": ["linnet"]}, kept, said.append, ahead=1, patience=0)
-    late = said[-1]["unready"]
-    assert late == dict.fromkeys(("simple_gla linnet 2 4 4 False float32", "simple_gla linnet 2 4 4 True float32"),
-                                 "not compiled and tuned within 0 s")  # fmt: skip
-    monkeypatch.setattr(protocol.Timer, "ceilings", lambda self: protocol.Ceilings(1.0, 1.0))
+    worker.run(JOB | {"impls": ["wrong"]}, kept, said.append, ahead=1, patience=0)
+    late, why = said[-1]["unready"], "not compiled and tuned within 0 s"
+    assert late == dict.fromkeys((f"simple_gla wrong 2 4 4 {packed} float32" for packed in (False, True)), why)
     rows = measured(said[-1])[1].values()
-    assert len(rows) == 4 and {r["note"] for r in rows} == set(late.values())
+    assert len(rows) == 4 and {r["note"] for r in rows} == {why}
 
 
 def test_a_process_that_says_nothing_is_ended():

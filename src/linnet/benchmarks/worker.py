@@ -52,7 +52,7 @@ def run(
             timed out.
         ahead: processes that compile and tune side by side before anything is timed; 0: each implementation does so
             when its turn comes.
-        patience: seconds for all of that; what is not ready by then gets a row that says so.
+        patience: seconds for all of that; peers that are not ready by then get a row that says so.
     """
     deaths: Counter[tuple[str, str]] = Counter()
     first: dict[str, float | None] = {}
@@ -364,10 +364,10 @@ class _Comparison:
     def _obstacle(self, name: str) -> str | None:
         if [self.workload.name, name] in self.job["banned"]:
             return "not run: it ended the process on other shapes of this op"
+        if name == "linnet":
+            return None
         unready = self.job.get("unready", {}).get(_variant(self.job, self.workload.name, name, self.shape))
-        if unready or name == "linnet":
-            return unready
-        return self.peers[name].obstacle(self.timer.device, bool(self.shape.lengths), self.shape.H)
+        return unready or self.peers[name].obstacle(self.timer.device, bool(self.shape.lengths), self.shape.H)
 
     def _first(self, name: str) -> float | None:
         if name not in self.job["first_call"]:
