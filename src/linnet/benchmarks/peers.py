@@ -6,6 +6,7 @@ settings of ours: block sizes, chunk lengths and autotuning are its own defaults
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -107,9 +108,25 @@ def _swap(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-# flash-linear-attention: the chunked kernel of every op, and the fused one where there is one.
+# flash-linear-attention: the chunked kernel of every op, and the fused one where there is one. Parts of some ops have a
+# second form in TileLang, which it runs where that package happens to be importable: a row of its own.
 
-_fla = partial(_peer, package="fla-core", module="fla")
+
+def _fla(
+    workload: str, name: str, *, convert: Callable[[Inputs], Inputs] = lambda x: x, packed: bool = True
+) -> Callable[[Run], Run]:
+    tilelang = name == "fla-tilelang"
+
+    def add(run: Run) -> Run:
+        def begin(x: Inputs, cu: Tensor | None) -> Tensor:
+            os.environ["FLA_TILELANG"] = str(int(tilelang))  # the backward pass that follows asks for it as well
+            return run(x, cu)
+
+        module = "tilelang" if tilelang else "fla"
+        _peer(workload, name, "fla-core", module, convert=convert, packed=packed)(begin)
+        return run
+
+    return add
 
 
 @_fla("linear_attn", "fla")
@@ -176,7 +193,9 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_fla("gated_delta_rule", "fla")
+@_fla("gated_delta_rule", "fla-tilelang")
 @_fla("gated_delta_rule_grouped", "fla")
+@_fla("gated_delta_rule_grouped", "fla-tilelang")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
@@ -184,6 +203,7 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_fla("kda", "fla")
+@_fla("kda", "fla-tilelang")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from fla.ops.kda import chunk_kda
 
@@ -198,6 +218,7 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_fla("deltaproduct", "fla")
+@_fla("deltaproduct", "fla-tilelang")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from fla.ops.gated_delta_product import chunk_gated_delta_product
 
@@ -213,6 +234,7 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_fla("rwkv7", "fla-bounded")
+@_fla("rwkv7", "fla-tilelang")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from fla.ops.rwkv7 import chunk_rwkv7
 

@@ -206,10 +206,7 @@ def _main() -> None:
         pipe.flush()
 
     job = json.load(sys.stdin)
-    # Peers as their users install them: fla runs some ops on TileLang and on FlashQLA where these happen to be
-    # importable; FlashQLA has rows of its own.
-    os.environ.setdefault("FLA_TILELANG", "0")
-    os.environ.setdefault("FLA_FLASH_QLA", "0")
+    os.environ.setdefault("FLA_FLASH_QLA", "0")  # fla would run FlashQLA, which has rows of its own
     from .tuning import parallel_compilation
 
     if job.get("only"):
