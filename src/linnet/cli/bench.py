@@ -205,7 +205,8 @@ def _report(rows: list[dict[str, Any]], as_json: bool) -> None:
     if whole:
         out.print(_models_table(whole))
     else:
-        out.print(_ops_table(entries))
+        ops = list(dict.fromkeys(entry["op"] for entry in entries))
+        out.print(_ops_table(sorted(entries, key=lambda entry: ops.index(entry["op"]))))
     seen = dict.fromkeys(f"{row['op']}: {row['impl']}: {row['note']}" for row in rows if row["note"])
     for line in seen:
         out.print(f"note: {line}", style="yellow", markup=False)
