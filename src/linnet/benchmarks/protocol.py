@@ -207,4 +207,4 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    return f"{type(error).__name__}: {text}"[:160].rstrip(": ")
+    return f"{type(error).__name__}: {text}"[:240].rstrip(": ")
