@@ -387,6 +387,7 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
     ),
     "near": tuple(shape for shape in _WIDE if _far(shape) <= 1),
     "wide": tuple(_WIDE),
+    "heads": (_USUAL, *(Shape(1, _TOKENS, H, 128, 128) for H in (16, 8, 4))),
     "sizes": tuple(Shape(4, 8192, 16, size, size) for size in (64, 96, 256)),
     "length": tuple(Shape(_TOKENS // T, T, 16, 128, 128) for T in (512, 1024, 2048, 4096, 8192, 16384, 32768)),
     "packed": (

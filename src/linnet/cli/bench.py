@@ -30,7 +30,7 @@ def bench(
     grid: Annotated[
         str,
         typer.Option(
-            help="Shapes, with commas between: `main`, `near`, `wide`, `sizes`, `packed`, `length`, `cell`, `tiny`.",
+            help="Shapes, with commas: `main`, `near`, `wide`, `heads`, `sizes`, `packed`, `length`, `cell`, `tiny`.",
             rich_help_panel=_WHAT,
         ),
     ] = "main",
