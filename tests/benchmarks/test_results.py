@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from linnet.benchmarks.results import COLUMNS, Results, key, read, summary
+from linnet.benchmarks.results import COLUMNS, Results, key, overview, read, summary
 
 
 def row(impl="linnet", ms=2.0, **more):
@@ -53,3 +53,11 @@ def test_summary():
     assert other["peer"] is None and other["ratio"] is None
     alone = summary([row("fast", 3.0, limit_ms=None), row(ms=None, note="failed")])[0]
     assert alone["ms"] is None and alone["ratio"] is None and alone["share"] is None and alone["peer_ms"] == 3.0
+
+
+def test_overview():
+    rows = [row(ms=1.0), row("fla", 4.0), row(T=16, ms=2.0), row("fla", 1.0, T=16, peak_bytes=50), row(T=32)]
+    (entry,) = overview(summary([*rows, row(op="alone")]))
+    assert (entry["op"], entry["pass"], entry["shapes"], entry["rated"], entry["slower"]) == ("gla", "fwd", 3, 2, 1)
+    assert (entry["least"]["ratio"], entry["least"]["T"], entry["greatest"]["ratio"]) == (0.5, 16, 4.0)
+    assert (entry["median"], entry["memory"]) == (2.25, 2.0)

@@ -22,6 +22,7 @@ def test_all_candidates_are_compiled_before_the_first_is_timed(monkeypatch):
     monkeypatch.setattr(autotuner.Autotuner, "_bench", plain)
     configs = [autotuner.Config({"BLOCK": 16}, num_warps=n) for n in (1, 2)]
     kernel = SimpleNamespace(
+        _do_bench=None,
         prune_configs=lambda meta: configs,
         fn=SimpleNamespace(warmup=lambda *args, **kwargs: said.append(("compiled", kwargs["num_warps"]))),
     )
@@ -33,4 +34,5 @@ def test_all_candidates_are_compiled_before_the_first_is_timed(monkeypatch):
                 assert found == [1.0]
     tuning = [("compiled", 1), ("compiled", 2), ("timed", 1), ("timed", 2)]
     assert said == [*tuning, *tuning[2:], *tuning]  # the same call again is not compiled again
+    assert kernel._do_bench.keywords == {"warmup": 5, "rep": 25}
     assert autotuner.Autotuner._bench is plain

@@ -19,7 +19,7 @@ JOB = {
     "device": "cpu",
     "backend": "auto",
     "rounds": 1,
-    "first_call": False,
+    "first_call": [],
     "done": [],
     "banned": [],
     "first": {},
@@ -44,10 +44,16 @@ def rivals(monkeypatch):
     def fails(x, cu):
         raise RuntimeError("no such kernel")
 
+    def forward_only(x, cu):
+        if torch.is_grad_enabled():
+            raise RuntimeError("no gradients")
+        return x["v"] + 1
+
     found = [
         a_peer("same", heads_first, convert=swap, packed=False),
         a_peer("wrong", lambda x, cu: 2 * x["v"]),
         a_peer("broken", fails),
+        a_peer("inference", forward_only),
         peers.Peer("absent", "no-such-package", "no_such_package", fails, swap, lambda o: o, cpu=True),
     ]
     monkeypatch.setattr(peers, "peers", lambda workload: found)
@@ -62,7 +68,7 @@ def measured(job):
 
 def test_every_implementation_has_its_row(rivals):
     said, rows = measured(JOB)
-    assert len(rows) == 5 * 2 * 2
+    assert len(rows) == 6 * 2 * 2
     by = {(r["impl"], r["pass"], r["segments"]): r for r in rows.values()}
     for p in ("fwd", "fwdbwd"):
         for segments in (None, 2):
@@ -74,6 +80,8 @@ def test_every_implementation_has_its_row(rivals):
             assert by["absent", p, segments]["note"] == "no-such-package is not installed"
         assert by["same", p, None]["difference"] < 1e-6 and by["same", p, None]["ms"] > 0
         assert by["same", p, 2]["note"] == "does not take packed sequences"
+        assert (by["inference", p, None].get("note") == "RuntimeError: no gradients") == (p == "fwdbwd")
+    assert by["inference", "fwd", None]["ms"] > 0
     begun = [m for m in said if "begin" in m]
     assert begun[0] == {"begin": ["ceilings", "", ""]} and ["simple_gla", "wrong", "1x9x2x4x4 in 2"] in [
         m["begin"] for m in begun
@@ -113,6 +121,20 @@ def test_a_crash_costs_its_own_row(monkeypatch):
     assert asked[0]["banned"] == asked[1]["banned"] == [] and asked[2]["banned"] == [["gla", "bad"]]
     assert len(asked[2]["done"]) == 4 and asked[2]["first"] == {"gla bad": 1.5}
     assert told[:2] == ["gla linnet 1x2", "gla bad 1x2"]
+
+
+def test_what_is_not_compiled_in_time_is_not_run(monkeypatch, rivals):
+    said = []
+    kept = Results(None)
+    ours = JOB | {"impls": ["linnet"]}
+    assert worker._compile_ahead(ours | {"shapes": JOB["shapes"][:1]}, kept, said.append, 1, 100) == []
+    assert said[0] == "compiling ahead: 0 of 1 are ready" and said[-1] == "compiling ahead: 1 of 1 are ready"
+    monkeypatch.setattr(worker, "_converse", lambda job, timeout: said.append(job) or iter([{"end": None}]))
+    worker.run(JOB | {"impls": ["wrong"]}, kept, said.append, ahead=1, patience=0)
+    late, why = said[-1]["unready"], "not compiled and tuned within 0 s"
+    assert late == dict.fromkeys((f"simple_gla wrong 2 4 4 {packed} float32" for packed in (False, True)), why)
+    rows = measured(said[-1])[1].values()
+    assert len(rows) == 4 and {r["note"] for r in rows} == {why}
 
 
 def test_a_process_that_says_nothing_is_ended():

@@ -10,7 +10,8 @@ import torch
 from linnet.benchmarks.peers import peers
 from linnet.benchmarks.workloads import GRIDS, SUITES, Shape, grid, suite
 
-ALL = [pytest.param(workload, id=workload.name) for workloads in SUITES.values() for workload in workloads]
+BY_NAME = {workload.name: workload for workloads in SUITES.values() for workload in workloads}
+ALL = [pytest.param(workload, id=name) for name, workload in BY_NAME.items()]
 CPU = torch.device("cpu")
 
 
@@ -44,7 +45,7 @@ def test_peers_have_names_of_their_own(workload):
 
 
 def test_conversions_are_restored():
-    for workload in (w for workloads in SUITES.values() for w in workloads):
+    for workload in BY_NAME.values():
         inputs = workload.inputs(Shape(2, 5, 2, 4, 6), CPU, torch.float32)
         for peer in peers(workload.name):
             with torch.no_grad():
@@ -76,8 +77,9 @@ def test_gates_before_their_sigmoid():
 
 
 def test_grids():
-    assert {shape.tokens for name in ("main", "wide", "packed") for shape in grid(name)} == {32768}
-    assert len(set(GRIDS["wide"])) == 64
+    assert {shape.tokens for shape in grid("main,wide,packed,sizes,length")} == {32768}
+    assert len(set(GRIDS["wide"])) == 64 and GRIDS["wide"][0] == GRIDS["main"][0] and len(grid("near,wide")) == 64
+    assert len(grid("near")) == 10 and len(grid("main,near")) == 12
     for shape in grid("packed"):
         lengths = shape.lengths
         assert sum(lengths) == shape.T and 4 <= 4 * min(lengths) < max(lengths)

@@ -15,7 +15,8 @@ runner = CliRunner()
 
 def test_measures_and_shows(tmp_path):
     file = tmp_path / "speed.csv"
-    options = ["--shapes", "1,16,2,4,4", "--ops", "simple_gla", "--rounds", "1", "--device", "cpu", "--first-call"]
+    options = ["--shapes", "1,16,2,4,4", "--ops", "simple_gla", "--rounds", "1", "--device", "cpu"]
+    options += ["--first-call", "linnet", "--ahead", "1"]
     found = runner.invoke(app, ["bench", *options, "--out", str(file)], env={"COLUMNS": "200"})
     assert found.exit_code == 0, found.output
     rows = read(file)
@@ -38,7 +39,7 @@ def test_measures_and_shows(tmp_path):
     [
         (
             ["--suite", "dacay"],
-            "--suite: expected one of decay, mlstm, delta, scan, cell, attention, decode, train",
+            "--suite: expected one of decay, mlstm, delta, scan, cell, attention, length, decode, train",
         ),
         (["--grid", "huge"], "grid: expected one of"),
         (["--suite", "decode", "--grid", "wide"], "grid: expected one of main, tiny"),

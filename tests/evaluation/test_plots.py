@@ -39,6 +39,8 @@ def timed(impl, ms, **more):
     [
         [timed("linnet", "1.5"), timed("fla", 3.0), timed("fla", "", T=9), timed("linnet", 2.0, segments="3")],
         [timed("linnet", T + 1.0, T=T, **{"pass": p}) for T in range(12) for p in ("fwd", "fwdbwd")],
+        [timed(impl, T + 1.0, T=T, segments=T // 9) for T in range(1, 12) for impl in ("linnet", "fla", "other")],
+        [timed("linnet", 1.0, T=4), *(timed("torch", T, op="attention", T=T) for T in (1, 4))],
         [timed("gla-1.3b", 4.0, op="decode", H="", K="", V="", limit_ms="")],
         [timed("linnet", None)],
         [],

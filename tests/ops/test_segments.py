@@ -1,10 +1,12 @@
-"""Boundaries of packed sequences."""
+"""Boundaries of packed sequences: where they are, and what a call needs of them on the device is there before it."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from linnet.ops import Segments
+from linnet.ops import decay, delta
+from linnet.ops.core import Segments, uploaded
 from linnet.ops.core.segments import chunk_table
 
 
@@ -17,3 +19,32 @@ def test_the_host_part_is_on_the_host_under_any_default_device():
     assert Segments.from_cu_seqlens(built.cu_seqlens).ids.tolist() == [0, 0, 2, 2, 2]
     assert again.lengths == [2, 3]
     assert table.tolist() == [[0, 0], [2, 0], [2, 1]]
+
+
+def test_integers_are_uploaded_once(device):
+    host = torch.tensor([0, 3, 7])
+    first = uploaded(host, device)
+    assert first.dtype == torch.int32 and first.device.type == device.type and first.tolist() == [0, 3, 7]
+    assert uploaded(torch.tensor([0, 3, 7], dtype=torch.int32), device) is first
+    host[1] = 4  # the same buffer, filled anew
+    assert uploaded(host, device).tolist() == [0, 4, 7]
+
+
+@pytest.mark.parametrize("op", [decay, delta])
+def test_packed_calls_do_not_wait_for_the_device(op, device):
+    if device.type != "cuda":
+        pytest.skip("there is nothing to wait for on a CPU")
+    segments = Segments.from_lengths([70, 1, 130], device)
+    q, k, v = (torch.randn(1, 201, 2, 64, device=device, requires_grad=True) for _ in range(3))
+    more = {"beta": torch.rand(1, 201, 2, device=device)} if op is delta else {}
+
+    def both():
+        o = op(q, k, v, segments=segments, **more)[0]
+        return torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
+
+    both()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -6,6 +6,7 @@ settings of ours: block sizes, chunk lengths and autotuning are its own defaults
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +38,7 @@ class Peer(NamedTuple):
         packed: whether it takes packed sequences.
         cpu: whether it runs without a GPU.
         heads: how many it takes at most; any number when None.
+        fixed: whether it compiles its kernels for one batch and length only.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Peer(NamedTuple):
     packed: bool = True
     cpu: bool = False
     heads: int | None = None
+    fixed: bool = False
 
     def obstacle(self, device: torch.device, packed: bool, heads: int = 1) -> str | None:
         """Why it cannot run there, on packed sequences or not, with so many heads; None when it can."""
@@ -86,9 +89,10 @@ def _peer(
     restore: Callable[[Tensor], Tensor] = lambda o: o,
     packed: bool = True,
     heads: int | None = None,
+    fixed: bool = False,
 ) -> Callable[[Run], Run]:
     def add(run: Run) -> Run:
-        peer = Peer(name, package, module, run, convert, restore, packed, heads=heads)
+        peer = Peer(name, package, module, run, convert, restore, packed, heads=heads, fixed=fixed)
         _peers.setdefault(workload, []).append(peer)
         return run
 
@@ -104,9 +108,25 @@ def _swap(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-# flash-linear-attention: the chunked kernel of every op, and the fused one where there is one.
+# flash-linear-attention: the chunked kernel of every op, and the fused one where there is one. Parts of some ops have a
+# second form in TileLang, which it runs where that package happens to be importable: a row of its own.
 
-_fla = partial(_peer, package="fla-core", module="fla")
+
+def _fla(
+    workload: str, name: str, *, convert: Callable[[Inputs], Inputs] = lambda x: x, packed: bool = True
+) -> Callable[[Run], Run]:
+    tilelang = name == "fla-tilelang"
+
+    def add(run: Run) -> Run:
+        def begin(x: Inputs, cu: Tensor | None) -> Tensor:
+            os.environ["FLA_TILELANG"] = str(int(tilelang))  # the backward pass that follows asks for it as well
+            return run(x, cu)
+
+        module = "tilelang" if tilelang else "fla"
+        _peer(workload, name, "fla-core", module, convert=convert, packed=packed)(begin)
+        return run
+
+    return add
 
 
 @_fla("linear_attn", "fla")
@@ -173,6 +193,9 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_fla("gated_delta_rule", "fla")
+@_fla("gated_delta_rule", "fla-tilelang")
+@_fla("gated_delta_rule_grouped", "fla")
+@_fla("gated_delta_rule_grouped", "fla-tilelang")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
@@ -180,6 +203,7 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_fla("kda", "fla")
+@_fla("kda", "fla-tilelang")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from fla.ops.kda import chunk_kda
 
@@ -194,6 +218,7 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_fla("deltaproduct", "fla")
+@_fla("deltaproduct", "fla-tilelang")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from fla.ops.gated_delta_product import chunk_gated_delta_product
 
@@ -209,6 +234,7 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_fla("rwkv7", "fla-bounded")
+@_fla("rwkv7", "fla-tilelang")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from fla.ops.rwkv7 import chunk_rwkv7
 
@@ -234,6 +260,7 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 
 @_peer("gated_delta_rule", "flash-qla", "flash-qla", "flash_qla")
+@_peer("gated_delta_rule_grouped", "flash-qla", "flash-qla", "flash_qla")
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from flash_qla import chunk_gated_delta_rule
 
@@ -242,7 +269,15 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
 
 # mlstm_kernels (tiled flash linear attention).
 
-_mlstm = partial(_peer, package="mlstm-kernels", module="mlstm_kernels", convert=_swapped, restore=_swap, packed=False)
+_mlstm = partial(
+    _peer,
+    package="mlstm-kernels",
+    module="mlstm_kernels",
+    convert=_swapped,
+    restore=_swap,
+    packed=False,
+    fixed=True,
+)
 
 
 @_mlstm("mlstm_exp", "mlstm-kernels")
@@ -267,15 +302,7 @@ def _preactivations(x: Inputs) -> Inputs:
     return _swapped({"q": x["q"], "k": x["k"], "v": x["v"], "i": x["w"].double().logit().to(x["w"].dtype), "f": f})
 
 
-@_peer(
-    "mlstm_sig",
-    "mlstm-kernels",
-    "mlstm-kernels",
-    "mlstm_kernels",
-    convert=_preactivations,
-    restore=_swap,
-    packed=False,
-)
+@_mlstm("mlstm_sig", "mlstm-kernels", convert=_preactivations)
 def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from mlstm_kernels.torch.chunkwise import registry
 
@@ -378,7 +405,7 @@ def _for_flashrnn(x: Inputs) -> Inputs:
 
 
 def _flashrnn(kind: str, name: str, backend: str) -> None:
-    @_peer(kind, name, "flashrnn", "flashrnn", convert=_for_flashrnn, packed=False)
+    @_peer(kind, name, "flashrnn", "flashrnn", convert=_for_flashrnn, packed=False, fixed=True)
     def _(x: Inputs, cu: Tensor | None) -> Tensor:
         from flashrnn import flashrnn
 
@@ -425,4 +452,5 @@ for _kind in ("lstm", "gru", "slstm"):
     _loop(_kind, "cell", kind=_kind)
 _loop("paragru", "paragru")
 _loop("m2rnn", "m2rnn", clip=1.0)
+_loop("block_scan", "scan")
 _loop("selective_scan", "selective_scan")  # the published kernel (mamba-ssm) has to be built from source

@@ -8,6 +8,7 @@ device: what is measured are the kernels and the gaps they leave, not Python.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -110,6 +111,7 @@ class Timer:
         a CPU, where PyTorch does not count."""
         if not self.cuda:
             return None
+        gc.collect()  # what an earlier call left in cycles must not be freed during this one
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -207,4 +209,4 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    return f"{type(error).__name__}: {text}"[:160].rstrip(": ")
+    return f"{type(error).__name__}: {text}"[:240].rstrip(": ")

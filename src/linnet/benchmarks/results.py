@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLUMNS", "Results", "key", "summary"]
+__all__ = ["COLUMNS", "Results", "key", "overview", "summary"]
 
 COLUMNS = (
     "date",
@@ -103,8 +104,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """One entry a measured op, pass and shape: linnet's time, the best peer's, their ratio (above 1: linnet is faster)
-    and linnet's share of the hardware limit; a missing figure is None."""
+    """One entry a measured op, pass and shape: linnet's time, the best peer's, their ratio (above 1: linnet is faster),
+    linnet's share of the hardware limit and memory, and the least memory of a peer; a missing figure is None."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         ours = key(row)
@@ -125,11 +126,40 @@ def summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
                 "ratio": float(best["ms"]) / ms if best and ms else None,
                 "share": limit / ms if limit and ms else None,
                 "peak_bytes": int(own[0]["peak_bytes"]) if own and own[0]["peak_bytes"] else None,
-                "peer_bytes": int(best["peak_bytes"]) if best and best["peak_bytes"] else None,
+                "peer_bytes": min((int(row["peak_bytes"]) for row in timed if row["peak_bytes"]), default=None),
+                "first_call_s": float(own[0]["first_call_s"]) if own and own[0].get("first_call_s") else None,
                 "failed": [f"{row['impl']}: {row['note']}" for row in group if not row["ms"]],
             }
         )
     return entries
+
+
+def overview(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a :func:`summary` says of each op and pass over all shapes: how many, on how many of them beside a peer, the
+    entries with the least and the greatest ratio, the median ratio, how often linnet is slower, and the most memory
+    relative to the peer that takes least. Ops without a peer have no entry."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault((entry["op"], entry["pass"]), []).append(entry)
+    found = []
+    for (op, p), group in groups.items():
+        rated = sorted((entry for entry in group if entry["ratio"] is not None), key=lambda entry: entry["ratio"])
+        memory = [e["peak_bytes"] / e["peer_bytes"] for e in rated if e["peak_bytes"] and e["peer_bytes"]]
+        if rated:
+            found.append(
+                {
+                    "op": op,
+                    "pass": p,
+                    "shapes": len(group),
+                    "rated": len(rated),
+                    "least": rated[0],
+                    "greatest": rated[-1],
+                    "median": statistics.median(entry["ratio"] for entry in rated),
+                    "slower": sum(entry["ratio"] < 1 for entry in rated),
+                    "memory": max(memory, default=None),
+                }
+            )
+    return found
 
 
 def _cell(value: Any) -> Any:

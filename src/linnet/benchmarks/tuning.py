@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+import torch
 
 __all__ = ["parallel_compilation"]
 
@@ -15,13 +19,16 @@ __all__ = ["parallel_compilation"]
 @contextmanager
 def parallel_compilation(threads: int | None = None) -> Iterator[None]:
     """While inside, Triton's autotuner compiles the candidates of a kernel on ``threads`` threads (all cores when None)
-    before it times them one by one as always. What it chooses is the same; it takes minutes less. Does nothing where
-    there is no Triton, and warns where Triton lacks what this needs."""
+    before it times them one by one as always, each for 25 ms in place of 100; of processes that tune on one GPU only
+    one times at once. It chooses as it would, in minutes less. Does nothing where there is no Triton, and warns where
+    Triton lacks what this needs."""
     try:
         from triton.runtime.autotuner import Autotuner
     except ImportError:
         yield
         return
+    from triton.testing import do_bench
+
     try:
         from triton.runtime._async_compile import AsyncCompileMode
     except ImportError:
@@ -39,13 +46,27 @@ def parallel_compilation(threads: int | None = None) -> Iterator[None]:
             with ThreadPoolExecutor(threads or os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
                 for candidate in self.prune_configs(meta):
                     self.fn.warmup(*args, **given, **candidate.all_kwargs())
-        return plain(self, *args, config=config, **meta)
+        if self._do_bench is None:
+            self._do_bench = partial(do_bench, warmup=5, rep=25)
+        with _turn():
+            return plain(self, *args, config=config, **meta)
 
     Autotuner._bench = bench
     try:
         yield
     finally:
         Autotuner._bench = plain
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """The GPU for oneself, among the processes that ask this way."""
+    import fcntl  # where Triton is, this is
+
+    device = torch.cuda.get_device_properties("cuda").uuid if torch.cuda.is_available() else "cpu"
+    with open(os.path.join(tempfile.gettempdir(), f"linnet-tuning-{device}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _part(x: Any) -> Any:

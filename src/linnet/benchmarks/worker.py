@@ -1,7 +1,8 @@
 """The process that measures. A peer that kills it (an illegal access, a hang) costs its own row, not the run.
 
 ``python -m linnet.benchmarks.worker`` reads a job as JSON on standard input and answers, one JSON object a line: what
-it begins (``{"begin": [workload, impl, shape]}``) and rows. :func:`run` is the other end of that pipe.
+it begins (``{"begin": [workload, impl, shape]}``) and rows. :func:`run` is the other end of that pipe. Before it, with
+``ahead``, such processes side by side fill the compilers' caches, one for an implementation on a shape.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from .results import Results, key
@@ -33,20 +37,28 @@ def run(
     report: Callable[[str], None],
     *,
     timeout: float = 600,
+    ahead: int = 0,
+    patience: float = 600,
 ) -> None:
     """Measure what ``job`` asks for and ``results`` does not hold yet.
 
     Args:
         job: ``suite``, ``ops``, ``shapes``, ``passes``, ``impls`` (None: all), ``dtype``, ``device``, ``backend``,
-            ``rounds``, ``first_call``. For a suite of models ``suite``, ``shapes`` (batch, context), ``impls``,
-            ``dtype``, ``device``, ``rounds`` and ``small``.
+            ``rounds``, ``first_call`` (names of implementations). For a suite of models ``suite``, ``shapes`` (batch,
+            context), ``impls``, ``dtype``, ``device``, ``rounds`` and ``small``.
         results: where rows go.
         report: told in a line what begins.
         timeout: seconds without a sign after which the process is ended and the implementation at work recorded as
             timed out.
+        ahead: processes that compile and tune side by side before anything is timed; 0: each implementation does so
+            when its turn comes.
+        patience: seconds for all of that; peers that are not ready by then get a row that says so.
     """
     deaths: Counter[tuple[str, str]] = Counter()
     first: dict[str, float | None] = {}
+    if ahead and "ops" in job:
+        unready = _compile_ahead(job, results, report, ahead, patience)
+        job = job | {"unready": dict.fromkeys(unready, f"not compiled and tuned within {patience:.0f} s")}
     while True:
         done = [list(k) for k in results.done]
         banned = [list(k) for k, count in deaths.items() if count >= _DEATHS]
@@ -71,13 +83,10 @@ def run(
 
 def _converse(job: dict[str, Any], timeout: float) -> Iterator[dict[str, Any]]:
     """The messages of one process, and its end: None when it is through, else why it is not and what was under way."""
-    command = [sys.executable, "-m", "linnet.benchmarks.worker"]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdin is not None and child.stdout is not None
     under_way: list[dict[str, Any]] = []
-    try:
-        child.stdin.write(json.dumps(job).encode())
-        child.stdin.close()
+    with _children() as start:
+        child = start(job)
+        assert child.stdout is not None
         buffer = b""
         end: str | None = None
         while True:
@@ -96,10 +105,95 @@ def _converse(job: dict[str, Any], timeout: float) -> Iterator[dict[str, Any]]:
                 under_way = message.get("rows", under_way)
                 yield message
         yield {"end": end, "rows": under_way}
+
+
+@contextmanager
+def _children() -> Iterator[Callable[[dict[str, Any]], subprocess.Popen[bytes]]]:
+    """Start measuring processes; at the end, or when this process is told to end, they and theirs (compilers) do."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "linnet.benchmarks.worker"]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        started.append(child)
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(job).encode())
+        child.stdin.close()
+        return child
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield start
     finally:
-        child.kill()
-        child.wait()
-        child.stdout.close()
+        signal.signal(signal.SIGTERM, before)
+        cut = [child for child in started if child.poll() is None]
+        for child in cut:
+            os.killpg(child.pid, signal.SIGKILL)
+        for child in started:
+            child.wait()
+            if child.stdout is not None:
+                child.stdout.close()
+        if cut:
+            # A build of an extension that was cut short leaves a lock behind, for which the next one waits for ever.
+            root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+            for lock in Path(root).glob("**/lock"):
+                lock.unlink(missing_ok=True)
+
+
+def _compile_ahead(
+    job: dict[str, Any], results: Results, report: Callable[[str], None], processes: int, patience: float
+) -> list[str]:
+    """Run every implementation once, side by side in processes of their own, so that its kernels are in the caches;
+    what is not through in time."""
+    import torch
+
+    from .peers import peers
+    from .workloads import Shape, suite
+
+    device = torch.device(job["device"])
+    done = results.done
+    waiting: dict[str, list[Any]] = {}
+    for shape in (Shape.of(sizes) for sizes in job["shapes"]):
+        for workload in suite(job["suite"]):
+            if workload.name not in job["ops"] or not workload.fits(shape):
+                continue
+            found = {peer.name: peer for peer in peers(workload.name)}
+            for name in ("linnet", *found):
+                asked = job["impls"] is None or name in job["impls"]
+                able = name == "linnet" or not found[name].obstacle(device, bool(shape.lengths), shape.H)
+                keys = (key(_names(workload.name, name, p, shape, job["dtype"])) for p in job["passes"])
+                if asked and able and not done.issuperset(keys):
+                    waiting.setdefault(_variant(job, workload.name, name, shape), [workload.name, name, list(shape)])
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    end = time.monotonic() + patience
+    count = len(waiting)
+    with _children() as start:
+        while (waiting or running) and time.monotonic() < end:
+            while waiting and len(running) < processes:
+                at, only = next(iter(waiting.items()))
+                del waiting[at]
+                running[at] = start(job | {"only": only, "threads": threads})
+            running = {at: child for at, child in running.items() if child.poll() is None}
+            report(f"compiling ahead: {count - len(waiting) - len(running)} of {count} are ready")
+            time.sleep(0.1)
+    return [*running, *waiting]
+
+
+def _variant(job: dict[str, Any], op: str, name: str, shape: Any) -> str:
+    """What is compiled and tuned once: few make kernels anew for another batch or length."""
+    from .peers import peers
+
+    B, T, H, K, V, lengths = shape
+    fixed = any(peer.fixed for peer in peers(op) if peer.name == name)
+    return f"{op} {name} {f'{B} {T} ' if fixed else ''}{H} {K} {V} {bool(lengths)} {job['dtype']}"
+
+
+def _names(op: str, name: str, p: str, shape: Any, dtype: str) -> dict[str, Any]:
+    """Of a row, what tells it from others."""
+    B, T, H, K, V, lengths = shape
+    row = {"op": op, "impl": name, "pass": p, "B": B, "T": T, "H": H, "K": K, "V": V}
+    return row | {"dtype": dtype, "segments": len(lengths) or None}
 
 
 def _main() -> None:
@@ -112,13 +206,13 @@ def _main() -> None:
         pipe.flush()
 
     job = json.load(sys.stdin)
-    # Peers as their users install them: fla runs some ops on TileLang where that happens to be importable.
-    os.environ.setdefault("FLA_TILELANG", "0")
-    if job.get("only"):
-        emit({"first": _first_call(job)})
-        return
+    os.environ.setdefault("FLA_FLASH_QLA", "0")  # fla would run FlashQLA, which has rows of its own
     from .tuning import parallel_compilation
 
+    if job.get("only"):
+        with parallel_compilation(job["threads"]) if "threads" in job else nullcontext():
+            emit({"first": _first_call(job)})
+        return
     with parallel_compilation():
         _measure(job, emit)
 
@@ -139,11 +233,9 @@ def _measure(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> Non
         measure(job, timer, ceilings, _about(job["device"]), {tuple(k) for k in job["done"]}, emit)
         return
     first = dict(job["first"])
-    for workload in suite(job["suite"]):
-        if workload.name not in job["ops"]:
-            continue
-        for shape in (Shape.of(sizes) for sizes in job["shapes"]):
-            if workload.fits(shape):
+    for shape in (Shape.of(sizes) for sizes in job["shapes"]):
+        for workload in suite(job["suite"]):
+            if workload.name in job["ops"] and workload.fits(shape):
                 _Comparison(job, workload, shape, timer, ceilings, first, emit).go()
 
 
@@ -192,17 +284,23 @@ class _Comparison:
                 if name == "linnet":
                     reference = output
                 difference = None if reference is None else _difference(output, reference)
-                for p, call in ready.items():
-                    if (name, p) in self.open:
-                        self.open[name, p] |= {
-                            "difference": difference,
-                            "peak_bytes": self.timer.peak_bytes(call),
-                            "first_call_s": self._first(name),
-                        }
-                        calls[p][name] = call
-                del output, ready
             except Exception as error:
                 self._give_up(name, reason(error))
+                ready, output, difference = {}, None, None
+            for p, call in ready.items():  # who has no backward pass may still have a forward one
+                if (name, p) not in self.open:
+                    continue
+                try:
+                    call()
+                    self.open[name, p] |= {
+                        "difference": difference,
+                        "peak_bytes": self.timer.peak_bytes(call),
+                        "first_call_s": self._first(name),
+                    }
+                    calls[p][name] = call
+                except Exception as error:
+                    self._give_up(name, reason(error), p)
+            del output, ready
             if self.timer.cuda:
                 torch.cuda.empty_cache()
         del reference
@@ -222,7 +320,7 @@ class _Comparison:
                 self.emit({"row": row})
 
     def _prepare(self, name: str, inputs: Any) -> tuple[dict[str, Callable[[], object]], Any]:
-        """The calls to be timed, each of which has run once, and the output in linnet's layout."""
+        """The calls to be timed, and the output in linnet's layout."""
         import torch
 
         segments = self.shape.segments(self.timer.device)
@@ -256,25 +354,22 @@ class _Comparison:
             return torch.autograd.grad(call(given), leaves, grad, allow_unused=True)
 
         calls: dict[str, Callable[[], object]] = {"fwd": forward, "fwdbwd": both}
-        ready = {p: calls[p] for p in self.job["passes"]}
-        for run_once in ready.values():
-            run_once()
         if self.timer.cuda:
             torch.cuda.synchronize()
-        return ready, restore(output)
+        return {p: calls[p] for p in self.job["passes"]}, restore(output)
 
     def _obstacle(self, name: str) -> str | None:
         if [self.workload.name, name] in self.job["banned"]:
             return "not run: it ended the process on other shapes of this op"
         if name == "linnet":
             return None
-        return self.peers[name].obstacle(self.timer.device, bool(self.shape.lengths), self.shape.H)
+        unready = self.job.get("unready", {}).get(_variant(self.job, self.workload.name, name, self.shape))
+        return unready or self.peers[name].obstacle(self.timer.device, bool(self.shape.lengths), self.shape.H)
 
     def _first(self, name: str) -> float | None:
-        if not self.job["first_call"]:
+        if name not in self.job["first_call"]:
             return None
-        _, _, H, K, V, lengths = self.shape
-        at = f"{self.workload.name} {name} {H} {K} {V} {bool(lengths)} {self.job['dtype']}"
+        at = _variant(self.job, self.workload.name, name, self.shape)
         if at not in self.first:
             self.first[at] = _in_a_fresh_process(self.job, self.workload.name, name, self.shape)
             self.emit({"first": {at: self.first[at]}})
@@ -285,15 +380,13 @@ class _Comparison:
         sizes = "x".join(map(str, self.shape[:5])) + (f" in {len(self.shape.lengths)}" if self.shape.lengths else "")
         self.emit({"begin": [self.workload.name, name, sizes], "rows": under_way})
 
-    def _give_up(self, name: str, why: str) -> None:
-        for at in [at for at in self.open if at[0] == name]:
+    def _give_up(self, name: str, why: str, only: str | None = None) -> None:
+        for at in [at for at in self.open if at[0] == name and only in (None, at[1])]:
             self.emit({"row": self.open.pop(at) | {"note": why}})
 
     def _row(self, name: str, p: str) -> dict[str, Any]:
-        B, T, H, K, V, lengths = self.shape
-        row = {**_about(self.job["device"]), "op": self.workload.name, "impl": name, "pass": p}
-        row |= {"B": B, "T": T, "H": H, "K": K, "V": V, "dtype": self.job["dtype"]}
-        row |= {"segments": len(lengths) or None, "version": self._version(name), "limit_ms": self._limit(p)}
+        row = _about(self.job["device"]) | _names(self.workload.name, name, p, self.shape, self.job["dtype"])
+        row |= {"version": self._version(name), "limit_ms": self._limit(p)}
         return row | {"copy_tbs": self.ceilings.copy_tbs, "matmul_tflops": self.ceilings.matmul_tflops}
 
     def _version(self, name: str) -> str:
@@ -321,8 +414,8 @@ def _difference(output: Any, reference: Any) -> float:
 
 
 def _in_a_fresh_process(job: dict[str, Any], op: str, name: str, shape: Any) -> float | None:
-    """Seconds of the first forward and backward with every compiler's cache empty, the implementation's import
-    included, PyTorch's and the device's start not. None when it fails there."""
+    """Seconds of the first call (forward, and backward where that is measured) with every compiler's cache empty, the
+    implementation's import included, PyTorch's and the device's start not. None when it fails there."""
     with tempfile.TemporaryDirectory() as folder:
         caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TILELANG_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
         env = os.environ | {name: os.path.join(folder, name.lower()) for name in caches}
@@ -355,7 +448,8 @@ def _first_call(job: dict[str, Any]) -> float:
         torch.cuda.synchronize()
     start = time.perf_counter()
     o = workload.run(given, segments, job["backend"]) if peer is None else peer.run(given, cu)
-    torch.autograd.grad(o, [x for x in given.values() if x.requires_grad], torch.ones_like(o), allow_unused=True)
+    if "fwdbwd" in job["passes"]:
+        torch.autograd.grad(o, [x for x in given.values() if x.requires_grad], torch.ones_like(o), allow_unused=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

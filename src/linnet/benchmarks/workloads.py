@@ -59,7 +59,7 @@ class Workload:
         engine: the registered op that runs it.
         make: ``make(draw, shape)`` -> arguments by name; ``draw(*shape)`` is standard normal in the dtype of the run.
         options: further arguments of linnet's op.
-        cost: arguments of the op's cost function beside shape, itemsize and direction.
+        cost: arguments of the op's cost function beside shape, itemsize and direction; a function is given the shape.
         constants: inputs that a layer does not train, which ask for no gradient.
         layer: for a whole layer around the op, ``layer(inputs, segments, backend)`` -> output ``[B, T, H V]``; its
             inputs are ``x`` of that shape and weights.
@@ -98,8 +98,8 @@ class Workload:
 
     def floor(self, shape: Shape, itemsize: int, backward: bool) -> Cost:
         """Operations and bytes that the call needs at least, after the op's own account."""
-        sizes = self._sizes(shape)
-        cost = get_op(self.engine).cost(*sizes, itemsize=itemsize, backward=backward, **self.cost)
+        options = {name: x(shape) if callable(x) else x for name, x in self.cost.items()}
+        cost = get_op(self.engine).cost(*self._sizes(shape), itemsize=itemsize, backward=backward, **options)
         if self.layer is not None:
             cost = self._floor_of_layer(cost, shape, itemsize, backward)
         if shape.lengths:  # that account counts one state a row; packing has one a sequence, read and written
@@ -118,7 +118,7 @@ class Workload:
     def _sizes(self, shape: Shape) -> tuple[int, ...]:
         B, T, H, K, V, _ = shape
         if self.engine in ("scan", "paragru"):
-            return B, T, H * V
+            return B, T, H * V // (2 if self.cost.get("algebra") == "block" else 1)
         if self.engine == "selective_scan":
             return B, T, H * V, STATES
         return (B, T, H, V) if self.engine == "cell" else (B, T, H, K, V)
@@ -132,6 +132,12 @@ def _unit_keys(draw: Callable[..., Tensor], s: Shape, per_token: int = 1) -> Inp
     rows = s.T * per_token
     q, k = F.normalize(draw(s.B, s.T, s.H, s.K), dim=-1), F.normalize(draw(s.B, rows, s.H, s.K), dim=-1)
     return {"q": q, "k": k, "v": draw(s.B, rows, s.H, s.V), "beta": draw(s.B, rows, s.H).float().sigmoid()}
+
+
+def _grouped(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    """The gated delta rule with two value heads to a key head."""
+    values = {**_unit_keys(draw, s), "g": _scalar_decay(draw, s)}
+    return values | {name: values[name][:, :, : s.H // 2] for name in ("q", "k")}
 
 
 def _scalar_decay(draw: Callable[..., Tensor], s: Shape) -> Tensor:
@@ -176,6 +182,11 @@ def _gdn2(draw: Callable[..., Tensor], s: Shape) -> Inputs:
 def _elementwise(draw: Callable[..., Tensor], s: Shape) -> Inputs:
     width = s.H * s.V
     return {"a": (draw(s.B, s.T, width) + 3).sigmoid(), "b": draw(s.B, s.T, width)}
+
+
+def _blocks(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    width = s.H * s.V // 2
+    return {"a": 0.6 * draw(s.B, s.T, width, 2, 2), "b": draw(s.B, s.T, width, 2)}
 
 
 def _selective(draw: Callable[..., Tensor], s: Shape) -> Inputs:
@@ -291,6 +302,14 @@ SUITES: dict[str, tuple[Workload, ...]] = {
             {},
             {"gate": "scalar"},
         ),
+        Workload(
+            "gated_delta_rule_grouped",
+            "delta",
+            _grouped,
+            {},
+            {"gate": "scalar", "query_heads": lambda s: s.H // 2},
+            fits=lambda s: s.H % 2 == 0,
+        ),
         Workload("kda", "delta", lambda d, s: {**_unit_keys(d, s), "g": _vector_decay(d, s)}, {}, {"gate": "vector"}),
         Workload("gdn2", "delta", _gdn2, {}, {"gate": "vector", "channelwise": True}),
         Workload(
@@ -305,6 +324,7 @@ SUITES: dict[str, tuple[Workload, ...]] = {
     "scan": (
         Workload("gated_scan", "scan", _elementwise, {}, {}),
         Workload("selective_scan", "selective_scan", _selective, {}, {}),
+        Workload("block_scan", "scan", _blocks, {}, {"algebra": "block"}),
     ),
     "cell": (
         Workload("lstm", "cell", _cell(4), {"kind": "lstm"}, {"kind": "lstm"}),
@@ -321,7 +341,12 @@ SUITES: dict[str, tuple[Workload, ...]] = {
     "attention": (Workload("attention", "attention", _qkv, {}, {}),),
 }
 
+# Softmax attention and what is linear in the length, over the length.
+_OVER_LENGTH = ("attention", "linear_attn", "simple_gla", "gla", "mlstm_exp", "gated_delta_rule", "kda")
+SUITES["length"] = tuple(w for name in _OVER_LENGTH for s in tuple(SUITES.values()) for w in s if w.name == name)
+
 _TOKENS = 32768
+_USUAL = Shape(4, 8192, 16, 128, 128)
 
 
 def _lengths(count: int, total: int, seed: int) -> tuple[int, ...]:
@@ -336,20 +361,35 @@ def _packed(count: int, H: int, K: int, V: int, total: int = _TOKENS) -> Shape:
     return Shape(1, total, H, K, V, _lengths(count, total, count))
 
 
+def _far(s: Shape) -> int:
+    """In how many of length, heads and head sizes a shape differs from the usual one."""
+    return (s.T != _USUAL.T) + (s.H != _USUAL.H) + ((s.K, s.V) != (_USUAL.K, _USUAL.V))
+
+
+# Nearest first, so that a run cut short has covered most.
+_WIDE = sorted(
+    (
+        Shape(_TOKENS // T, T, H, K, V)
+        for K, V in ((128, 128), (64, 64), (128, 256), (256, 512))
+        for H in (16, 4, 32, 8)
+        for T in (8192, 32768, 2048, 1024)
+    ),
+    key=_far,
+)
+
 GRIDS: dict[str, tuple[Shape, ...]] = {
     "main": (
-        Shape(4, 8192, 16, 128, 128),
+        _USUAL,
         Shape(16, 2048, 16, 128, 128),
         Shape(1, 32768, 16, 128, 128),
         Shape(4, 8192, 32, 64, 64),
         Shape(4, 8192, 4, 256, 512),
     ),
-    "wide": tuple(
-        Shape(_TOKENS // T, T, H, K, V)
-        for K, V in ((64, 64), (128, 128), (128, 256), (256, 512))
-        for H in (4, 8, 16, 32)
-        for T in (1024, 2048, 8192, 32768)
-    ),
+    "near": tuple(shape for shape in _WIDE if _far(shape) <= 1),
+    "wide": tuple(_WIDE),
+    "heads": (_USUAL, *(Shape(1, _TOKENS, H, 128, 128) for H in (16, 8, 4))),
+    "sizes": tuple(Shape(4, 8192, 16, size, size) for size in (64, 96, 256)),
+    "length": tuple(Shape(_TOKENS // T, T, 16, 128, 128) for T in (512, 1024, 2048, 4096, 8192, 16384, 32768)),
     "packed": (
         _packed(8, 16, 128, 128),
         _packed(64, 16, 128, 128),
@@ -374,8 +414,10 @@ def suite(name: str) -> tuple[Workload, ...]:
     return SUITES[name]
 
 
-def grid(name: str) -> tuple[Shape, ...]:
-    """The shapes of a grid; ValueError with the known names otherwise."""
-    if name not in GRIDS:
-        raise ValueError(f"grid: expected one of {', '.join(GRIDS)}, got {name!r}")
-    return GRIDS[name]
+def grid(names: str) -> tuple[Shape, ...]:
+    """The shapes of a grid, or of several with commas between their names, each once; ValueError with the known names
+    otherwise."""
+    for name in names.split(","):
+        if name not in GRIDS:
+            raise ValueError(f"grid: expected one of {', '.join(GRIDS)}, got {name!r}")
+    return tuple(dict.fromkeys(shape for name in names.split(",") for shape in GRIDS[name]))

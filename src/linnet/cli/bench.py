@@ -22,13 +22,17 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="`decay`, `mlstm`, `delta`, `scan`, `cell`, `attention`: ops beside their peers. `decode`, `train`: "
-            "whole models, recurrent beside softmax attention.",
+            help="`decay`, `mlstm`, `delta`, `scan`, `cell`, `attention`: ops beside their peers. `length`: ops beside "
+            "softmax attention. `decode`, `train`: whole models, recurrent beside softmax attention.",
             rich_help_panel=_WHAT,
         ),
     ] = "decay",
     grid: Annotated[
-        str, typer.Option(help="Shapes: `main`, `wide`, `packed`, `cell` or `tiny`.", rich_help_panel=_WHAT)
+        str,
+        typer.Option(
+            help="Shapes, with commas: `main`, `near`, `wide`, `heads`, `sizes`, `packed`, `length`, `cell`, `tiny`.",
+            rich_help_panel=_WHAT,
+        ),
     ] = "main",
     shapes: Annotated[
         str | None,
@@ -53,13 +57,26 @@ def bench(
     ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each implementation.", rich_help_panel=_HOW)] = 10,
     first_call: Annotated[
-        bool,
+        str | None,
         typer.Option(
-            "--first-call",
-            help="Also time the first call in a fresh process with empty kernel caches (peers: up to minutes each).",
+            help="Of these implementations also time the first call in a fresh process with empty kernel caches "
+            "(peers: up to minutes each).",
             rich_help_panel=_HOW,
         ),
-    ] = False,
+    ] = None,
+    ahead: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Processes that compile and tune, side by side, before anything is timed. What they make is kept in "
+            "the caches on disk. One on a large shape may take 5 GB of the GPU.",
+            rich_help_panel=_HOW,
+        ),
+    ] = 0,
+    patience: Annotated[
+        float,
+        typer.Option(help="Seconds for `--ahead`; what is not ready then is given up.", rich_help_panel=_HOW),
+    ] = 600,
     timeout: Annotated[
         float, typer.Option(help="Seconds after which a silent implementation is given up.", rich_help_panel=_HOW)
     ] = 600,
@@ -96,7 +113,8 @@ def bench(
     from linnet.benchmarks.worker import run
 
     with Console(stderr=True).status("starting") as status:
-        run(job, kept, lambda line: status.update(escape(line)), timeout=timeout)
+        say = lambda line: status.update(escape(line))  # noqa: E731
+        run(job, kept, say, timeout=timeout, ahead=ahead, patience=patience)
     _report(kept.rows, as_json)
     if out is not None:
         _plot(kept.rows, out, as_json)
@@ -113,7 +131,7 @@ def _job(
     backend: str,
     device: str,
     rounds: int,
-    first_call: bool,
+    first_call: str | None,
 ) -> dict[str, Any]:
     """The options, checked, as plain data for the measuring process."""
     import torch
@@ -137,13 +155,14 @@ def _job(
         job["shapes"] = cells(suite, grid) if shapes is None else _sizes(shapes, "B,T")
         return job | {"impls": _chosen("--impls", impls, MODEL_SUITES[suite]), "small": grid == "tiny"}
     known = [workload.name for workload in workloads.suite(suite)]
+    impl = ["linnet", *(peer.name for name in known for peer in peers(name))]
     return job | {
         "ops": _chosen("--ops", ops, known) or known,
         "shapes": [list(shape) for shape in workloads.grid(grid)] if shapes is None else _sizes(shapes, "B,T,H,K,V"),
         "passes": ["fwd"] if forward else ["fwd", "fwdbwd"],
-        "impls": _chosen("--impls", impls, ["linnet", *(peer.name for name in known for peer in peers(name))]),
+        "impls": _chosen("--impls", impls, impl),
         "backend": check_backend(backend),
-        "first_call": first_call,
+        "first_call": _chosen("--first-call", first_call, impl) or [],
     }
 
 
@@ -186,7 +205,8 @@ def _report(rows: list[dict[str, Any]], as_json: bool) -> None:
     if whole:
         out.print(_models_table(whole))
     else:
-        out.print(_ops_table(entries))
+        ops = list(dict.fromkeys(entry["op"] for entry in entries))
+        out.print(_ops_table(sorted(entries, key=lambda entry: ops.index(entry["op"]))))
     seen = dict.fromkeys(f"{row['op']}: {row['impl']}: {row['note']}" for row in rows if row["note"])
     for line in seen:
         out.print(f"note: {line}", style="yellow", markup=False)

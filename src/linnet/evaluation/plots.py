@@ -199,7 +199,9 @@ def _canvas(x: str, y: str, title: str) -> tuple[Any, Any]:
 
 def plot_speed(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw the times of `linnet bench`: a panel an op and pass, shapes along x, milliseconds on a log axis, one
-    colour an implementation, and the hardware limit as a line.
+    colour an implementation, and the hardware limit as a line. Of many shapes, how many times as fast as the fastest
+    peer linnet is, over the length. Of softmax attention among other ops, a panel a pass with a line an op, over the
+    length.
 
     Args:
         path: the PNG file to write (replaced if it exists).
@@ -207,39 +209,34 @@ def plot_speed(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
     timed = [row for row in rows if row["ms"]]
-    panels = list(dict.fromkeys((row["op"], row["pass"]) for row in timed))
-    ops, passes = (list(dict.fromkeys(panel[i] for panel in panels)) for i in (0, 1))
-    impls = sorted(dict.fromkeys(row["impl"] for row in timed), key=lambda name: name != "linnet")
-    colors = {name: _OURS if name == "linnet" else _PEERS[i % len(_PEERS)] for i, name in enumerate(impls)}
-    figure = Figure(
-        figsize=(1.2 + 3.2 * max(1, len(ops)), 1.4 + 2.7 * max(1, len(passes))), dpi=150, layout="constrained"
-    )
+    ops, passes = (list(dict.fromkeys(row[name] for row in timed)) for name in ("op", "pass"))
+    if len(ops) > 1 and "attention" in ops:
+        ops, draw = ["ops"], _draw_lengths
+    elif max((len({_shape(row) for row in timed if row["op"] == op}) for op in ops), default=0) > _FEW:
+        draw = _draw_ratios
+    else:
+        draw = _draw_times
+    panel = (4.6, 3.6) if draw is _draw_lengths else (3.2, 2.7)
+    wide, high = (max(1, len(names)) for names in (ops, passes))
+    if draw is _draw_lengths:
+        wide, high = high, wide
+    figure = Figure(figsize=(1.2 + panel[0] * wide, 1.4 + panel[1] * high), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(max(1, len(passes)), max(1, len(ops)), squeeze=False)
+    grid = figure.subplots(high, wide, squeeze=False)
     for i, name in enumerate(passes):
         for j, op in enumerate(ops):
-            axes = grid[i][j]
-            mine = [row for row in timed if row["op"] == op and row["pass"] == name]
-            places = {shape: x for x, shape in enumerate(dict.fromkeys(_shape(row) for row in mine))}
-            for impl in impls:
-                at = [(places[_shape(row)], float(row["ms"])) for row in mine if row["impl"] == impl]
-                if at:
-                    bold = {"zorder": 3, "s": 34} if impl == "linnet" else {"s": 18}
-                    axes.scatter(*zip(*at, strict=True), color=colors[impl], label=impl, **bold)
-            floor = sorted({(places[_shape(row)], float(row["limit_ms"])) for row in mine if row["limit_ms"]})
-            if floor:
-                axes.plot(*zip(*floor, strict=True), "_", color=_INK, markersize=9, label="limit")
+            axes = grid[j][i] if draw is _draw_lengths else grid[i][j]
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.set_title(f"{op}, {name}", loc="left", color=_INK, fontsize=9, fontweight="bold")
-            few = len(places) <= 8
-            axes.set_xticks(
-                range(len(places)) if few else [], list(places) if few else [], fontsize=6, rotation=30, ha="right"
+            mine = [row for row in timed if row["pass"] == name and op in (row["op"], "ops")]
+            unit = draw(axes, mine, timed)
+            axes.set_title(
+                name if draw is _draw_lengths else f"{op}, {name}",
+                loc="left",
+                color=_INK,
+                fontsize=9,
+                fontweight="bold",
             )
             axes.grid(axis="y", color=_GRID, linewidth=0.8)
             axes.set_axisbelow(True)
@@ -247,8 +244,8 @@ def plot_speed(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.spines["bottom"].set_color(_GRID)
             axes.tick_params(colors=_MUTED, which="both", length=0, labelsize=7)
             axes.margins(x=0.08, y=0.1)
-            if j == 0:
-                axes.set_ylabel("ms", color=_MUTED)
+            if axes.get_subplotspec().is_first_col():
+                axes.set_ylabel(unit, color=_MUTED)
     named = {}
     for axes in grid.flat:
         named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -257,6 +254,82 @@ def plot_speed(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         style = {"frameon": False, "labelcolor": _INK, "fontsize": 8, "ncols": columns}
         figure.legend(named.values(), named.keys(), loc="outside lower center", **style)
     figure.savefig(path)
+
+
+_FEW = 8  # shapes that can be named along an axis
+
+
+def _draw_times(axes: Any, mine: Sequence[Mapping[str, Any]], timed: Sequence[Mapping[str, Any]]) -> str:
+    impls = sorted(dict.fromkeys(row["impl"] for row in timed), key=lambda name: name != "linnet")
+    colors = {name: _OURS if name == "linnet" else _PEERS[i % len(_PEERS)] for i, name in enumerate(impls)}
+    places = {shape: x for x, shape in enumerate(dict.fromkeys(_shape(row) for row in mine))}
+    for impl in impls:
+        at = [(places[_shape(row)], float(row["ms"])) for row in mine if row["impl"] == impl]
+        if at:
+            bold = {"zorder": 3, "s": 34} if impl == "linnet" else {"s": 18}
+            axes.scatter(*zip(*at, strict=True), color=colors[impl], label=impl, **bold)
+    floor = sorted({(places[_shape(row)], float(row["limit_ms"])) for row in mine if row["limit_ms"]})
+    if floor:
+        axes.plot(*zip(*floor, strict=True), "_", color=_INK, markersize=9, label="limit")
+    _plain_log(axes)
+    axes.set_xticks(range(len(places)), list(places), fontsize=6, rotation=30, ha="right")
+    return "ms"
+
+
+def _draw_ratios(axes: Any, mine: Sequence[Mapping[str, Any]], timed: Sequence[Mapping[str, Any]]) -> str:
+    def place(row: Mapping[str, Any]) -> str:
+        return "packed" if row["segments"] else f"{int(row['T']) / 1024:g}k"
+
+    def sizes(row: Mapping[str, Any]) -> str:
+        return f"K, V = {row['K']}, {row['V']}"
+
+    lengths = sorted({int(row["T"]) for row in timed if not row["segments"]})
+    places = {f"{T / 1024:g}k": x for x, T in enumerate(lengths)} | {"packed": len(lengths)}
+    kinds = sorted({sizes(row) for row in timed}, key=lambda name: [int(n) for n in name[7:].split(", ")])
+    shapes: dict[str, list[Mapping[str, Any]]] = {}
+    for row in mine:
+        shapes.setdefault(_shape(row), []).append(row)
+    for kind, color in zip(kinds, _CURVES * 9, strict=False):
+        points = []
+        for rivals in shapes.values():
+            own = [float(row["ms"]) for row in rivals if row["impl"] == "linnet"]
+            theirs = [float(row["ms"]) for row in rivals if row["impl"] != "linnet"]
+            if own and theirs and sizes(rivals[0]) == kind:
+                heads = math.log2(int(rivals[0]["H"])) / 8 - 0.45  # few heads on the left
+                points.append((places[place(rivals[0])] + heads, min(theirs) / own[0]))
+        if points:
+            axes.scatter(*zip(*points, strict=True), color=color, s=16, label=kind)
+    axes.axhline(1, color=_INK, linewidth=1)
+    _plain_log(axes, (1, 1.5, 2, 3, 5))
+    axes.set_xticks(list(places.values()), list(places))
+    axes.set_xlim(-0.6, len(places) - 0.4)
+    return "times as fast as the fastest peer"
+
+
+def _draw_lengths(axes: Any, mine: Sequence[Mapping[str, Any]], timed: Sequence[Mapping[str, Any]]) -> str:
+    colors = dict(zip(dict.fromkeys(row["op"] for row in timed if row["op"] != "attention"), _CURVES * 9, strict=False))
+    for op in dict.fromkeys(row["op"] for row in mine):
+        best: dict[int, float] = {}
+        for row in mine:
+            if row["op"] == op and (row["impl"] != "linnet") == (op == "attention"):
+                best[int(row["T"])] = min(float(row["ms"]), best.get(int(row["T"]), math.inf))
+        softmax = {"color": _INK, "linestyle": "--", "label": "softmax attention, the fastest of PyTorch"}
+        style = softmax if op == "attention" else {"color": colors[op], "label": op}
+        axes.plot(*zip(*sorted(best.items()), strict=True), marker="o", markersize=3, linewidth=1.6, **style)
+    _plain_log(axes)
+    axes.set_xscale("log", base=2)
+    lengths = sorted({int(row["T"]) for row in mine})
+    axes.set_xticks(lengths, [f"{T / 1024:g}k" for T in lengths])
+    axes.minorticks_off()
+    return "ms"
+
+
+def _plain_log(axes: Any, subs: Sequence[float] = (1, 2, 5)) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _shape(row: Mapping[str, Any]) -> str:

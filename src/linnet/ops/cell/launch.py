@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..core import uploaded
 from .cells import CELLS, Tensors
 from .kernels import KINDS, backward_kernel, forward_kernel
 from .kernels_wide import wide_backward_kernel, wide_forward_kernel
@@ -65,8 +66,8 @@ def _rows(x: Tensor, cu_host: Tensor | None) -> tuple[int, Tensor | None, Tensor
     program end together."""
     if cu_host is None:
         return x.shape[0], None, None
-    order = cu_host.diff().sort(descending=True, stable=True).indices.int()
-    return len(order), cu_host.to(x.device), order.to(x.device)
+    order = cu_host.diff().sort(descending=True, stable=True).indices
+    return len(order), uploaded(cu_host, x.device), uploaded(order, x.device)
 
 
 def numerics(x: Tensor) -> dict[str, bool | str]:

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..core import uploaded
 from .kernels_m2rnn import m2rnn_backward_kernel, m2rnn_forward_kernel
 from .launch import numerics
 from .m2rnn import KEEP, kept_states
@@ -35,7 +36,7 @@ def _call(
     if cu_host is None:
         return q.shape[0], None, None, settings
     counts = -(-cu_host.diff() // KEEP)
-    return len(counts), cu_host.to(q.device), (counts.cumsum(0) - counts).int().to(q.device), settings
+    return len(counts), uploaded(cu_host, q.device), uploaded(counts.cumsum(0) - counts, q.device), settings
 
 
 def _partial(like: Tensor, parts: int) -> Tensor:

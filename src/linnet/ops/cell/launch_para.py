@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..core import uploaded
 from .kernels_para import (
     para_backward_kernel,
     para_forward_kernel,
@@ -36,7 +37,7 @@ def _call(x: Tensor, C: Tensor | None, cu_host: Tensor | None) -> tuple[tuple[in
     many = GRU_MANY if C is None else LSTM_MANY
     settings = SEQUENTIAL if length <= SHORT or channels > many else tile_settings(length, channels)
     grid = (triton.cdiv(x.shape[3], settings["BD"]), rows)
-    return grid, None if cu_host is None else cu_host.to(x.device), flags | settings
+    return grid, None if cu_host is None else uploaded(cu_host, x.device), flags | settings
 
 
 def forward(x: Tensor, A: Tensor, C: Tensor | None, s: Tensor, cu_host: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

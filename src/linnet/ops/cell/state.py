@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core import uploaded
+
 
 class CellState(NamedTuple):
     """``h`` ``[N, H, D]``, with a memory cell ``c`` ``[N, H, D]``, for the sLSTM also its normaliser ``n`` and its
@@ -25,7 +27,7 @@ def before(h: Tensor, h0: Tensor, cu_host: Tensor | None) -> Tensor:
     if cu_host is None:
         return torch.cat([h0[:, None].to(h.dtype), h[:, :-1]], 1)
     full = (cu_host.diff() > 0).nonzero().flatten()  # sequences that have a first token
-    firsts, rows = cu_host[full].to(h.device).long(), h0.index_select(0, full.to(h.device)).to(h.dtype)
+    firsts, rows = _indices(cu_host[full], h), h0.index_select(0, _indices(full, h)).to(h.dtype)
     return h[0].roll(1, 0).index_copy(0, firsts, rows)[None]
 
 
@@ -34,8 +36,8 @@ def after_last(h: Tensor, h0: Tensor, cu_host: Tensor | None) -> Tensor:
     if cu_host is None:
         return h[:, -1].clone()
     full = (cu_host.diff() > 0).nonzero().flatten()
-    lasts = (cu_host[full + 1] - 1).to(h.device).long()
-    return h0.index_copy(0, full.to(h.device), h[0].index_select(0, lasts).to(h0.dtype))
+    lasts = _indices(cu_host[full + 1] - 1, h)
+    return h0.index_copy(0, _indices(full, h), h[0].index_select(0, lasts).to(h0.dtype))
 
 
 def at_first(g: Tensor, like: Tensor, cu_host: Tensor | None) -> Tensor:
@@ -43,8 +45,8 @@ def at_first(g: Tensor, like: Tensor, cu_host: Tensor | None) -> Tensor:
     if cu_host is None:
         return g[:, 0].clone()
     full = (cu_host.diff() > 0).nonzero().flatten()
-    firsts = cu_host[full].to(g.device).long()
-    return torch.zeros_like(like).index_copy(0, full.to(g.device), g[0].index_select(0, firsts).to(like.dtype))
+    firsts = _indices(cu_host[full], g)
+    return torch.zeros_like(like).index_copy(0, _indices(full, g), g[0].index_select(0, firsts).to(like.dtype))
 
 
 def add_at_last(g: Tensor, rows: Tensor, cu_host: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,10 @@ def add_at_last(g: Tensor, rows: Tensor, cu_host: Tensor | None) -> tuple[Tensor
         g[:, -1] += rows
         return g, torch.zeros_like(rows)
     full = (cu_host.diff() > 0).nonzero().flatten()
-    lasts, which = (cu_host[full + 1] - 1).to(g.device).long(), full.to(g.device)
+    lasts, which = _indices(cu_host[full + 1] - 1, g), _indices(full, g)
     g[0] = g[0].index_add(0, lasts, rows.index_select(0, which).to(g.dtype))
     return g, rows.index_fill(0, which, 0)
+
+
+def _indices(host: Tensor, like: Tensor) -> Tensor:
+    return uploaded(host, like.device).long()

@@ -12,7 +12,7 @@ from .checks import (
 )
 from .differentiable import differentiable
 from .registry import BACKENDS, Case, Cost, Identity, Op, backend, get_op, ops, register_op, resolve_backend
-from .segments import Segments, chunk_table
+from .segments import Segments, chunk_table, uploaded
 from .state import (
     detach,
     following,
@@ -59,5 +59,6 @@ __all__ = [
     "state_bytes",
     "state_tensors",
     "to",
+    "uploaded",
     "value_checks",
 ]

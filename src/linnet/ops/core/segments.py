@@ -106,3 +106,14 @@ def chunk_table(cu_seqlens_host: Tensor, chunk: int, device: torch.device | str)
     Cached by content, so a refilled ``cu_seqlens`` buffer never meets a stale table.
     """
     return _chunk_table(tuple(cu_seqlens_host.tolist()), chunk, str(device))
+
+
+@lru_cache(maxsize=64)
+def _uploaded(values: tuple[int, ...], device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def uploaded(host: Tensor, device: torch.device | str) -> Tensor:
+    """A short list of integers on the device, int32. Cached by content: an upload in each call would wait for the
+    device, and hold up the host behind everything that is queued."""
+    return _uploaded(tuple(host.tolist()), str(device))

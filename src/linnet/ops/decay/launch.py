@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..core import chunk_table
+from ..core import chunk_table, uploaded
 from .kernels import pass_kernel
 from .kernels_around import chain_kernel, finish_kernel, gate_kernel, prepare_kernel, read_kernel, sums_kernel
 from .kernels_norm import keys_kernel, norm_kernel
@@ -145,7 +145,7 @@ class _Call:
             self.pieces = len(self.table)
             counts = torch.zeros(len(cu_host), dtype=torch.int32)
             counts[1:] = (-(-lengths // piece)).cumsum(0)
-            self.cu, self.first = cu_host.to(q.device), counts.to(q.device)
+            self.cu, self.first = uploaded(cu_host, q.device), uploaded(counts, q.device)
         self.slow: Tensor | None = None
         self.gate = self._scalar(g) if g is not None and g.dim() == 3 else None
         chunks = self.pieces * (piece // self.chunk)

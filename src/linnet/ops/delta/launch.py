@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import chunk_table, following
+from ..core import chunk_table, following, uploaded
 from ..core.compiling import Kernel, compile_together, compiling
 from . import kernels, kernels_around, kernels_backward, kernels_step
 from .kept import chunk_rows, kept
@@ -130,8 +130,8 @@ class _Layout:
             self.table = chunk_table(cu_host, self.tokens, q.device)
             self.chunks, counts = len(self.table), _starts(-(-cu_host.diff() // self.tokens))
             self.longest = int(counts.diff().max())
-            self.cu = cu_host.to(q.device)
-            self.whole = _Parts(self.rows, 1, self.T, self.cu, counts.to(q.device), None)
+            self.cu = uploaded(cu_host, q.device)
+            self.whole = _Parts(self.rows, 1, self.T, self.cu, uploaded(counts, q.device), None)
         self.parts = self._split(cu_host, length)
 
     def _split(self, cu_host: Tensor | None, length: int | None) -> _Parts | None:
@@ -152,7 +152,7 @@ class _Layout:
         first = _starts(-(-cu_host.diff() // self.tokens))
         first = torch.cat([first[n] + part * length, first[-1:]])
         before = _starts(torch.bincount(n, minlength=self.rows))
-        cu, first, before = (x.to(self.device, torch.int32) for x in (cu, first, before))
+        cu, first, before = (uploaded(x, self.device) for x in (cu, first, before))
         return _Parts(len(table), 1, self.T, cu, first, before)
 
     def sizes(self) -> tuple[int, int, int, int, int]:
