@@ -15,7 +15,8 @@ def distinct(rows: int, count: int, high: int, generator: torch.Generator) -> Te
     """``count`` different numbers below ``high`` in each row, in random order."""
     if count * count > 2 * high:
         return torch.rand(rows, high, generator=generator).topk(count, 1).indices
-    found = torch.randint(high, (rows, count), generator=generator)  # a third of the rows or more are without repetition
+    # A third of the rows or more come out without repetition, evenly among all such rows; the others are drawn again.
+    found = torch.randint(high, (rows, count), generator=generator)
     while True:
         ordered = found.sort(1).values
         again = (ordered[:, 1:] == ordered[:, :-1]).any(1)
