@@ -51,7 +51,8 @@ def progress(cells: list[Cell], names: dict[str, str]) -> dict[str, list[tuple[f
     " 2406.06484), on a task of Arora et al. 2023 (arXiv 2312.04927)",
     claim="The delta rule recalls 64 pairs of a key and a value over 512 tokens, the hardest setting of multi-query"
     " associative recall.",
-    published="Curves: DeltaNet solves 64 pairs in 512 tokens at every width from 64, GLA and Mamba only at larger ones.",
+    published="Curves: DeltaNet solves 64 pairs in 512 tokens at every width from 64, GLA and Mamba only at larger"
+    " ones.",
     setup="Pairs, then every key again at power-law distances; two layers without MLP, 2 heads, a state of one size for"
     " all. As in the code of the task's authors, the head shares the weight of the embedding, weights begin at a"
     " standard deviation of 0.02, weight decay is 0.1 and training rows of several lengths take turns, a pair to 8"
