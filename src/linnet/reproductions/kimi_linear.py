@@ -20,8 +20,8 @@ LABELS = {KDA: "kda", GDN: "gated_deltanet"}
     published="Palindrome, MQAR and stack, 2 layers, 256 to 2,048 tokens: KDA at least as accurate as Gated DeltaNet at"
     " all lengths, and faster on palindrome and MQAR (curves only).",
     setup="The overwriting task of `deltanet`, stopped early, after 100 steps of 64 rows, median of five"
-    " initialisations: 32 writes of a value (of 16) to one of 12 keys, 8 questions. One layer of width 64, K = V = 16, no convolution, no"
-    " MLP. The hybrid of the paper, three such layers to one of attention, is not tested.",
+    " initialisations: 32 writes of a value (of 16) to one of 12 keys, 8 questions. One layer of width 64, K = V = 16,"
+    " no convolution, no MLP. The hybrid of the paper, three such layers to one of attention, is not tested.",
     needs=("gated_deltanet", "kda"),
 )
 def run(experiment: Experiment) -> Outcome:
