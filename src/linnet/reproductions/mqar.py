@@ -39,9 +39,9 @@ def labels(width: int) -> dict[str, str]:
     }
 
 
-def progress(cells: list[Cell], names: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
-    """Curves of the recall during training."""
-    return {names[cell.mixer]: [(step, value) for step, value in cell.curve] for cell in cells}
+def progress(cells: list[Cell], names: dict[str, str], chance: float) -> dict[str, list[tuple[float, float]]]:
+    """Curves of the recall during training, from a guess on."""
+    return {names[cell.mixer]: [(0, chance), *((step, value) for step, value in cell.curve)] for cell in cells}
 
 
 @register_reproduction(
@@ -82,4 +82,4 @@ def run(experiment: Experiment) -> Outcome:
         low, published = (0.99, "solved") if name in SOLVED else (None, "")
         reached = mean_accuracy(cells, mixer, "mqar")
         bars.append(Bar(f"recall of {longest // 8} pairs, {name}", reached, low, published=published))
-    return Outcome(bars, progress(cells, names), x="optimiser step", y="recall")
+    return Outcome(bars, progress(cells, names, 2 / size["vocab"]), x="optimiser step", y="recall")
