@@ -33,9 +33,9 @@ def progress(cells: list[Cell]) -> dict[str, list[tuple[float, float]]]:
     published="Curves: DeltaNet solves 64 pairs in 512 tokens at every width from 64, GLA and Mamba only at larger"
     " ones.",
     setup="Pairs, then every key again at power-law distances; 8,192 ids. Two layers of width 128 without MLP, all"
-    " with a state of one size. As in the code of the task's authors, the head shares the weight of the embedding, weights begin at"
-    " a standard deviation of 0.02, weight decay is 0.1, and rows of several lengths take turns in training, here of"
-    " 64, 128, 256 and 512 tokens with a pair to 8 tokens. 2,500 steps of 64 rows, one learning rate.",
+    " with a state of one size. As in the code of the task's authors, the head shares the weight of the embedding,"
+    " weights begin at a standard deviation of 0.02, weight decay is 0.1, and rows of several lengths take turns in"
+    " training, here of 64, 128, 256 and 512 tokens with a pair to 8 tokens. 2,500 steps of 64 rows, one rate.",
     needs=("deltanet", "gated_deltanet", "gla", "kda"),
     budgets=("gpu",),
 )
