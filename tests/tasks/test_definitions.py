@@ -10,6 +10,7 @@ import torch
 from linnet.evaluation.scoring import count_right
 from linnet.tasks import IGNORE, TaskData, build_task, seeded
 from linnet.tasks.groups import group_table, permutation_group
+from linnet.tasks.recall import distinct
 from linnet.tasks.ruler import FAMILIES, make_question, string_match
 from linnet.tasks.selectivbench import Grammar, SelectivBench, compressibility, kgram_entropy, lzw_complexity
 
@@ -86,6 +87,19 @@ class TestRecall:
         assert all(len(set(row)) == 8 for x in (keys, values) for row in x.tolist())
         assert ((targets != IGNORE).sum(1) == 8).all()
         assert (targets[:, :16] == IGNORE).all()
+
+    def test_mqar_rows_as_full_as_they_are_long(self) -> None:
+        data = TaskData(build_task("mqar(tokens_per_pair=8, fill=False)"), length=[64, 256], batch_size=4)
+        assert [int((data.sample(step).targets != IGNORE).sum(1).unique()) for step in range(2)] == [8, 32]
+
+    @pytest.mark.parametrize(("count", "high"), [(4, 9), (5, 5), (9, 50)])
+    def test_distinct_numbers_are_evenly_spread(self, count: int, high: int) -> None:
+        """Every number comes as often as every other at every place, whichever way they are drawn."""
+        found = distinct(20000, count, high, seeded(0))
+        assert all(len(set(row)) == count for row in found[:50].tolist())
+        for place in (0, count - 1):
+            share = found[:, place].bincount(minlength=high) / 20000
+            assert (share - 1 / high).abs().max() < 5 * (1 / high / 20000) ** 0.5
 
     def test_copying_the_input_is_at_chance(self) -> None:
         for spec in ("mqar(vocab_size=64)", "induction_heads", "selective_copy", "mad_recall"):

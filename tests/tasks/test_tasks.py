@@ -104,6 +104,7 @@ def test_guessing_is_at_chance(task: Task) -> None:
         ("group(group='Z4', generators='swaps')", "generators: expected"),
         ("flipflop(p_write=0.7, p_read=0.4)", "p_write, p_read: expected probabilities"),
         ("mqar(vocab_size=8)", "vocab_size: expected an even number above 8"),
+        ("mqar(tokens_per_pair=2)", "tokens_per_pair: expected at least 4"),
         ("selectivbench(gap='x')", "gap: expected a number of blanks"),
         ("selectivbench(distractors=0.1)", "distractors: expected gap='0'"),
         ("group(", "task spec: expected"),

@@ -31,8 +31,10 @@ def small(task="parity", **changes) -> Comparison:
 def test_trains_tests_and_reports(tmp_path):
     comparison = small()
     out = tmp_path / "out"
-    cells = compare(comparison, out=out)
+    reports = []
+    cells = compare(comparison, out=out, on_cell=lambda done: reports.append(write_report(out, comparison, done)))
     assert cells is not None
+    assert [len(rows) for rows in reports] == [1, 2]  # what is finished can be looked at while the rest is trained
     assert [c.mixer for c in cells] == comparison.mixers
     for cell in cells:
         assert set(cell.scores) == {"8", "20"}

@@ -13,7 +13,7 @@ from rich.table import Table
 from .show import console, number, size
 
 if TYPE_CHECKING:
-    from linnet.training import Comparison
+    from linnet.training import Cell, Comparison
     from linnet.training.report import Row
 
 _WHAT, _BUDGET, _RUN = "What", "Budget", "Run"
@@ -74,12 +74,13 @@ def compare(
 
     On a task their accuracy is compared, on a text their bits per byte.
 
-    Ends with a table, plots and a page to open in a browser. Ctrl-C saves and stops; `--resume` goes on.
+    Ends with a table, plots and a page to open in a browser, which hold what is finished at any time. Ctrl-C saves and
+    stops; `--resume` goes on.
     """
     from linnet.mixers import parse_spec, split_specs
     from linnet.training import Comparison, load_comparison
     from linnet.training import compare as run_comparison
-    from linnet.training.report import write_report
+    from linnet.training.report import summarise, write_report
 
     folder = out or Path("runs", f"compare-{parse_spec(task, 'task')[0]}")
     screen = console()
@@ -102,11 +103,15 @@ def compare(
             test_rows=test_rows,
         )
     screen.print(f"{len(list(comparison.cells()))} runs on {escape(comparison.task)}. Ctrl-C saves and stops.")
-    cells = run_comparison(comparison, out=folder, resume=resume, console=screen)
+
+    def report(finished: list[Cell]) -> None:
+        write_report(folder, comparison, finished)
+
+    cells = run_comparison(comparison, out=folder, resume=resume, on_cell=report, console=screen)
     if cells is None:
         screen.print(f"\nStopped; everything is saved. Go on:  [bold]linnet compare --resume --out {folder}[/bold]")
         return
-    screen.print(_table(comparison, write_report(folder, comparison, cells)))
+    screen.print(_table(comparison, summarise(comparison, cells)))
     screen.print(
         f"Saved in [bold]{folder}[/bold]: index.html (all of it), scores.png, training.png, results.json, cells/"
     )

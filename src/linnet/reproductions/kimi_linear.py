@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Bar, Experiment, Outcome, by_test, mean_accuracy, register_reproduction
+from statistics import median
+
+from .base import Bar, Experiment, Outcome, by_test, register_reproduction
 
 SHAPE = "num_heads=2, head_dim=16, conv_size=0"
 KDA, GDN = f"kda({SHAPE})", f"gated_deltanet({SHAPE}, expand_v=1.0)"
@@ -17,9 +19,9 @@ LABELS = {KDA: "kda", GDN: "gated_deltanet"}
     " for a head.",
     published="Palindrome, MQAR and stack, 2 layers, 256 to 2,048 tokens: KDA at least as accurate as Gated DeltaNet at"
     " all lengths, and faster on palindrome and MQAR (curves only).",
-    setup="The overwriting task of `deltanet`, stopped early, after 100 steps of 64 rows, two initialisations: 32"
-    " writes of a value (of 16) to one of 12 keys, 8 questions. One layer of width 64, K = V = 16, no convolution, no"
-    " MLP. The hybrid of the paper, three such layers to one of attention, is not tested.",
+    setup="The overwriting task of `deltanet`, stopped early, after 100 steps of 64 rows, median of five"
+    " initialisations: 32 writes of a value (of 16) to one of 12 keys, 8 questions. One layer of width 64, K = V = 16,"
+    " no convolution, no MLP. The hybrid of the paper, three such layers to one of attention, is not tested.",
     needs=("gated_deltanet", "kda"),
 )
 def run(experiment: Experiment) -> Outcome:
@@ -28,7 +30,7 @@ def run(experiment: Experiment) -> Outcome:
         "overwrite",
         task="recall",
         mixers=list(LABELS),
-        seeds=2,
+        seeds=5,
         layers=1,
         length=40,
         tests={name: ("recall", length) for name, length in lengths.items()},
@@ -36,18 +38,22 @@ def run(experiment: Experiment) -> Outcome:
         batch_size=64,
         training={"steps": 100, "lr": 5e-3, "warmup_steps": 20},
     )
-    channel, head = (mean_accuracy(cells, mixer, "32") for mixer in LABELS)
+    channel, head = (sorted(c.scores["32"]["answers"] for c in cells if c.mixer == mixer) for mixer in LABELS)
     bars = [
         Bar(
             "recall after 100 steps, a gate for every channel",
-            channel,
+            median(channel),
             0.95,
             published="at least that of Gated DeltaNet",
         ),
-        Bar("less that with a gate for a head", channel - head, -0.01, published="at least 0"),
+        Bar("less that with a gate for a head", median(channel) - median(head), -0.01, published="at least 0"),
+        Bar("the worst initialisation, a gate for every channel", channel[0]),
+        Bar("the worst initialisation, a gate for a head", head[0]),
     ]
     places = {name: float(name) for name in lengths}
     tried = (
+        "At two initialisations the first learns faster with a gate for every channel, the second slower; over five the"
+        " spread is as wide as the difference.",
         "With 300 steps, as in `deltanet`, both solve the task: a gate for every channel is learned later here.",
         "What delays it is the released initialisation, whose channels forget up to 1.6 nats a token: with the bounded"
         " gate of later models (`gate_bound=5.0`), which begins near open, 100 steps reach 1.00 and 0.94.",

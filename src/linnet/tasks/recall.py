@@ -13,7 +13,16 @@ __all__ = ["MQAR", "InductionHeads", "Latching", "Recall", "SelectiveCopy", "dis
 
 def distinct(rows: int, count: int, high: int, generator: torch.Generator) -> Tensor:
     """``count`` different numbers below ``high`` in each row, in random order."""
-    return torch.rand(rows, high, generator=generator).topk(count, 1).indices
+    if count * count > 2 * high:
+        return torch.rand(rows, high, generator=generator).topk(count, 1).indices
+    # A third of the rows or more come out without repetition, evenly among all such rows; the others are drawn again.
+    found = torch.randint(high, (rows, count), generator=generator)
+    while True:
+        ordered = found.sort(1).values
+        again = (ordered[:, 1:] == ordered[:, :-1]).any(1)
+        if not again.any():
+            return found
+        found[again] = torch.randint(high, (int(again.sum()), count), generator=generator)
 
 
 @register_task(
@@ -28,6 +37,8 @@ class MQAR(Task):
 
     Args:
         pairs: n.
+        tokens_per_pair: makes n the length of a row divided by it instead, so that rows of several lengths are equally
+            full; at least 4.
         vocab_size: V; 8192 in the paper.
         power: 0.01 in the paper, which puts most queries right behind the context; 1 is uniform.
         fill: fill the rest with random tokens; otherwise with token 0.
@@ -35,31 +46,48 @@ class MQAR(Task):
     """
 
     lengths = (64, 128, 256)
-    examples = ({"vocab_size": 512}, {"vocab_size": 64, "pairs": 6, "updates": 4, "fill": False, "power": 1.0})
+    examples = (
+        {"vocab_size": 512},
+        {"vocab_size": 64, "pairs": 6, "updates": 4, "fill": False, "power": 1.0},
+        {"vocab_size": 512, "tokens_per_pair": 8, "fill": False},
+    )
 
     def __init__(
-        self, *, pairs: int = 4, vocab_size: int = 8192, power: float = 0.01, fill: bool = True, updates: int = 0
+        self,
+        *,
+        pairs: int = 4,
+        tokens_per_pair: int | None = None,
+        vocab_size: int = 8192,
+        power: float = 0.01,
+        fill: bool = True,
+        updates: int = 0,
     ):
         self.expect(pairs >= 1, "pairs", "at least 1", pairs)
         fits = vocab_size % 2 == 0 and pairs + updates < vocab_size // 2
         self.expect(fits, "vocab_size", f"an even number above {2 * (pairs + updates)}", vocab_size)
         self.expect(0 <= updates <= pairs, "updates", f"0 to pairs={pairs}", updates)
         self.expect(power > 0, "power", "more than 0", power)
+        alone = tokens_per_pair is None or (tokens_per_pair >= 4 and updates == 0)
+        self.expect(alone, "tokens_per_pair", "at least 4, without updates", tokens_per_pair)
         self.pairs, self.vocab_size, self.power, self.fill, self.updates = pairs, vocab_size, power, fill, updates
+        self.tokens_per_pair = tokens_per_pair
         self.chance = 2 / vocab_size
 
     def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
-        half, n = self.vocab_size // 2, self.pairs + self.updates
+        half = self.vocab_size // 2
+        pairs = self.pairs if self.tokens_per_pair is None else length // self.tokens_per_pair
+        n = pairs + self.updates
         slots = (length - 2 * n) // 2
-        self.expect(slots >= self.pairs, "length", f"at least {2 * n + 2 * self.pairs}", length)
-        keys = 1 + distinct(rows, self.pairs, half - 1, generator)
-        again = keys.gather(1, distinct(rows, self.updates, self.pairs, generator))
+        self.expect(slots >= pairs >= 1, "length", f"at least {self.tokens_per_pair or 2 * n + 2 * pairs}", length)
+        self.expect(pairs < half, "length", f"at most {half - 1} pairs", length)
+        keys = 1 + distinct(rows, pairs, half - 1, generator)
+        again = keys.gather(1, distinct(rows, self.updates, pairs, generator))
         values = half + distinct(rows, n, half, generator)
         context = torch.stack([torch.cat([keys, again], 1), values], 2).flatten(1)
         # Successive draws without replacement: the largest of log p + Gumbel noise.
         rank = torch.arange(1, slots + 1, dtype=torch.float64)
         noise = -torch.rand(rows, slots, generator=generator, dtype=torch.float64).log().neg().log()
-        at = ((self.power - 1) * rank.log() + noise).topk(self.pairs, 1).indices
+        at = ((self.power - 1) * rank.log() + noise).topk(pairs, 1).indices
         tokens = torch.zeros(rows, length, dtype=torch.int64)
         if self.fill:
             tokens = torch.randint(self.vocab_size, (rows, length), generator=generator)
@@ -76,7 +104,11 @@ class MQAR(Task):
         return F.pad(values, (1, 0)).gather(1, last)
 
     def solve(self, tokens: Tensor) -> Tensor:
-        return self._look_up(tokens[:, : 2 * (self.pairs + self.updates)], tokens)
+        if self.tokens_per_pair is None:
+            return self._look_up(tokens[:, : 2 * (self.pairs + self.updates)], tokens)
+        # A part of a row does not show where its context ends; of what looks like a pair the first one counts.
+        pairs = tokens[:, : tokens.shape[1] // 2 * 2].unflatten(1, (-1, 2))
+        return self._look_up(pairs.flip(1).flatten(1), tokens)
 
 
 @register_task(

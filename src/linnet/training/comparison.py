@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -195,7 +195,12 @@ class Comparison:
 
 
 def compare(
-    comparison: Comparison, *, out: str | Path, resume: bool = False, console: Console | None = None
+    comparison: Comparison,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    on_cell: Callable[[list[Cell]], object] | None = None,
+    console: Console | None = None,
 ) -> list[Cell] | None:
     """Train and test every cell, in ``out/cells``.
 
@@ -203,6 +208,7 @@ def compare(
         comparison: what to compare.
         out: folder, which must be new or empty unless ``resume`` is set.
         resume: go on with the same comparison in ``out``: finished cells are read, the others trained to their end.
+        on_cell: called with the cells so far after each of them (for a report of what is finished).
         console: where a line about each cell goes.
 
     Returns:
@@ -242,6 +248,8 @@ def compare(
             f"{number}/{len(every)}  {mixer}  d={size}  seed {seed}  {cell.seconds:.0f} s  {reached}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
+        if on_cell is not None:
+            on_cell(found)
     return found
 
 
