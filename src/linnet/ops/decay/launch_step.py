@@ -40,7 +40,7 @@ def step(
     # Every program reads all of a head's z, so that one is never overwritten.
     after = State(following(S), None if z is None else torch.empty_like(z))  # type: ignore[arg-type]
     BK = max(16, power_of_2(K))
-    BV = min(max(16, power_of_2(V)), max(16, 4096 // BK))
+    BV = min(max(16, power_of_2(V)), max(16, 8192 // BK))
     step_kernel[(N * H * ceil_div(V, BV),)](
         q, k, v, g, gv, u, w, S, z, floor, o, *after, scale, eps, H, HQ, K, V, row, BK=BK, BV=BV, GATE=gate
     )
