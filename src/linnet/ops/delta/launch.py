@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import chunk_table, following
+from ..core import chunk_table
 from ..core.compiling import Kernel, compile_together, compiling
 from . import kernels, kernels_around, kernels_backward, kernels_step
 from .kept import chunk_rows, kept
@@ -50,7 +50,7 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     if kernel == "hard":
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
     if kernel == "local":
-        return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": stages}
+        return {"BK": min(BK, 64 if fp32 else 32), "num_warps": 4 if fp32 else 1, "num_stages": stages}
     if kernel == "gradient":
         return {
             "BK": min(BK, 32) if fp32 else 64,  # runs with blocks of 32 in 16 bits ended in illegal accesses on Hopper
@@ -490,7 +490,7 @@ def step(
     S = S if index is not None else S.contiguous()
     modes = _Modes(beta, g, w)
     (B, T, heads, K), (H, V) = q.shape, v.shape[2:]
-    out = following(S) if index is None else S
+    out = torch.empty_like(S) if index is None else S
     o = v.new_empty(B, T, H, V)
     BV = _block(V)
     while BV > 32 or (BV > 8 and B * H * _cdiv(V, BV) < 256):  # enough programs to fill the memory's pipes
