@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import torch
 
+import linnet.ops.core.compiling
 from linnet.ops.core.compiling import Kernel, compile_together, compiling
 
 triton = pytest.importorskip("triton")
@@ -35,3 +39,26 @@ def test_kernels_are_compiled_and_not_run() -> None:
     assert not compiling()
     kernel[(6,)](7)
     assert recorder.calls == [("run", ((1,), 2)), ("compile", ((3,), 4)), ("run", ((6,), 7))]
+
+
+def test_launchers_are_made_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Compiled:
+        made = 0
+
+        @property
+        def run(self) -> None:
+            Compiled.made += 1
+            raise RuntimeError("said when it is launched for real")
+
+    class Eventual:
+        def warmup(self, grid: Any) -> Any:
+            self.future: Future[Any] = Future()
+            return self
+
+    monkeypatch.setattr(linnet.ops.core.compiling, "_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    eventual, failing = Eventual(), Eventual()
+    compile_together(lambda: (Kernel(eventual)[(1,)](), Kernel(failing)[(1,)]()))
+    eventual.future.set_result(Compiled())
+    failing.future.set_exception(ValueError("does not compile"))
+    assert Compiled.made == 1

@@ -77,7 +77,7 @@ def one_launch(kernel: str, K: int = 128, V: int = 128, **mode: Any) -> Launch:
 def test_compiles_for_hopper(name: str, kernel: str) -> None:
     built = build(one_launch(kernel, **CALLS[name][0]), HOPPER)
     assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
-    if kernel in SCALAR:
+    if kernel in SCALAR and kernel != "local_kernel":  # that is one warp's, wgmma takes four
         assert "wgmma.mma_async" in built.asm["ptx"]
 
 

@@ -1,13 +1,20 @@
-"""Compiling the kernels of a call all at once: one after the other they keep a first call waiting for many seconds."""
+"""Compiling the kernels of a call all at once: one after the other they keep a first call waiting for many seconds.
+
+What launches a kernel counts too: Triton has the system's C compiler make it, for almost half a second, when a kernel
+is first run. Here the thread that compiled the kernel does that, and loads it.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
+
+import torch
 
 __all__ = ["Kernel", "compile_together", "compiling"]
 
@@ -26,7 +33,26 @@ class Kernel:
         self.kernel = kernel
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return partial(self.kernel.warmup, grid=grid) if compiling() else self.kernel[grid]
+        return partial(self._compile, grid) if compiling() else self.kernel[grid]
+
+    def _compile(self, grid: Any, *args: Any, **kwargs: Any) -> None:
+        compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+        future = getattr(compiled, "future", None)  # none of what was compiled before
+        if future is not None:
+            future.add_done_callback(partial(_load, _device()))
+
+
+def _device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def _load(device: int | None, future: Any) -> None:
+    """Make what launches a kernel that has been compiled, and load it. In the thread that did; what fails here fails
+    again, and says so, when the kernel is launched for real."""
+    if device is None or future.exception() is not None:
+        return
+    with torch.cuda.device(device), suppress(Exception):
+        future.result().run  # noqa: B018 a property that makes both
 
 
 def compile_together(call: Callable[[], Any]) -> None:

@@ -253,50 +253,51 @@ def local_kernel(
     rows_ptr += slot * (8 * C)
     row, col = r[:, None], r[None, :]
 
-    if VECTOR:
-        tile = slot * C * K + row * K
-        if GATE != 0:
-            decays_ptr += slot * (3 * K)
-        T_ = tl.zeros([C, C], dtype=tl.float32)
-        P = tl.zeros([C, C], dtype=tl.float32)
-        hard = 0
-        for k0 in range(0, K, BK):
-            cols = k0 + tl.arange(0, BK)
-            wide = within(cols, K, BK)
+    valid = r < tokens * SUB
+    reads = valid & (r % SUB == SUB - 1)
+    s0 = t0.to(tl.int64) * SUB
+    tile = slot * C * K + row * K
+    T_ = tl.zeros([C, C], dtype=tl.float32)
+    P = tl.zeros([C, C], dtype=tl.float32)
+    k2 = tl.zeros([C], dtype=tl.float32)
+    q2 = tl.zeros([C], dtype=tl.float32)
+    hard = 0
+    if VECTOR and GATE != 0:
+        decays_ptr += slot * (3 * K)
+    for k0 in range(0, K, BK):
+        cols = k0 + tl.arange(0, BK)
+        wide = within(cols, K, BK)
+        if VECTOR:
             fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
             w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            erases, reads = erasing(r, UNTIED)[:, None], reading(r, SUB)[:, None]
-            e = tl.load(erase_ptr + tile + cols[None, :], mask=erases & wide[None, :], other=0.0)
-            q = tl.load(read_ptr + tile + cols[None, :], mask=reads & wide[None, :], other=0.0)
+            q = tl.load(read_ptr + tile + cols[None, :], mask=reading(r, SUB)[:, None] & wide[None, :], other=0.0)
             if GATE != 0:
                 lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
                 hard += tl.sum((lift == 0.0).to(tl.int32), 0)
-                w = (w.to(tl.float32) * lift[None, :]).to(e.dtype)
-            T_ = tl.dot(e, tl.trans(w), T_, input_precision="ieee")
-            P = tl.dot(q, tl.trans(w), P, input_precision="ieee")
+                w = (w.to(tl.float32) * lift[None, :]).to(q.dtype)
+        else:
+            at, mask = tile_at(k_ptr, s0, hq, HQ, K, row, cols[None, :]), valid[:, None] & wide[None, :]
+            w = tl.load(at, mask=mask, other=0.0)
+            at, mask = tile_at(q_ptr, t0, hq, HQ, K, row // SUB, cols[None, :]), reads[:, None] & wide[None, :]
+            q = tl.load(at, mask=mask, other=0.0)
+            if NORM:
+                k2 += tl.sum(w.to(tl.float32) * w.to(tl.float32), 1)
+                q2 += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
+        P = tl.dot(q, tl.trans(w), P, input_precision="ieee")
+    dtype = matrices_ptr.dtype.element_ty
+    matrices_ptr += slot * (2 * C * C) + (row * C + col)
+    if VECTOR:
         if GATE != 0:
             if hard > 0:  # what hard_kernel has left
-                pairs = matrices_ptr + slot * (2 * C * C) + (row * C + col)
-                T_ += tl.load(pairs).to(tl.float32)
-                P += tl.load(pairs + C * C).to(tl.float32)
+                P += tl.load(matrices_ptr + C * C).to(tl.float32)
     else:
-        valid = r < tokens * SUB
-        reads = valid & (r % SUB == SUB - 1)
-        s0 = t0.to(tl.int64) * SUB
         rows_ptr += r
-        cols = tl.arange(0, BK)
-        wide = within(cols, K, BK)[None, :]
-        k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, cols[None, :]), mask=valid[:, None] & wide, other=0.0)
-        q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, row // SUB, cols[None, :]), mask=reads[:, None] & wide, other=0.0)
         beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=1.0).to(tl.float32)
         beta = tl.where(tl.abs(beta) < least, least, beta)
         r_k = tl.zeros([C], dtype=tl.float32) + 1.0
         r_q = tl.zeros([C], dtype=tl.float32) + 1.0
         if NORM:
-            r_k = tl.rsqrt(tl.sum(k.to(tl.float32) * k.to(tl.float32), 1) + 1e-6)
-            r_q = tl.rsqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) + 1e-6)
-        T_ = tl.dot(k, tl.trans(k), input_precision="ieee")
-        P = tl.dot(q, tl.trans(k), input_precision="ieee")
+            r_k, r_q = tl.rsqrt(k2 + 1e-6), tl.rsqrt(q2 + 1e-6)
         seen = tl.zeros([C], dtype=tl.float32)
         left = seen
         if GATE != 0:
@@ -304,7 +305,6 @@ def local_kernel(
             coarse, fine = gate_sums(g)
             seen, left = coarse + fine, after(coarse, C) + after(fine, C)
             decay = between(coarse, fine, C)
-            T_ = T_ * decay
             P = P * decay
             tl.store(rows_ptr + 6 * C, seen)
             tl.store(rows_ptr + 7 * C, tl.exp2(seen + left))
@@ -314,11 +314,31 @@ def local_kernel(
         tl.store(rows_ptr + 3 * C, beta)
         tl.store(rows_ptr + 4 * C, r_k)
         tl.store(rows_ptr + 5 * C, r_q)
-        T_ = T_ * r_k[:, None] * (r_k * beta)[None, :]
         P = P * (r_q * scale)[:, None] * (r_k * beta)[None, :]
-    dtype = matrices_ptr.dtype.element_ty
-    matrices_ptr += slot * (2 * C * C) + (row * C + col)
     tl.store(matrices_ptr + C * C, tl.where(row >= col, P, 0.0).to(dtype))
+    for k0 in range(0, K, BK):
+        cols = k0 + tl.arange(0, BK)
+        wide = within(cols, K, BK)
+        if VECTOR:
+            fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
+            w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
+            e = tl.load(erase_ptr + tile + cols[None, :], mask=erasing(r, UNTIED)[:, None] & wide[None, :], other=0.0)
+            if GATE != 0:
+                lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
+                w = (w.to(tl.float32) * lift[None, :]).to(e.dtype)
+        else:
+            at, mask = tile_at(k_ptr, s0, hq, HQ, K, row, cols[None, :]), valid[:, None] & wide[None, :]
+            w = tl.load(at, mask=mask, other=0.0)
+            e = w
+        T_ = tl.dot(e, tl.trans(w), T_, input_precision="ieee")
+    if VECTOR:
+        if GATE != 0:
+            if hard > 0:
+                T_ += tl.load(matrices_ptr).to(tl.float32)
+    else:
+        if GATE != 0:
+            T_ = T_ * between(coarse, fine, C)
+        T_ = T_ * r_k[:, None] * (r_k * beta)[None, :]
     A = inverse(tl.where(row > col, T_, 0.0), EXACT, FINE)
     tl.store(matrices_ptr, A.to(dtype))
 
@@ -447,6 +467,10 @@ def state_kernel(
 
     n_chunks = tl.cdiv(end - first, CT)
     fade, into, read = factors(rows_ptr, decays_ptr, chunk0, n_chunks, h, H, K, C, BK, VECTOR, GATE)
+    if W:
+        early = r < tl.minimum(end - first, CT) * SUB
+        v = payload(v_ptr, first, h, H, WIDTH, r, values, early, given, SUB, UNTIED)
+        w = payload(w_ptr, first, h, H, WIDTH, r, values, early, given, SUB, UNTIED)
     for it in range(0, n_chunks):
         t0 = first + it * CT
         slot = (chunk0 + it).to(tl.int64) * H + h
@@ -454,6 +478,11 @@ def state_kernel(
         next_fade, next_into, next_read = factors(
             rows_ptr, decays_ptr, chunk0 + ahead, n_chunks, h, H, K, C, BK, VECTOR, GATE
         )
+        if W:
+            t1 = first + ahead * CT
+            early = r < tl.minimum(end - t1, CT) * SUB
+            next_v = payload(v_ptr, t1, h, H, WIDTH, r, values, early, given, SUB, UNTIED)
+            next_w = payload(w_ptr, t1, h, H, WIDTH, r, values, early, given, SUB, UNTIED)
         valid = r < tl.minimum(end - t0, CT) * SUB
         all_rows = tl.full([C], True, tl.int1)
         reads = valid & reading(r, SUB)
@@ -478,10 +507,11 @@ def state_kernel(
             X = X * tl.load(rows)[None, :]
         A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
         # v goes to the tensor cores as it lies in memory
-        z = payload(v_ptr, t0, h, H, WIDTH, r, values, valid, given, SUB, UNTIED)
         if W:
-            w = payload(w_ptr, t0, h, H, WIDTH, r, values, valid, given, SUB, UNTIED)
-            z = (z.to(tl.float32) * w.to(tl.float32)).to(k.dtype)
+            z = (v.to(tl.float32) * w.to(tl.float32)).to(k.dtype)
+            v, w = next_v, next_w
+        else:
+            z = payload(v_ptr, t0, h, H, WIDTH, r, values, valid, given, SUB, UNTIED)
         R = tl.dot(tl.trans(z), tl.trans(A), input_precision="ieee")
         R = tl.dot((-X).to(k.dtype), tl.trans(A), R, input_precision="ieee")
         Rb = R.to(k.dtype)

@@ -50,10 +50,12 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     if kernel == "hard":
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
     if kernel == "local":
-        return {"BK": min(BK, 64) if vector else BK, "num_warps": 4, "num_stages": stages}
+        return {"BK": min(BK, 64 if fp32 else 32), "num_warps": 4 if fp32 else 1, "num_stages": stages}
     if kernel == "gradient":
         return {
-            "BK": min(BK, 32) if fp32 else 64,  # runs with blocks of 32 in 16 bits ended in illegal accesses on Hopper
+            # In 16 bits a single block of 32 keys is computed wrongly on Hopper, and blocks of 32 beside 256 values end
+            # in illegal accesses; two to four of them beside at most 128 values are right.
+            "BK": min(BK, 32) if fp32 else 32 if vector and 64 <= K <= 128 and V <= 128 else 64,
             "BV": min(32, _block(V)) if fp32 else min(max(64, _block(V)), 128),
             "num_warps": 4,
             "num_stages": 1,
@@ -490,7 +492,7 @@ def step(
     S = S if index is not None else S.contiguous()
     modes = _Modes(beta, g, w)
     (B, T, heads, K), (H, V) = q.shape, v.shape[2:]
-    out = following(S) if index is None else S
+    out = torch.empty_like(S) if index is None else S
     o = v.new_empty(B, T, H, V)
     BV = _block(V)
     while BV > 32 or (BV > 8 and B * H * _cdiv(V, BV) < 256):  # enough programs to fill the memory's pipes
