@@ -26,6 +26,7 @@ CALLS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "scalar": ({"gate": "scalar"}, SCALAR),
     "packed substeps": ({"gate": "none", "substeps": 2, "lengths": [100, 300]}, ("local_kernel", "state_kernel")),
     "channel-wise": ({"gate": "vector", "channelwise": True}, (*SCALAR, *VECTOR)),
+    "channel-wise in fp32": ({"gate": "vector", "channelwise": True, "gates": torch.float32}, ("state_kernel",)),
     "untied": ({"gate": "vector", "untied": True}, ("prepare_kernel", "gradient_kernel", "finish_kernel")),
     "few heads": ({"gate": "vector", "heads": 1}, ("state_kernel", "chain_kernel")),
 }
@@ -38,6 +39,7 @@ def recorded(
     gate: str,
     dtype: torch.dtype = torch.bfloat16,
     channelwise: bool = False,
+    gates: torch.dtype = torch.bfloat16,
     untied: bool = False,
     substeps: int = 1,
     lengths: list[int] | None = None,
@@ -52,8 +54,8 @@ def recorded(
         return torch.empty(shape, dtype=dtype)
 
     g = {"none": None, "scalar": torch.empty(B, T, H), "vector": torch.empty(B, T, H, K)}[gate]
-    beta = None if untied else empty(B, R, H, K) if channelwise else torch.empty(B, R, H)
-    w = empty(B, R, H, V) if channelwise else None
+    beta = None if untied else torch.empty(B, R, H, K, dtype=gates) if channelwise else torch.empty(B, R, H)
+    w = torch.empty(B, R, H, V, dtype=gates) if channelwise else None
     given = (empty(B, T, H, K), empty(B, R, H, K), empty(B, R, H, V), beta, g, w, torch.empty(rows, H, K, V))
     options = (cu, 1.0, not untied, 2 if untied else substeps)
     ab = (empty(B, T, H, K), empty(B, T, H, K)) if untied else None
