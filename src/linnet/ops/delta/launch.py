@@ -492,7 +492,7 @@ def step(
     S = S if index is not None else S.contiguous()
     modes = _Modes(beta, g, w)
     (B, T, heads, K), (H, V) = q.shape, v.shape[2:]
-    out = torch.empty_like(S) if index is None else S
+    out = following(S) if index is None else S
     o = v.new_empty(B, T, H, V)
     BV = _block(V)
     while BV > 32 or (BV > 8 and B * H * _cdiv(V, BV) < 256):  # enough programs to fill the memory's pipes
