@@ -30,6 +30,7 @@ def test_integers_are_uploaded_once(device):
     assert uploaded(host, device).tolist() == [0, 4, 7]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("op", [decay, delta])
 def test_packed_calls_do_not_wait_for_the_device(op, device):
     if device.type != "cuda":
