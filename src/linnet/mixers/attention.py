@@ -21,8 +21,7 @@ def _wide_window_is_full(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     full = random_mixer(generator, "attention", 16, num_heads=2)
     windowed = random_mixer(generator, "attention", 16, num_heads=2, window=11)
     share(full, windowed, "q_proj", "k_proj", "v_proj", "o_proj")
-    x = inputs(generator, 16, length=11)
-    return windowed(x)[0], full(x)[0]
+    return windowed(x := inputs(generator, 16, length=11))[0], full(x)[0]
 
 
 def _window_of_one_is_linear(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -93,8 +92,6 @@ class Attention(Mixer):
         ValueError: naming the option, for sizes that do not divide or are out of range.
     """
 
-    attend = staticmethod(attention)  # another cache, such as of a server, is another function
-
     def __init__(
         self,
         d_model: int,
@@ -146,10 +143,13 @@ class Attention(Mixer):
             q, k = (n(y.unflatten(-1, (-1, n.size))).flatten(2) for n, y in ((self.q_norm, q), (self.k_norm, k)))
         q, k = parts.heads(q, self.num_heads), parts.heads(k, self.num_kv_heads)
         if self.rotated:
-            positions, _ = parts.count_positions(x, None if cache is None else cache.length, segments)
+            positions = parts.count_positions(x, None if cache is None else cache.length, segments)[0]
             q, k = (self.rotate(y, positions) for y in (q, k))
-        o, cache = self.attend(q, k, v, window=self.window, state=cache, segments=segments)
+        o, cache = self.attend(q, k, v, state=cache, segments=segments)
         return self.o_proj(o.flatten(2) * (1.0 if self.g_proj is None else torch.sigmoid(self.g_proj(x)))), cache
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, state: AttentionState | None, segments: Segments | None):
+        return attention(q, k, v, window=self.window, state=state, segments=segments)  # a server has another cache
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         turned = rotary(x[..., : self.rotated], positions, base=self.rope_base, scaling=self.rope_scaling)
