@@ -137,6 +137,18 @@ def test_what_is_not_compiled_in_time_is_not_run(monkeypatch, rivals):
     assert len(rows) == 4 and {r["note"] for r in rows} == {why}
 
 
+def test_only_locks_of_its_own_are_taken_away(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    before, since = (tmp_path / name / "lock" for name in ("before", "since"))
+    for lock in (before, since):
+        lock.parent.mkdir()
+    before.touch()
+    with worker._children() as start:
+        start(JOB)
+        since.touch()
+    assert before.exists() and not since.exists()
+
+
 def test_a_process_that_says_nothing_is_ended():
     with pytest.raises(RuntimeError, match="before it measured anything: no answer within 0 s"):
         worker.run(JOB, Results(None), lambda line: None, timeout=0.01)

@@ -20,8 +20,8 @@ __all__ = ["parallel_compilation"]
 def parallel_compilation(threads: int | None = None) -> Iterator[None]:
     """While inside, Triton's autotuner compiles the candidates of a kernel on ``threads`` threads (all cores when None)
     before it times them one by one as always, each for 25 ms in place of 100; of processes that tune on one GPU only
-    one times at once. It chooses as it would, in minutes less. Does nothing where there is no Triton, and warns where
-    Triton lacks what this needs."""
+    one times at once. That takes minutes less; of candidates of nearly the same speed it may choose another one. Does
+    nothing where there is no Triton, and warns where Triton lacks what this needs."""
     try:
         from triton.runtime.autotuner import Autotuner
     except ImportError:

@@ -109,12 +109,22 @@ def _converse(job: dict[str, Any], timeout: float) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _children() -> Iterator[Callable[[dict[str, Any]], subprocess.Popen[bytes]]]:
-    """Start measuring processes; at the end, or when this process is told to end, they and theirs (compilers) do."""
+    """Start measuring processes; at the end, or when this process is told to end, they and theirs (compilers) do. They
+    build extensions of PyTorch in a folder of their own, so that what a build that is cut short leaves behind is not in
+    the way of the user's."""
     started: list[subprocess.Popen[bytes]] = []
+    env = {"TORCH_EXTENSIONS_DIR": str(Path.home() / ".cache" / "linnet" / "torch_extensions")} | os.environ
+
+    def locks() -> set[Path]:
+        return set(Path(env["TORCH_EXTENSIONS_DIR"]).glob("**/lock"))
+
+    others = locks()
 
     def start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "linnet.benchmarks.worker"]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True
+        )
         started.append(child)
         assert child.stdin is not None
         child.stdin.write(json.dumps(job).encode())
@@ -134,9 +144,8 @@ def _children() -> Iterator[Callable[[dict[str, Any]], subprocess.Popen[bytes]]]
             if child.stdout is not None:
                 child.stdout.close()
         if cut:
-            # A build of an extension that was cut short leaves a lock behind, for which the next one waits for ever.
-            root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-            for lock in Path(root).glob("**/lock"):
+            # A build that was cut short leaves a lock behind, for which the next one waits for ever.
+            for lock in locks() - others:
                 lock.unlink(missing_ok=True)
 
 

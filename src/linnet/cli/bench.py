@@ -113,7 +113,10 @@ def bench(
     from linnet.benchmarks.worker import run
 
     with Console(stderr=True).status("starting") as status:
-        say = lambda line: status.update(escape(line))  # noqa: E731
+
+        def say(line: str) -> None:
+            status.update(escape(line))
+
         run(job, kept, say, timeout=timeout, ahead=ahead, patience=patience)
     _report(kept.rows, as_json)
     if out is not None:
