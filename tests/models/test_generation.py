@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -238,6 +239,12 @@ class TestCudaGraph:
         assert torch.equal(plain.tokens, graph.tokens)
         for a, b in zip(state_tensors(plain.state), state_tensors(graph.state), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_ids_of_a_tokenizer(model):
+    ids = np.array([3, 1, 2], dtype=np.uint16)
+    want = generate(model, [[0, 3, 1, 2], [3, 1, 2]], max_new_tokens=3, temperature=0).tokens
+    assert torch.equal(generate(model, [[0, *ids], ids], max_new_tokens=3, temperature=0).tokens, want)
 
 
 def test_bad_states_are_named(model):

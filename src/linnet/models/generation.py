@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -328,15 +329,18 @@ def _pack(prompt: Prompt, device: torch.device) -> tuple[Tensor, Segments | None
         rows = prompt.to(device)
         rows = rows.unsqueeze(0) if rows.dim() == 1 else rows
     else:
-        parts = [torch.as_tensor(part, device=device) for part in prompt]
+        # NumPy makes one dtype of ids of several, such as a tokenizer's beside plain numbers; torch refuses to.
+        plain = (part if isinstance(part, Tensor) else np.asarray(part) for part in prompt)
+        parts = [torch.as_tensor(part, device=device) for part in plain]
         if not parts or any(part.dim() != 1 or part.numel() == 0 for part in parts):
             raise ValueError(
                 "prompt: expected at least one sequence, each a non-empty list or 1-D tensor of token ids, got shapes "
                 f"{[list(part.shape) for part in parts[:8]]}"
             )
+        parts = [_ids(part) for part in parts]
         lengths = [part.numel() for part in parts]
         if len(set(lengths)) > 1:
-            return _ids(torch.cat(parts).unsqueeze(0)), Segments.from_lengths(lengths, device)
+            return torch.cat(parts).unsqueeze(0), Segments.from_lengths(lengths, device)
         rows = torch.stack(parts)
     if rows.dim() != 2 or rows.numel() == 0:
         raise ValueError(f"prompt: expected shape [B, T] or [T], not empty, got {list(rows.shape)}")
