@@ -79,8 +79,8 @@ def one_launch(kernel: str, K: int = 128, V: int = 128, **mode: Any) -> Launch:
 def test_compiles_for_hopper(name: str, kernel: str) -> None:
     built = build(one_launch(kernel, **CALLS[name][0]), HOPPER)
     assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
-    if kernel in SCALAR and kernel != "local_kernel":  # that is one warp's, wgmma takes four
-        assert "wgmma.mma_async" in built.asm["ptx"]
+    if kernel in SCALAR:  # wgmma takes four warps
+        assert ("mma.sync" if kernel == "local_kernel" else "wgmma.mma_async") in built.asm["ptx"]
 
 
 def test_parts_are_for_few_heads_and_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:

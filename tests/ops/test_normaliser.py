@@ -1,8 +1,5 @@
 """The scan of keys that makes the normaliser of 16-bit inputs, in Triton's interpreter: the contract suite there has
-fp32 alone, where the normaliser is one more channel.
-
-The interpreter has to be chosen before Triton is imported, hence a process of its own, which runs this file again.
-"""
+fp32 alone, where the normaliser is one more channel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The ParaGRU and ParaLSTM tile by tile, in Triton's interpreter; the contract suite there has shorter sequences.
-
-The interpreter has to be chosen before Triton is imported, hence a process of its own, which runs this file again.
-"""
+"""The ParaGRU and ParaLSTM tile by tile, in Triton's interpreter; the contract suite there has shorter sequences."""
 
 from __future__ import annotations
 

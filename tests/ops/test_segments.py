@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linnet.ops import decay, delta
+from linnet.ops import cell, decay, delta
 from linnet.ops.core import Segments, uploaded
 from linnet.ops.core.segments import chunk_table
 
@@ -28,6 +28,15 @@ def test_integers_are_uploaded_once(device):
     assert uploaded(torch.tensor([0, 3, 7], dtype=torch.int32), device) is first
     host[1] = 4  # the same buffer, filled anew
     assert uploaded(host, device).tolist() == [0, 4, 7]
+
+
+def test_what_was_uploaded_in_inference_serves_training(device):
+    segments = Segments.from_lengths([3, 2], device)
+    x, R = torch.randn(1, 5, 2, 3 * 4, device=device), torch.randn(2, 4, 3 * 4, device=device)
+    with torch.inference_mode():
+        cell(x, R, kind="gru", segments=segments)
+    cell(x.requires_grad_(), R, kind="gru", segments=segments)[0].sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
