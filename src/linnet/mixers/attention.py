@@ -143,7 +143,7 @@ class Attention(Mixer):
             q, k = (n(y.unflatten(-1, (-1, n.size))).flatten(2) for n, y in ((self.q_norm, q), (self.k_norm, k)))
         q, k = parts.heads(q, self.num_heads), parts.heads(k, self.num_kv_heads)
         if self.rotated:
-            positions = parts.count_positions(x, None if cache is None else cache.length, segments)[0]
+            positions, _ = parts.count_positions(x, None if cache is None else cache.length, segments)
             q, k = (self.rotate(y, positions) for y in (q, k))
         o, cache = self.attend(q, k, v, state=cache, segments=segments)
         return self.o_proj(o.flatten(2) * (1.0 if self.g_proj is None else torch.sigmoid(self.g_proj(x)))), cache

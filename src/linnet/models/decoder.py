@@ -242,7 +242,7 @@ class DecoderOutput(NamedTuple):
 
 def _compute(x: Tensor) -> Tensor:
     """``x`` in autocast's dtype, where that is on. Otherwise every projection that reads ``x`` casts it for itself, and
-    its share of the gradient back: at 340M a tenth of a training step."""
+    its share of the gradient back."""
     kind = x.device.type
     if x.dtype != torch.float32 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x

@@ -114,6 +114,6 @@ def _uploaded(values: tuple[int, ...], device: str) -> Tensor:
 
 
 def uploaded(host: Tensor, device: torch.device | str) -> Tensor:
-    """A short list of integers on the device, int32. Cached by content: an upload in each call would wait for the
-    device, and hold up the host behind everything that is queued."""
+    """A short list of integers on the device, int32, to be read only. Cached by content: an upload in each call would
+    wait for the device, and hold up the host behind everything that is queued."""
     return _uploaded(tuple(host.tolist()), str(device))

@@ -264,6 +264,7 @@ def local_kernel(
     hard = 0
     if VECTOR and GATE != 0:
         decays_ptr += slot * (3 * K)
+    # One warp has room for one product at a time: what is read first, what is erased in a second walk over the keys.
     for k0 in range(0, K, BK):
         cols = k0 + tl.arange(0, BK)
         wide = within(cols, K, BK)
