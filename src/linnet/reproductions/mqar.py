@@ -58,10 +58,10 @@ def run(experiment: Experiment) -> Outcome:
         low, published = (0.99, "solved") if name in SOLVED else (None, "")
         bars.append(Bar(f"recall of 64 pairs, {name}", mean_accuracy(cells, mixer, "512"), low, published=published))
     tried = (
-        "By a script that is not part of the repository, on an earlier form of the task, sixteen recipes for 222 seconds"
-        " each beside one another on one GPU: at width 128 deltanet reached 0.984 to 0.999 at rates from 1e-3 to 1e-2,"
-        " with and without an MLP, with the head tied or not, at mixed lengths or 512 alone; gated_deltanet reached"
-        " 0.980 and gla 0.927, in 1,700 and 1,345 steps.",
+        "By a script that is not part of the repository, on an earlier form of the task, sixteen recipes for 222"
+        " seconds each beside one another on one GPU: at width 128 deltanet reached 0.984 to 0.999 at rates from 1e-3"
+        " to 1e-2, with and without an MLP, with the head tied or not, at mixed lengths or 512 alone; gated_deltanet"
+        " reached 0.980 and gla 0.927, in 1,700 and 1,345 steps.",
         "On a small size (8 pairs in 64 tokens, 256 ids, 400 steps) gated_deltanet is behind deltanet as well: 0.41 and"
         " 0.98.",
     )
