@@ -1,7 +1,8 @@
-"""What each process of the test does: every engine and two decoders, on its slice and on the whole. Forked once PyTorch
-is loaded, so that the processes share the cost of it. With a GPU for each process, the same over NCCL:
+"""What each process of the test does: every engine and two decoders, on its slice and on the whole, in parts:
 
-    PYTHONPATH=tests python tests/parallel/processes.py 29500 4 cuda
+    PYTHONPATH=tests python tests/parallel/processes.py PORT PROCESSES DEVICE [PART ...]
+
+On GPUs it runs over NCCL, and there is a part for the kernels in bf16.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from forked import fork
+from forked import begin, fork
 from linnet import ops, parallel
 from linnet.models import Decoder, DecoderConfig
 from linnet.ops import ConvState, DecayState, DeltaState, ScanState
@@ -277,41 +280,146 @@ def check_refusals(group):
     refuses(lambda: sliced.conv(randn(1, 2, 3), randn(3, 5), group=group), "slices of at least 4 tokens")
 
 
-def report(name):
-    if dist.get_rank() == 0:
-        print("OK", name, flush=True)
+KERNELS = ("decay", "decay-vector", "delta", "delta-vector", "scan", "selective_scan", "conv", "attention")
 
 
-def main(rank, size, port, device):
+def kernel_case(name):
+    """Of a size that the kernels take: whole op, op on slices, tensors over time, others."""
+    B, T, H, D = 1, 300, 2, 64
+
+    def half(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16)
+
+    def rates(*shape):
+        return F.logsigmoid(torch.randn(*shape) + 3)
+
+    q, k, v, beta = half(B, T, H, D), half(B, T, H, D), half(B, T, H, D), torch.rand(B, T, H).bfloat16()
+    g = rates(B, T, H, D) if name.endswith("vector") else rates(B, T, H)
+    edits = {"q": q, "k": F.normalize(k, dim=-1), "v": v, "beta": beta, "g": g}
+    channels = {"A": -torch.rand(D, 16).exp(), "D": torch.randn(D)}
+    mamba = {"x": half(B, T, D), "delta": torch.rand(B, T, D), "B": half(B, T, 16), "C": half(B, T, 16)}
+    return {
+        "decay": (ops.decay, sliced.decay, {"q": q, "k": k, "v": v, "g": g}, {}),
+        "delta": (ops.delta, sliced.delta, edits, {}),
+        "scan": (ops.scan, sliced.scan, {"a": rates(B, T, D).exp(), "b": torch.randn(B, T, D)}, {}),
+        "selective_scan": (ops.selective_scan, sliced.selective_scan, mamba, channels),
+        "conv": (ops.conv, sliced.conv, {"x": half(B, T, D)}, {"weight": half(D, 4)}),
+        "attention": (
+            partial(ops.attention, window=32), partial(sliced.attention, window=32), {"q": q, "k": k, "v": v}, {}
+        ),
+    }[name.removesuffix("-vector")]  # fmt: skip
+
+
+def check_kernel(name, group):
+    """In 16 bits slices are no further from the exact result than the whole is, up to a rounding."""
+    whole, part, timed, shared = kernel_case(name)
+    weight = None
+
+    def run(op, dtype=None, cut=lambda x: x):
+        nonlocal weight
+        given = {key: x.to(dtype or x.dtype, copy=True).requires_grad_() for key, x in (timed | shared).items()}
+        y, state = op(**{key: cut(x) if key in timed else x for key, x in given.items()})
+        weight = torch.randn(y.shape) if weight is None else weight
+        (y * cut(weight)).sum().backward()
+        return y, [x.grad.float() for x in given.values()], state
+
+    exact, exact_grads, exact_state = run(whole, torch.float64)
+    one, one_grads, one_state = run(whole)
+    ours, our_grads, our_state = run(partial(part, group=group), cut=lambda x: parallel.shard(x, group))
+    for x in our_grads:
+        dist.all_reduce(x, group=group)
+    triples = [(parallel.shard(exact, group), parallel.shard(one, group), ours)]
+    triples += zip(exact_grads, one_grads, our_grads, strict=True)
+    if dist.get_rank(group) == dist.get_world_size(group) - 1:
+        states = [state_tensors(x) for x in (exact_state, one_state, our_state)]
+        triples += [xs for xs in zip(*states, strict=True) if xs[0].is_floating_point()]
+    check_errors(name, triples)
+
+
+def check_errors(name, triples):
+    for i, triple in enumerate(triples):
+        exact, one, ours = (x.detach().double() for x in triple)
+        errors = [float((x - exact).norm() / exact.norm()) for x in (one, ours)]
+        assert errors[1] <= 2 * errors[0] + 2**-9, (name, i, errors)
+
+
+def check_kernels_of_a_decoder(group):
+    mixers = ["gated_deltanet(num_heads=2, head_dim=64)", "attention(num_heads=2, window=32)", "attention(num_heads=2)"]
+    model = Decoder(DecoderConfig(vocab_size=11, d_model=128, num_layers=3, mixers=mixers, mlp_hidden=128))
+    tokens, targets = torch.randint(11, (2, 300)), torch.randint(11, (2, 300))
+    found = []
+    for kind in ("exact", "one", "ours"):
+        copied = copy.deepcopy(model)
+        if kind == "exact":
+            copied.double()
+        with torch.autocast("cuda", torch.bfloat16, enabled=kind != "exact"):
+            if kind == "ours":
+                spread = parallel.ContextParallel(copied, group, split_rows=True)
+                loss = spread.loss(parallel.shard(tokens, group), parallel.shard(targets, group))
+            else:
+                loss = copied.loss(tokens, targets)
+        loss.backward()
+        loss = loss.detach()
+        if kind == "ours":
+            parallel.sum_gradients(copied, group)
+            dist.all_reduce(loss, group=group)
+        found.append([loss, *[p.grad for p in copied.parameters()]])
+    check_errors("decoder", zip(*found, strict=True))
+
+
+def check_ops(cases, group):
+    for name, *case in cases:
+        check(name, *case, group)
+        if dist.get_rank() == 0:
+            print("OK", name, flush=True)
+
+
+def parts(device):
+    """Name -> the processes that take part, and what they do."""
+    everyone = {
+        "sharded-and-split": lambda _: check_sharded_and_split(),
+        "ops": lambda group: check_ops(cases(), group),
+        "decoder": lambda group: check_decoder(group, False),
+        "decoder-rows": lambda group: check_decoder(group, True),
+        "refusals": check_refusals,
+    }
+    if device == "cuda":
+        everyone |= {f"kernels-{name}": partial(check_kernel, name) for name in KERNELS}
+        everyone["kernels-decoder"] = check_kernels_of_a_decoder
+    two = {
+        "ops-of-two": lambda group: check_ops([*cases()][2::6], group),
+        "decoder-of-two": lambda group: check_decoder(group, False),
+        "tensor-parallel": check_tensor_parallel,
+    }
+    return {name: (None, run) for name, run in everyone.items()} | {name: (2, run) for name, run in two.items()}
+
+
+def main(rank, size, port, device, names):
+    begin("start")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
+    options = {}
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        options["device_id"] = torch.device("cuda", torch.cuda.current_device())
     torch.set_default_device(device)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=size)
-    pair = dist.new_group([0, 1])
-    torch.manual_seed(0)
-    given = list(cases())
-    check_sharded_and_split()
-    for group in (None, pair):
-        if group is pair and rank > 1:
-            break
-        for name, *case in given if group is None else given[2::6]:
-            check(name, *case, group)
-            report(name)
-        for split_rows in (False, True) if group is None else (False,):
-            check_decoder(group, split_rows)
-            report("decoder-rows" if split_rows else "decoder")
-        check_refusals(group)
-        report("refusals")
-    if rank < 2:
-        check_tensor_parallel(pair)
-        report("tensor-parallel")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=size, **options)
+    pair = dist.new_group([0, 1]) if size > 2 else None
+    for name, (count, run) in parts(device).items():
+        if (names and name not in names) or (count == 2 and rank > 1):
+            continue
+        begin(name)
+        began = time.monotonic()
+        torch.manual_seed(0)
+        run(pair if count == 2 else None)
+        if rank == 0:
+            print("OK", name, f"{time.monotonic() - began:.1f} s", flush=True)
+    begin("end")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    port, count, device = sys.argv[1], int(sys.argv[2]), [*sys.argv, "cpu"][3]
-    sys.exit(fork(count, lambda index: main(index, count, port, device)))
+    port, count, device, *names = sys.argv[1:]
+    sys.exit(fork(int(count), lambda index: main(index, int(count), port, device, names)))
