@@ -57,7 +57,7 @@ def run_script(script: Path, *arguments: object, device: torch.device | str = "c
     return done.stdout
 
 
-def begin(name: str, seconds: float = 120) -> None:
+def begin(name: str, seconds: float = 60) -> None:
     """Begin a part of the work of this process. If it takes longer, the process ends with what all its threads do."""
     _log.write(f"{name}\n")
     _log.flush()

@@ -414,7 +414,7 @@ def main(rank, size, port, device, names):
         run(pair if count == 2 else None)
         if rank == 0:
             print("OK", name, f"{time.monotonic() - began:.1f} s", flush=True)
-    begin("end")
+    begin("end", 240)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,20 +1,23 @@
-"""Two processes on a CPU, over gloo: replicated (torchrun) and sharded (accelerate launch with FSDP 2)."""
+"""Several processes: replicated (torchrun) and sharded (accelerate launch with FSDP 2); over NCCL with `--device cuda`."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from forked import free_port, need_gpus, surroundings
 from linnet.models import Decoder
 from linnet.training import checkpoints, find_model
 
 SCRIPT = """
+import faulthandler
 import os
 import sys
 import torch
@@ -24,7 +27,8 @@ from linnet.tasks import ByteTokenizer, Corpus, TextData
 from linnet.training import TrainingConfig, train
 
 torch.set_num_threads(1)
-out, accumulate, resume, minutes, packing = sys.argv[1:]
+out, accumulate, resume, minutes, packing, device = sys.argv[1:]
+faulthandler.dump_traceback_later(100, exit=True)
 
 if os.environ.get("FULL_DISK") == os.environ.get("RANK", "0"):  # for the first checkpoint of this process
     real = torch.save
@@ -51,7 +55,7 @@ def evaluate(model, *, final, part, parts):
 result = train(
     Decoder(config),
     data,
-    TrainingConfig(steps=6, lr=1e-2, warmup_steps=2, log_every=1, save_every=3, evaluate_every=3, device="cpu",
+    TrainingConfig(steps=6, lr=1e-2, warmup_steps=2, log_every=1, save_every=3, evaluate_every=3, device=device,
                    accumulate=int(accumulate), minutes=float(minutes) or None),
     out=out,
     resume=resume == "resume",
@@ -60,42 +64,32 @@ result = train(
 )
 sys.stdout.write(f"DONE {result.is_main} {result.finished} {result.step}\\n")
 """
-FSDP = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1"]
-FSDP += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+FSDP = ["--use_fsdp", "--fsdp_version", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 @pytest.fixture
-def launch(tmp_path):
+def launch(tmp_path, device):
+    need_gpus(device, 2)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 
-    def start(kind, out, *, accumulate=1, resume="new", minutes=0, packing="documents", **environment):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        bin_folder = os.path.dirname(sys.executable)
+    def start(kind, out, *, processes=2, accumulate=1, resume="new", minutes=0, packing="documents", **environment):
+        folder, count = os.path.dirname(sys.executable), str(processes)
         command = {
             "single": [sys.executable],
-            "replicated": [f"{bin_folder}/torchrun", "--nproc_per_node", "2", "--master_port", port],
-            "sharded": [
-                f"{bin_folder}/accelerate",
-                "launch",
-                "--num_processes",
-                "2",
-                "--main_process_port",
-                port,
-                *FSDP,
-            ],
+            "replicated": [f"{folder}/torchrun", "--nproc_per_node", count, "--master_port", free_port()],
+            "sharded": [f"{folder}/accelerate", "launch", "--num_processes", count, "--main_process_port", free_port()],
         }[kind]
-        arguments = [str(script), str(out), str(accumulate), resume, str(minutes), packing]
+        command += FSDP if kind == "sharded" else []
+        place = "auto" if device.type == "cuda" else "cpu"
         done = subprocess.run(
-            [*command, *arguments],
+            [*command, str(script), str(out), str(accumulate), resume, str(minutes), packing, place],
             capture_output=True,
             text=True,
             timeout=240,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+            env={**surroundings(device), **environment},
         )
-        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.returncode == 0, done.stderr[-6000:]
         return done
 
     return start
@@ -129,17 +123,26 @@ def test_two_processes_equal_one(launch, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_sharded_run_goes_on_sharded_and_in_one_process(launch, tmp_path):
-    whole, sharded, single = tmp_path / "whole", tmp_path / "sharded", tmp_path / "single"
-    launch("sharded", whole)
-    launch("sharded", sharded, minutes=1e-9)
-    assert [p.name for p in checkpoints(sharded)] == ["step-00000001"]
-    subprocess.run(["cp", "-r", str(sharded), str(single)], check=True)
-    launch("sharded", sharded, resume="resume")
-    assert values(sharded, "train/loss") == values(whole, "train/loss")
-    done = launch("single", single, resume="resume", accumulate=2)
-    assert "goes on with 1" in done.stderr
-    assert values(single, "train/loss") == pytest.approx(values(whole, "train/loss"), rel=1e-5)
+def test_sharded_run_goes_on_with_any_number_of_processes(launch, tmp_path, device):
+    many, fewer = (4, 2) if device.type == "cuda" else (2, 1)
+    need_gpus(device, many)
+    whole, stopped, same, other = (tmp_path / name for name in ("whole", "stopped", "same", "other"))
+    with ThreadPoolExecutor() as side_by_side:
+        first = side_by_side.submit(launch, "sharded", whole, processes=many)
+        launch("sharded", stopped, processes=many, minutes=1e-9)
+        first.result()
+    assert [p.name for p in checkpoints(stopped)] == ["step-00000001"]
+    for folder in (same, other):
+        shutil.copytree(stopped, folder)
+    with ThreadPoolExecutor() as side_by_side:
+        first = side_by_side.submit(launch, "sharded", same, processes=many, resume="resume")
+        kind = "sharded" if fewer > 1 else "single"
+        done = launch(kind, other, processes=fewer, resume="resume", accumulate=many // fewer)
+        first.result()
+    expected = values(whole, "train/loss")
+    assert values(same, "train/loss") == (expected if device.type == "cpu" else pytest.approx(expected, rel=1e-5))
+    assert f"goes on with {fewer}" in done.stderr
+    assert values(other, "train/loss") == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
