@@ -1,4 +1,4 @@
-"""Several processes: replicated (torchrun) and sharded (accelerate launch with FSDP 2); over NCCL with --device cuda."""
+"""Several processes: replicated (torchrun) and sharded (accelerate launch, FSDP 2); over NCCL with --device cuda."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ from linnet import presets
 from linnet.models import Decoder, DecoderConfig, no_decay_names
 from linnet.models.decoder import check_tensors
 from linnet.ops import Segments
+from linnet.training import allow_graphs
 
 __all__ = ["LinnetAdapter", "LinnetModel", "parallelize", "save_model", "trainer_config"]
 
@@ -138,6 +139,7 @@ def parallelize(
     if ac_config is not None:
         ac_config.build(dump_folder=dump_folder).apply(model)
     if compile_config.enable and "model" in compile_config.components:
+        allow_graphs(len(model.layers))
         apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
     axis = "fsdp" if parallelism.spmd_backend == "partial_dtensor" else "dp_shard"
     mesh = parallel_dims.get_mesh(["dp_replicate", axis] if parallel_dims.dp_replicate_enabled else [axis])

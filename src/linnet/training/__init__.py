@@ -2,6 +2,7 @@
 
 from .checkpoint import checkpoints, find_model
 from .comparison import Cell, Comparison, compare, load_comparison
+from .compiling import allow_graphs
 from .config import TrainingConfig
 from .loop import TrainingDiverged, TrainingResult, check_run_folder, train
 from .schedules import learning_rate
@@ -14,6 +15,7 @@ __all__ = [
     "TrainingDiverged",
     "TrainingResult",
     "Window",
+    "allow_graphs",
     "check_run_folder",
     "checkpoints",
     "compare",

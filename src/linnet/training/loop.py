@@ -23,6 +23,7 @@ from linnet.models import Decoder, MixtureOfExperts, parameter_groups
 from linnet.tasks import Batch
 
 from .checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint, save_model
+from .compiling import allow_graphs
 from .config import TrainingConfig
 from .monitor import Monitor
 from .processes import any_process, make_accelerator, release, stop_signals, summed
@@ -154,6 +155,7 @@ def train(
     model.train()
     model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
+        allow_graphs(len(model.layers))
         for layer in model.layers:
             layer.compile()
     groups = parameter_groups(model, config.weight_decay)
