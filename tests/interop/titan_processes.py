@@ -53,7 +53,7 @@ SHAPE = DecoderConfig(
     mlp_hidden=16,
     init_std=0.2,
 )
-ALIKE = replace(SHAPE, num_layers=2, mixers="gla(num_heads=2)")  # layers that share their graphs
+ALIKE = replace(SHAPE, num_layers=2, mixers=["gla(num_heads=2)"])  # layers that share their graphs
 LENGTHS = [[5, 7], [12], [1, 8, 3]]  # of the documents in a row, by step
 
 
