@@ -242,6 +242,34 @@ print(json.dumps([both, each]))
         assert other[0]["generated_token_ids"][-6:] == expected
 
 
+def test_auto_tokenizer_of_a_folder(tmp_path):
+    from linnet.tasks import load_tokenizer
+
+    lm = model(["gla(num_heads=2)"], vocab_size=257)
+    lm.save_pretrained(tmp_path)
+    ByteTokenizer().save(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 256
+    assert (tokenizer.padding_side, tokenizer("é").input_ids) == ("left", [195, 169])
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path, padding_side="right").padding_side == "right"
+    tokenizer.save_pretrained(tmp_path)  # in transformers' layout, which linnet reads too
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("é").input_ids == [195, 169]
+    assert load_tokenizer(tmp_path).encode("é".encode()).tolist() == [195, 169]
+
+
+def test_other_folders_are_refused(tmp_path):
+    from linnet.interop.transformers import LinnetForCausalLM
+
+    lm = model(["gla(num_heads=2)"])
+    lm.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
+    with pytest.raises(ValueError, match="format_version: expected 1, got 99; these files were written by linnet 0"):
+        LinnetForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="decoder: expected a Decoder, got LinnetForCausalLM"):
+        LinnetForCausalLM.wrap(lm)
+
+
 def test_trainer(tmp_path):
     from linnet.models import parameter_groups
 

@@ -5,6 +5,7 @@ Importing this module registers them, so that a folder written by ``linnet train
 
 >>> import linnet.interop.transformers
 >>> model = AutoModelForCausalLM.from_pretrained("runs/default-small/model")
+>>> tokenizer = AutoTokenizer.from_pretrained("runs/default-small/model")
 >>> model.generate(ids, attention_mask=mask, max_new_tokens=20)
 
 ``generate``, pipelines, ``Trainer`` and PEFT then work as with any other model. What differs from an attention model:
@@ -26,6 +27,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -43,7 +45,7 @@ from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
 from linnet.tasks.tokenizers import ByteTokenizer, JsonTokenizer, load_tokenizer
 from linnet.training import find_model
 
-__all__ = ["LinnetConfig", "LinnetForCausalLM", "StateCache", "fast_tokenizer", "packing"]
+__all__ = ["FolderTokenizer", "LinnetConfig", "LinnetForCausalLM", "StateCache", "fast_tokenizer", "packing"]
 
 # The name of the cache among the outputs of a model and the arguments of `generate`: new in transformers 5.24.
 _CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -55,6 +57,9 @@ class LinnetConfig(PreTrainedConfig):
     Args:
         config: the fields of the decoder's configuration.
         format_version, linnet_version: of the checkpoint's files.
+
+    Raises:
+        ValueError: the files are of another version of the format.
     """
 
     model_type = MODEL_TYPE
@@ -69,6 +74,11 @@ class LinnetConfig(PreTrainedConfig):
         import linnet
 
         self.linnet_version = self.linnet_version or linnet.__version__
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version: expected {FORMAT_VERSION}, got {self.format_version!r}; these files were written by"
+                f" linnet {self.linnet_version}, use that version or a newer one"
+            )
         if self.config is not None:
             shape = self.decoder_config()
             for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
@@ -274,6 +284,8 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def wrap(cls, decoder: Decoder) -> LinnetForCausalLM:
         """Around an existing decoder, which is not copied."""
+        if not isinstance(decoder, Decoder):
+            raise ValueError(f"decoder: expected a Decoder, got {type(decoder).__name__}")
         with torch.device("meta"):
             self = cls(LinnetConfig.of(decoder.config))
         self.model = decoder
@@ -414,9 +426,13 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
 
-def fast_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+def fast_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerFast:
     """The tokenizer of a model or run folder for transformers, padding on the left, with the end-of-document token as
     ``eos``, ``bos`` and padding. Texts are encoded without it, as everywhere in transformers.
+
+    Args:
+        folder: the folder.
+        options: others of ``PreTrainedTokenizerFast``, such as ``padding_side``.
 
     Raises:
         FileNotFoundError: the folder has none.
@@ -434,9 +450,22 @@ def fast_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         backend.add_special_tokens(["<|endoftext|>"])
         assert backend.token_to_id("<|endoftext|>") == ByteTokenizer.end
     end = backend.id_to_token(tokenizer.end)  # type: ignore[attr-defined]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=end, eos_token=end, pad_token=end, padding_side="left"
-    )
+    given = {"bos_token": end, "eos_token": end, "pad_token": end, "padding_side": "left", **options}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **given)
+
+
+class FolderTokenizer(PreTrainedTokenizerFast):
+    """What ``AutoTokenizer`` takes for a model of linnet: :func:`fast_tokenizer` where the folder holds linnet's own
+    file, and transformers' where ``save_pretrained`` of a tokenizer has written there."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        name = pretrained_model_name_or_path
+        own = isinstance(name, (str, os.PathLike)) and Path(name, TOKENIZER_FILE).is_file()
+        if own and not Path(name, "tokenizer_config.json").is_file():
+            sides = ("padding_side", "truncation_side", "model_max_length")
+            return fast_tokenizer(name, **{key: kwargs[key] for key in sides if key in kwargs})
+        return PreTrainedTokenizerFast.from_pretrained(name, *args, **kwargs)
 
 
 def _byte_alphabet() -> list[str]:
@@ -448,3 +477,4 @@ def _byte_alphabet() -> list[str]:
 
 AutoConfig.register(MODEL_TYPE, LinnetConfig, exist_ok=True)
 AutoModelForCausalLM.register(LinnetConfig, LinnetForCausalLM, exist_ok=True)
+AutoTokenizer.register(LinnetConfig, fast_tokenizer_class=FolderTokenizer, exist_ok=True)
