@@ -19,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from linnet.cli import app
 from linnet.models import Decoder, DecoderConfig, atomic_folder, generate
 from linnet.models.io import write_checkpoint
 from linnet.tasks import ByteTokenizer, TextStream
@@ -250,14 +252,13 @@ def test_the_command_stops_when_its_requests_have_ended(tmp_path):
     with atomic_folder(tmp_path / "tiny") as partial:
         write_checkpoint(partial, model.config.to_dict(), model.state_dict())
         ByteTokenizer().save(partial)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "linnet.cli", "serve", str(tmp_path / "tiny"), "--port", str(port)]
+    command = [sys.executable, "-m", "linnet.cli", "serve", str(tmp_path / "tiny"), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        assert "serving tiny" in server.stdout.readline()
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=20)
+        said = re.fullmatch(r"serving tiny on (http://127.0.0.1:(\d+)/v1) .*\n", server.stdout.readline())
+        taken = CliRunner().invoke(app, ["serve", str(tmp_path / "tiny"), "--port", said[2]])
+        assert f"host, port: cannot listen on 127.0.0.1:{said[2]} (Address already in use" in str(taken.exception)
+        client = openai.OpenAI(base_url=said[1], api_key="-", max_retries=20)
         stream = iter(client.completions.create(model="tiny", prompt="x", max_tokens=100, temperature=0, stream=True))
         text = next(stream).choices[0].text
         server.send_signal(signal.SIGTERM)

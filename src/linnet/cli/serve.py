@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -67,12 +68,20 @@ def serve(
     app = make_app(engine, name or folder.resolve().name, drain_seconds)
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_level="warning",
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
         timeout_keep_alive=15,
         limit_concurrency=4 * (slots + waiting),
     )
-    typer.echo(f"serving {name or folder.resolve().name} on http://{host}:{port}/v1 (Ctrl-C to stop)")
-    uvicorn.Server(config).run()
+    with _listen(host, port) as listener:
+        at = listener.getsockname()[1]
+        typer.echo(f"serving {name or folder.resolve().name} on http://{host}:{at}/v1 (Ctrl-C to stop)")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise ValueError(f"host, port: cannot listen on {host}:{port} ({error.strerror})") from error
