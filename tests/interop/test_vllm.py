@@ -17,14 +17,15 @@ except importlib.metadata.PackageNotFoundError:
 
 
 @pytest.mark.slow
-def test_vllm_generates_what_linnet_does(tmp_path):
+@pytest.mark.parametrize("kind", ["mixed", "preempted"])
+def test_vllm_generates_what_linnet_does(kind, tmp_path):
     plugin = tmp_path / "plugins" / "linnet_plugin-0.dist-info"  # as the installed package has it
     plugin.mkdir(parents=True)
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: linnet-plugin\nVersion: 0\n")
     (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nlinnet = linnet.interop.vllm:register\n")
     path = [str(plugin.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), str(tmp_path / "model")],
+        [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), str(tmp_path / "model"), kind],
         capture_output=True,
         text=True,
         timeout=240,

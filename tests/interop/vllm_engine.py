@@ -1,11 +1,13 @@
 """vLLM's own engine on a linnet decoder, on the CPU, against :func:`linnet.generate`; the plug-in is found by its entry
-point. Prompts of one token, of several parts, and with a beginning that is cached; pages that others have used."""
+point. Prompts of one token, of several parts, and with a beginning that is cached; pages that others have used;
+requests that have to give their pages away and begin again."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -16,6 +18,7 @@ import torch
 from linnet.mixers import build_mixer
 from linnet.models import Decoder, DecoderConfig, generate
 from linnet.ops.core import map_state, state_tensors
+from linnet.tasks import ByteTokenizer
 
 ATTENTION = "attention(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=True"
 MIXERS = [
@@ -56,7 +59,59 @@ def check_configs() -> None:
         served_mixers(DecoderConfig(mixers=heads, **shape))
 
 
-def main(folder: str) -> None:
+def check_padding() -> None:
+    """A captured step has a fixed number of rows: those without a request take page 0, which belongs to none."""
+    from linnet.interop.vllm import model as served
+
+    mixer = build_mixer("gla(num_heads=2)", 16)
+    layer = served._Recurrent(mixer, served.Row(mixer).size, "layer", {})
+    layer.states = layer.row.views(torch.zeros(4, layer.size, dtype=torch.uint8))
+    x, pages, outputs = torch.randn(1, 2, 16), torch.tensor([3, 1]), []
+    for padding in (0, 3):
+        layer.begin(pages)
+        rows = torch.cat([pages, pages.new_zeros(padding)])
+        batch = served.Batch(0, 0, len(rows), len(rows), None, None, rows)  # type: ignore[arg-type]
+        served.get_forward_context = lambda batch=batch: SimpleNamespace(attn_metadata={"layer": batch})
+        y, _ = layer(torch.cat([x, torch.randn(1, padding, 16)], 1))
+        outputs.append((y[:, :2], [held[pages] for held in layer.states]))
+    torch.testing.assert_close(*outputs)
+
+
+def check_processes() -> None:
+    from linnet.interop.vllm.model import LinnetForCausalLM
+
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, name: 2}
+        with refuses(f"{name}: expected 1, got 2"):
+            LinnetForCausalLM(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(**sizes)))
+
+
+def preempted(folder: str) -> None:
+    """More text than there are pages for; a prompt as a text, read by the tokenizer of the folder."""
+    torch.manual_seed(0)
+    mixers = ["gla(num_heads=2)", "attention(num_heads=2, head_dim=32)"]
+    shape = {"vocab_size": 257, "d_model": 32, "num_layers": 2, "mlp_hidden": 32, "init_std": 0.2}
+    decoder = Decoder(DecoderConfig(mixers=mixers, **shape)).eval()
+    decoder.save(folder)
+    ByteTokenizer().save(folder)
+
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        folder, dtype="float32", max_model_len=256, max_num_batched_tokens=64, max_num_seqs=8, enforce_eager=True,
+        gpu_memory_utilization=0.05, enable_prefix_caching=True, num_gpu_blocks_override=14, disable_log_stats=False,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(256, (n,), generator=generator).tolist() for n in (40, 50, 33, 60, 20)] + [[*b"def main("]]
+    options = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    given = [{"prompt_token_ids": p} for p in prompts[:-1]]
+    outputs = llm.generate([*given, "def main("], options, use_tqdm=False)
+    expected = [generate(decoder, [p], max_new_tokens=100, temperature=0).tokens[0].tolist() for p in prompts]
+    assert [list(o.outputs[0].token_ids) for o in outputs] == expected
+    assert next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
+
+
+def mixed(folder: str) -> None:
     torch.manual_seed(0)
     config = DecoderConfig(vocab_size=64, d_model=32, num_layers=9, mixers=MIXERS, mlp_hidden=32, init_std=0.2)
     decoder = Decoder(config).eval()
@@ -91,8 +146,10 @@ def main(folder: str) -> None:
         model.load_weights(tensors.items())
     check_rows()
     check_configs()
-    print("OK")
+    check_padding()
+    check_processes()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    {"mixed": mixed, "preempted": preempted}[sys.argv[2]](sys.argv[1])
+    print("OK")
