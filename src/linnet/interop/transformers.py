@@ -464,7 +464,7 @@ class FolderTokenizer(PreTrainedTokenizerFast):
         own = isinstance(name, (str, os.PathLike)) and Path(name, TOKENIZER_FILE).is_file()
         if own and not Path(name, "tokenizer_config.json").is_file():
             sides = ("padding_side", "truncation_side", "model_max_length")
-            return fast_tokenizer(name, **{key: kwargs[key] for key in sides if key in kwargs})
+            return fast_tokenizer(Path(name), **{key: kwargs[key] for key in sides if key in kwargs})
         return PreTrainedTokenizerFast.from_pretrained(name, *args, **kwargs)
 
 

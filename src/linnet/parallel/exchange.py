@@ -52,12 +52,10 @@ class _Send(torch.autograd.Function):
     def forward(ctx: Any, group: Any, pending: list[Any], x: Tensor, *tensors: Tensor) -> Tensor:
         ctx.group, ctx.like = group, [t.detach() for t in tensors]
         to = _peer(group, 1)
-        for t in ctx.like:
-            t = t.contiguous()
-            header = [_DTYPES.index(t.dtype), t.dim(), *t.shape, *[0] * (_AXES - t.dim())]
-            for message in (torch.tensor(header, device=t.device), t):
-                if message.numel():
-                    pending.append((dist.isend(message, to, group=group), message))  # kept until it has arrived
+        shapes = [[_DTYPES.index(t.dtype), t.dim(), *t.shape, *[0] * (_AXES - t.dim())] for t in ctx.like]
+        for message in (torch.tensor(shapes, device=x.device), *[t.contiguous() for t in ctx.like]):
+            if message.numel():
+                pending.append((dist.isend(message, to, group=group), message))  # kept until it has arrived
         return x.view_as(x)
 
     @staticmethod
@@ -76,10 +74,10 @@ class _Receive(torch.autograd.Function):
     def forward(ctx: Any, group: Any, count: int, anchor: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         source, found = _peer(group, -1), []
-        for _ in range(count):
-            header = torch.empty(2 + _AXES, dtype=torch.int64, device=anchor.device)
-            dist.recv(header, source, group=group)
-            kind, axes, *shape = header.tolist()
+        shapes = torch.empty(count, 2 + _AXES, dtype=torch.int64, device=anchor.device)
+        if count:
+            dist.recv(shapes, source, group=group)
+        for kind, axes, *shape in shapes.tolist():  # the host waits once a layer
             x = torch.empty(shape[:axes], dtype=_DTYPES[kind], device=anchor.device)
             if x.numel():
                 dist.recv(x, source, group=group)
