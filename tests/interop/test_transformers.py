@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from forked import free_port, need_gpus, surroundings
 from linnet.mixers import mixers
 from linnet.models import Decoder, DecoderConfig
 from linnet.models.io import atomic_folder, write_checkpoint
@@ -291,6 +293,27 @@ def test_trainer(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     trainer.save_model(str(tmp_path / "saved"))
     torch.testing.assert_close(Decoder.load(tmp_path / "saved").state_dict(), lm.model.state_dict())
+
+
+@pytest.mark.slow
+def test_trainer_with_sharded_weights(device, tmp_path):
+    if device.type != "cuda":
+        pytest.skip("transformers shards on accelerators: --device cuda")
+    need_gpus(device, 2)
+    script, count = str(Path(__file__).with_name("trainer_processes.py")), 4 if torch.cuda.device_count() > 3 else 2
+    many = [f"{Path(sys.executable).parent}/torchrun", "--nproc_per_node", str(count), "--master_port", free_port()]
+    for name, command, rows in (("one", [sys.executable], 8), ("many", many, 8 // count)):
+        (tmp_path / name).mkdir()
+        seen = {**surroundings(device), **({"CUDA_VISIBLE_DEVICES": "0"} if name == "one" else {})}
+        done = subprocess.run(
+            [*command, script, str(tmp_path / name), str(rows)], capture_output=True, text=True, timeout=240, env=seen
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    one, many = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("one", "many"))
+    assert many == pytest.approx(one, rel=1e-5)
+    one, many = (Decoder.load(tmp_path / name / "saved").state_dict() for name in ("one", "many"))
+    for name, x in one.items():
+        torch.testing.assert_close(many[name], x, rtol=1e-3, atol=1e-5)
 
 
 def test_adapters_reach_every_projection(tmp_path):
