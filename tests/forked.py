@@ -20,6 +20,7 @@ from typing import TextIO
 import pytest
 import torch
 
+PART = float(os.environ.get("PART_SECONDS", "60"))  # that a part of the work may take
 GRACE = 10.0  # seconds that the others have once a process has failed
 _log: TextIO = sys.stderr
 
@@ -57,7 +58,7 @@ def run_script(script: Path, *arguments: object, device: torch.device | str = "c
     return done.stdout
 
 
-def begin(name: str, seconds: float = 60) -> None:
+def begin(name: str, seconds: float = PART) -> None:
     """Begin a part of the work of this process. If it takes longer, the process ends with what all its threads do."""
     _log.write(f"{name}\n")
     _log.flush()

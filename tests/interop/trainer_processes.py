@@ -39,9 +39,9 @@ def main(out: Path, rows: int) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sharded = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
     arguments = transformers.TrainingArguments(
-        str(out / "checkpoints"), max_steps=STEPS, per_device_train_batch_size=rows, learning_rate=1e-2, report_to="none",
-        save_strategy="no", logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant", weight_decay=0.1,
-        max_grad_norm=1.0, **sharded,
+        str(out / "checkpoints"), max_steps=STEPS, per_device_train_batch_size=rows, learning_rate=1e-2,
+        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant",
+        weight_decay=0.1, max_grad_norm=1.0, **sharded,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=data)
     trainer.train()
