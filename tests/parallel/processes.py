@@ -395,7 +395,7 @@ def parts(device):
 
 
 def main(rank, size, port, device, names):
-    begin("start")
+    begin("start", 60)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
     options = {}
