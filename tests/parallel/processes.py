@@ -400,8 +400,10 @@ def main(rank, size, port, device, names):
     torch.set_num_threads(1)
     options = {}
     if device == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-        options["device_id"] = torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.device_count() < size:
+            raise ValueError(f"expected a GPU for each of {size} processes, got {torch.cuda.device_count()}")
+        torch.cuda.set_device(rank)
+        options["device_id"] = torch.device("cuda", rank)
     torch.set_default_device(device)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=size, **options)
     pair = dist.new_group([0, 1]) if size > 2 else None
