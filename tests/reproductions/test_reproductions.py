@@ -92,5 +92,5 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="budget: expected cpu for gla, got 'tpu'"):
         reproduce("gla", folder=tmp_path / "x", budget="tpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="budget: mqar on gpu needs a GPU .* there is no version for cpu"):
+        with pytest.raises(ValueError, match=r"budget: mqar on gpu needs a GPU .* there is no version for cpu"):
             reproduce("mqar", folder=tmp_path / "x")

@@ -23,7 +23,7 @@ def reproduce(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="`cpu`: about three minutes of one core. `gpu`: larger. Default: `cpu`, where there is such a version.",
+            help="`cpu`: about three minutes of one core. `gpu`: larger. Default: `cpu`, where it is there.",
             show_default=False,
         ),
     ] = None,
