@@ -25,6 +25,7 @@ from .comparison import Cell, Comparison
 __all__ = ["Row", "summarise", "write_report"]
 
 PLOT, PROGRESS, PAGE, RESULTS = "scores.png", "training.png", "index.html", "results.json"
+_CONTEXT = 16  # the first positions of a text have little to go by: alike for all, and far above the rest of the plot
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } .note { color: #66727f }
@@ -141,7 +142,8 @@ def _profile(comparison: Comparison, cell: Cell) -> list[tuple[float, float]]:
     """(positions, score) of a cell."""
     name, (_, _) = max(comparison.tests.items(), key=lambda test: test[1][1])
     if "by_position" in cell.scores[name]:
-        return [(float(place), value) for place, value in cell.scores[name]["by_position"]]
+        profile = [(float(place), value) for place, value in cell.scores[name]["by_position"]]
+        return [point for point in profile if point[0] >= _CONTEXT] or profile
     score = comparison.exercise.score
     return [(float(n), cell.scores[name][score]) for name, (_, n) in comparison.tests.items()]
 
