@@ -68,9 +68,9 @@ def run(experiment: Experiment) -> Outcome:
         " by a script that is not part of the repository. At one initialisation 0.14 as it is, 0.93 without its output"
         " gate, and 0.98 with and 0.999 without the gate when decays begin near 1 (exp(A) below 1/16 in place of 16);"
         " 1.00 without the gate and with values twice as wide, as in the code of the task's authors. At another"
-        " initialisation 0.77 with the gate and 0.14 without. As released, a head may forget within a few tokens, and of"
-        " two heads in each layer it may be all of them.",
-        "The gate begins near 0 with random signs and delays deltanet too, which after 500 steps there stood at 0.15 with"
-        " one and 0.54 without.",
+        " initialisation 0.77 with the gate and 0.14 without. As released, a head may forget within a few tokens, and"
+        " of two heads in each layer it may be all of them.",
+        "The gate begins near 0 with random signs and delays deltanet too, which after 500 steps there stood at 0.15"
+        " with one and 0.54 without.",
     )
     return Outcome(bars, progress(cells), x="optimiser step", y="recall", tried=tried)
