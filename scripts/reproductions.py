@@ -101,7 +101,9 @@ def tracking() -> str:
         f"One layer of each, trained on rows of 4, 8 and 16 elements, tested on 64: share of right answers over all"
         f" positions, and in brackets in the last tenth of the row. One initialisation, {found['hardware']},"
         f" {found['date']}; a dash: not finished in the time. What a layer can track is not what it learns in so few"
-        f" steps: a low figure does not contradict the card, a high one in the last tenth has to agree with it.",
+        f" steps: a low figure does not contradict the card, a high one in the last tenth has to agree with it. These"
+        f" rows begin with an element; after a start token (`group(start=True)`) linear recurrences learn such products"
+        f" far sooner, see [DeltaProduct](#deltaproduct-reflections-a-token-and-state-tracking).",
         "",
         f"    {found['command']}",
         "",

@@ -79,7 +79,8 @@ class TestReproduce:
     def test_errors(self) -> None:
         assert "name: expected one of" in str(call("reproduce", "nope").exception)
         assert "got both" in str(call("reproduce", "gla", "--all").exception)
-        assert "budget: expected one of" in str(call("reproduce", "gla", "--budget", "moon").exception)
+        assert "budget: expected cpu for gla" in str(call("reproduce", "gla", "--budget", "moon").exception)
+        assert "budget: expected cpu or gpu" in str(call("reproduce", "--all", "--budget", "moon").exception)
 
 
 class TestEval:

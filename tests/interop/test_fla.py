@@ -68,6 +68,20 @@ def test_same_logits_and_nothing_lost(case, tmp_path):
     torch.testing.assert_close(Decoder.load(tmp_path / "twice")(ids).logits, expected, **close)
 
 
+@torch.no_grad()
+def test_gated_deltanet_without_an_output_gate(tmp_path):
+    kept = KEPT["gated_deltanet"]
+    theirs = {name: x for name, x in REFERENCE["weights"](kept["shapes"]).items() if "g_proj" not in name}
+    write(tmp_path / "theirs", kept["config"] | {"use_gate": False}, theirs)
+    assert convert(tmp_path / "theirs", tmp_path / "ours").ignored == []
+    assert Decoder.load(tmp_path / "ours").layers[0].mixer.g_proj is None
+    convert(tmp_path / "ours", tmp_path / "back", to="gated_deltanet")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["use_gate"] is False
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], x) for name, x in theirs.items())
+
+
 def test_what_it_cannot_hold_is_refused(tmp_path):
     kept = KEPT["hgrn2"]
     tensors = REFERENCE["weights"](kept["shapes"])

@@ -89,5 +89,8 @@ def test_transfer_behaviour() -> None:
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name: expected one of"):
         reproduce("nope", folder=tmp_path / "x")
-    with pytest.raises(ValueError, match="budget: expected one of"):
+    with pytest.raises(ValueError, match="budget: expected cpu for gla, got 'tpu'"):
         reproduce("gla", folder=tmp_path / "x", budget="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"budget: mqar on gpu needs a GPU .* there is no version for cpu"):
+            reproduce("mqar", folder=tmp_path / "x")

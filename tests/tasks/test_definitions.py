@@ -65,6 +65,15 @@ class TestGroups:
             reached = more
         assert len(reached) == len(table)
 
+    def test_start_token(self) -> None:
+        task = build_task("group(group='S4', start=True)")
+        tokens, targets, _ = TaskData(task, length=6, batch_size=8).sample(0)
+        assert (task.vocab_size, tokens[:, 1:].max() < 24) == (25, True)
+        assert (tokens[:, 0] == 24).all()
+        assert (targets[:, 0] == IGNORE).all()
+        assert torch.equal(targets[:, 1], tokens[:, 1])
+        assert torch.equal(targets[:, 2], group_table("S4")[tokens[:, 1], tokens[:, 2]])
+
 
 class TestRecall:
     def test_mqar_queries_come_early(self) -> None:

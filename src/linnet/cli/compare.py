@@ -133,7 +133,8 @@ def _amount(name: str, text: str) -> int:
 
 
 def _table(comparison: Comparison, rows: list[Row]) -> Table:
-    caption = f"{comparison.exercise.names[0]}: mean, and the range over initialisations"
+    caption = f"{comparison.exercise.names[0]}: "
+    caption += "one initialisation" if comparison.seeds == 1 else "mean, and the range over initialisations"
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("mixer", style="bold")
     for name in comparison.tests:

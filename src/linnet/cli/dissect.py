@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _TASKS = {
     "flip-flop": "flipflop(p_read=0.3)",
-    "parity": "group(group='Z2')",
-    "product in S3": "group(group='S3', generators='two')",
+    "parity": "group(group='Z2', start=True)",
+    "product in S3": "group(group='S3', generators='two', start=True)",
 }
 _TRAIN, _TESTS = [2, 4, 8, 16], (16, 32, 64)
 _WIDTH = 32  # at least, of the layers that are trained

@@ -114,30 +114,35 @@ def _measure(
 
 
 def _show(results: dict[str, Any], trained: int) -> None:
-    out = console()
-    table = Table(box=box.SIMPLE_HEAD, title=f"held-out text of {escape(results['text'])}", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("tokens read before", "bits per byte", "perplexity of a token"):
         table.add_column(name, justify="right")
     for b in results["by_position"]:
         beyond = " [dim]beyond training[/dim]" if b["first"] > trained else ""
-        places = f"{number(b['first'] - 1)}-{number(b['last'] - 1)}{beyond}"
-        table.add_row(places, f"{b['bits_per_byte']:.3f}", f"{b['perplexity']:.2f}")
-    out.print(table)
-    table = Table(box=box.SIMPLE_HEAD, title="copying: a piece of text, and the same again", title_justify="left")
+        first, last = number(b["first"] - 1), number(b["last"] - 1)
+        places = first if first == last else f"{first}-{last}"
+        table.add_row(f"{places}{beyond}", f"{b['bits_per_byte']:.3f}", f"{b['perplexity']:.2f}")
+    _print(f"held-out text of {results['text']}", table)
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("tokens", "bits per token", "again"):
         table.add_column(name, justify="right")
     for c in results["copying"]:
         table.add_row(number(c["tokens"]), f"{c['first']:.2f}", f"{c['again']:.2f}")
-    out.print(table)
+    _print("copying: a piece of text, and the same again", table)
     if results["swaps"]:
-        table = Table(box=box.SIMPLE_HEAD, title="variables and swaps (guessing: 0.333)", title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD)
         for count in results["swaps"]:
-            table.add_column(f"{count} swaps", justify="right")
+            table.add_column("1 swap" if int(count) == 1 else f"{count} swaps", justify="right")
         table.add_row(*(f"{value:.3f}" for value in results["swaps"].values()))
-        out.print(table)
-        table = Table(box=box.SIMPLE_HEAD, title="questions about a text (RULER, made up here)", title_justify="left")
+        _print("variables and swaps (guessing: 0.333)", table)
+        table = Table(box=box.SIMPLE_HEAD)
         table.add_column("family")
         table.add_column("answered", justify="right")
         for family, score in results["questions"].items():
             table.add_row(family, "needs a longer context" if score is None else f"{score:.3f}")
-        out.print(table)
+        _print("questions about a text (RULER, made up here)", table)
+
+
+def _print(title: str, table: Table) -> None:
+    """A table under a title, which a title of the table's own would break where the table is narrow."""
+    console().print(f"[bold]{escape(title)}[/bold]", table, sep="")

@@ -21,8 +21,12 @@ def reproduce(
     ] = None,
     all: Annotated[bool, typer.Option("--all", help="Run every one.")] = False,
     budget: Annotated[
-        str, typer.Option(help="`cpu`: about three minutes of one core. `gpu`: larger, where there is such a version.")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            help="`cpu`: about three minutes of one core. `gpu`: larger. Default: `cpu`, where it is there.",
+            show_default=False,
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Only see that everything works, in seconds; the bars mean nothing.")
     ] = False,
@@ -46,7 +50,9 @@ def reproduce(
         return
     if name is not None and all:
         raise ValueError("name: expected a name or --all, got both")
-    chosen = [str(name)] if name is not None else [n for n, r in known.items() if budget in r.budgets]
+    chosen = [str(name)] if name is not None else [n for n, r in known.items() if (budget or "cpu") in r.budgets]
+    if not chosen:
+        raise ValueError(f"budget: expected cpu or gpu, got {budget!r}")
     done: list[dict[str, Any]] = []
     for one in chosen:
         if one in known:
@@ -86,7 +92,8 @@ def _table(result: dict[str, Any]) -> Table:
         table.add_column(column, justify="right" if column == "measured" else "left")
     for row in result["measured"]:
         measured = "-" if row["measured"] is None else f"{row['measured']:.4g}"
-        mark = "" if row["bar"].startswith("none") else "[green]met[/]" if row["passed"] else "[red]missed[/]"
+        counts = not result["quick"] and not row["bar"].startswith("none")
+        mark = "" if not counts else "[green]met[/]" if row["passed"] else "[red]missed[/]"
         table.add_row(escape(row["what"]), escape(row["published"]), measured, row["bar"], mark)
     for line in result["tried"]:
         table.add_row(escape(f"tried: {line}"))

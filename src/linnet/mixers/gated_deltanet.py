@@ -34,14 +34,22 @@ def _is_deltanet(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         expressivity="beyond TC0 with negative eigenvalues (parity, swaps): one generalised Householder matrix a token",
         examples=(
             {"d_model": 16, "num_heads": 2, "head_dim": 8},
-            {"d_model": 16, "num_heads": 1, "num_v_heads": 2, "head_dim": 6, "expand_v": 1.0, "neg_eigval": True},
+            {
+                "d_model": 16,
+                "num_heads": 1,
+                "num_v_heads": 2,
+                "head_dim": 6,
+                "expand_v": 1.0,
+                "neg_eigval": True,
+                "output_gate": False,
+            },
         ),
         identities=(Identity("is deltanet with an output gate when exp(A) = 0", _is_deltanet),),
         notes=("With neg_eigval erasing and writing double together, as in the released code.",),
     ),
 )
 class GatedDeltaNet(DeltaRule):
-    """The gated delta rule: a write strength and a forget gate per head, SiLU output gate.
+    """The gated delta rule: a write strength and a forget gate per head.
 
     Args:
         d_model: width.
@@ -51,6 +59,7 @@ class GatedDeltaNet(DeltaRule):
         num_v_heads: heads of values, each with a memory and gates of its own; num_v_heads / H of them share a query
             and key head. H when None.
         neg_eigval: strengths in (0, 2) in place of (0, 1), so that a transition can reflect.
+        output_gate: multiply the normalised reading by SiLU(W x).
         conv_size: taps of the short convolution over queries, keys and values; 0 for none (SiLU alone).
         norm_eps: of the RMSNorm.
 
@@ -67,6 +76,7 @@ class GatedDeltaNet(DeltaRule):
         expand_v: float = 2.0,
         num_v_heads: int | None = None,
         neg_eigval: bool = False,
+        output_gate: bool = True,
         conv_size: int = 4,
         norm_eps: float = 1e-5,
     ):
@@ -76,7 +86,8 @@ class GatedDeltaNet(DeltaRule):
         self.a_proj = parts.GateLinear(d_model, self.num_v_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads))
-        self.g_proj = nn.Linear(d_model, self.values, bias=False)
+        if output_gate:
+            self.g_proj = nn.Linear(d_model, self.values, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

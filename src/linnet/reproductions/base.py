@@ -182,7 +182,7 @@ def reproduce(
     name: str,
     *,
     folder: str | Path,
-    budget: str = "cpu",
+    budget: str | None = None,
     quick: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def reproduce(
     Args:
         name: which one.
         folder: for its files: ``result.json``, ``plot.png`` and the runs. New or empty.
-        budget: "cpu" or "gpu".
+        budget: "cpu" or "gpu"; by default the smallest that it has a version for.
         quick: a run of seconds that only shows that everything works.
         console: for progress.
 
@@ -206,10 +206,12 @@ def reproduce(
     if name not in known:
         raise ValueError(f"name: expected one of {', '.join(known)}; got {name!r}")
     about = known[name]
+    budget = about.budgets[0] if budget is None else budget
     if budget not in about.budgets:
-        raise ValueError(f"budget: expected one of {about.budgets} for {name!r}, got {budget!r}")
+        raise ValueError(f"budget: expected {' or '.join(about.budgets)} for {name}, got {budget!r}")
     if budget == "gpu" and not torch.cuda.is_available():
-        raise ValueError("budget: 'gpu' needs a GPU that PyTorch sees; use 'cpu'")
+        other = "use cpu" if "cpu" in about.budgets else "there is no version for cpu"
+        raise ValueError(f"budget: {name} on gpu needs a GPU that PyTorch sees, and there is none; {other}")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder: {folder} is not empty and nothing in it is overwritten; choose another one")

@@ -31,6 +31,8 @@ TRIED = (
     " when the linear layer's block begins as the identity (its two output maps at zero), and 0.99 after 75 steps with"
     " embeddings of unit variance, the initialisation of nn.Linear and an output over the 16 values in place of all 81"
     " ids. With that initialisation alone, or that output alone, it is not learned within 150.",
+    "More steps do not bring it: 1,500 in place of 300 end at 0.69, and have 0.67 by step 900. After 600 steps it is"
+    " 0.58 with norms behind mixers and MLPs, and 0.57 at a rate of 0.002 in place of 0.005.",
 )
 
 

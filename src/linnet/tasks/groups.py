@@ -77,20 +77,27 @@ class WordProblem(Task):
             first two points and the rotation of all; A: a 3-cycle and the longest even rotation); "swaps" from the
             transpositions (S only).
         p_reset: chance of a reset token, one id above the elements, after which the product is the identity.
+        start: begin every row with a reset token, which is not scored, as the code of Siems et al. 2025 (arXiv
+            2502.10297) does: the memory is empty at first, and there is nothing in it that an element could permute.
 
     Raises:
         ValueError: an unknown group, or generators that it does not have.
     """
 
     lengths = (32, 64, 128, 256)
-    examples = ({}, {"group": "A5"}, {"group": "S5", "generators": "swaps"}, {"group": "Z60", "p_reset": 0.1})
+    examples = (
+        {},
+        {"group": "A5", "start": True},
+        {"group": "S5", "generators": "swaps"},
+        {"group": "Z60", "p_reset": 0.1},
+    )
 
-    def __init__(self, *, group: str = "S3", generators: str = "all", p_reset: float = 0.0):
+    def __init__(self, *, group: str = "S3", generators: str = "all", p_reset: float = 0.0, start: bool = False):
         self.table = group_table(group)
         self.expect(0 <= p_reset < 1, "p_reset", "a probability below 1", p_reset)
-        self.group, self.p_reset = group, p_reset
+        self.group, self.p_reset, self.start = group, p_reset, start
         self.generators = torch.tensor(_generators(group, generators, len(self.table)))
-        self.vocab_size = len(self.table) + (p_reset > 0)
+        self.vocab_size = len(self.table) + (p_reset > 0 or start)
         self.chance = p_reset + (1 - p_reset) / len(self.table)
 
     def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
@@ -99,7 +106,12 @@ class WordProblem(Task):
         if self.p_reset:
             reset = torch.rand(rows, length, generator=generator) < self.p_reset
             tokens = torch.where(reset, len(self.table), tokens)
-        return Sample(tokens, self.solve(tokens))
+        if self.start:
+            tokens[:, 0] = len(self.table)
+        targets = self.solve(tokens)
+        if self.start:
+            targets[:, 0] = IGNORE
+        return Sample(tokens, targets)
 
     def solve(self, tokens: Tensor) -> Tensor:
         n = len(self.table)

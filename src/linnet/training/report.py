@@ -25,6 +25,7 @@ from .comparison import Cell, Comparison
 __all__ = ["Row", "summarise", "write_report"]
 
 PLOT, PROGRESS, PAGE, RESULTS = "scores.png", "training.png", "index.html", "results.json"
+_CONTEXT = 16  # the first positions of a text have little to go by: alike for all, and far above the rest of the plot
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } .note { color: #66727f }
@@ -132,7 +133,7 @@ def draw(comparison: Comparison, cells: Sequence[Cell], scores: Path, training: 
         {label: [(step, value) for step, value in same[0].curve] for label, same in own.items()},
         x="optimiser step",
         y=exercise.names[0],
-        title=f"{comparison.task}: first initialisation during training, test {first}",
+        title=f"{comparison.task}: {'first initialisation ' * (comparison.seeds > 1)}during training, test {first}",
         limits=exercise.limits,
     )
 
@@ -141,7 +142,8 @@ def _profile(comparison: Comparison, cell: Cell) -> list[tuple[float, float]]:
     """(positions, score) of a cell."""
     name, (_, _) = max(comparison.tests.items(), key=lambda test: test[1][1])
     if "by_position" in cell.scores[name]:
-        return [(float(place), value) for place, value in cell.scores[name]["by_position"]]
+        profile = [(float(place), value) for place, value in cell.scores[name]["by_position"]]
+        return [point for point in profile if point[0] >= _CONTEXT] or profile
     score = comparison.exercise.score
     return [(float(n), cell.scores[name][score]) for name, (_, n) in comparison.tests.items()]
 
@@ -191,13 +193,14 @@ def _page(out: Path, comparison: Comparison, cells: Sequence[Cell], rows: Sequen
 <title>{html.escape(comparison.task)}</title><style>{_STYLE}</style>
 <h1>{html.escape(comparison.task)}</h1>
 <p>{html.escape(exercise.summary)} <span class="note">{html.escape(exercise.source)}.</span></p>
-<p>{comparison.layers} layers, {comparison.seeds} initialisation(s) of each, {_training(comparison)["steps"]} steps of
-{comparison.batch_size} rows of {html.escape(str(comparison.length))} positions, {comparison.test_rows} test
+<p>{_several(comparison.layers, "layer")}, {_several(comparison.seeds, "initialisation")} of each,
+{_several(_training(comparison)["steps"], "step")} of {comparison.batch_size} rows of
+{html.escape(str(comparison.length))} positions, {comparison.test_rows} test
 rows.{"".join(f" {name.capitalize()} reaches {level:.3f}." for name, level in exercise.levels.items())}</p>
 <h2>{what.capitalize()}</h2>
 {_table(head, body)}
-<p class="note">Mean over the initialisations, lowest and highest behind it. State: what a row carries after a row of
-the first and of the longest test.</p>
+<p class="note">{"Mean over the initialisations, lowest and highest behind it. " * (comparison.seeds > 1)}State: what a
+row carries after a row of the first and of the longest test.</p>
 {_image(out / PLOT, f"{what} over the positions of a test row")}
 <h2>Training</h2>
 {_image(out / PROGRESS, f"{what} during training")}
@@ -208,6 +211,10 @@ the first and of the longest test.</p>
 <p class="note">{html.escape(versions)}</p>
 </html>
 """
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _training(comparison: Comparison) -> Mapping[str, Any]:

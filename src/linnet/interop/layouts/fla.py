@@ -202,7 +202,6 @@ def _deltanet_names(options: Options) -> str:
 
 
 def _read_gated_deltanet(f: Fields) -> dict[str, Any]:
-    f.only(use_gate=True)
     if f("output_gate_activation", "swish") not in ("swish", "silu"):  # two names of one function
         f.only(output_gate_activation="swish")
     return {
@@ -211,17 +210,21 @@ def _read_gated_deltanet(f: Fields) -> dict[str, Any]:
         "head_dim": f("head_dim", 256),
         "expand_v": f("expand_v", 2.0),
         "neg_eigval": f("allow_neg_eigval", False),
+        "output_gate": f("use_gate", True),
         "conv_size": _conv_size(f, True),
     }
 
 
 def _write_gated_deltanet(options: Options, width: int) -> dict[str, Any]:
-    same = ("num_heads", "num_v_heads", "head_dim", "expand_v")
-    return {name: options[name] for name in same} | {"allow_neg_eigval": options["neg_eigval"], **_write_conv(options)}
+    return {name: options[name] for name in ("num_heads", "num_v_heads", "head_dim", "expand_v")} | {
+        "allow_neg_eigval": options["neg_eigval"],
+        "use_gate": options["output_gate"],
+        **_write_conv(options),
+    }
 
 
 def _gated_deltanet_names(options: Options) -> str:
-    return ", ".join(f"{name}_proj.weight" for name in "qkvabgo") + ", A_log, dt_bias, o_norm.weight=norm.weight"
+    return f"{_deltanet_names(options)}, a_proj.weight, A_log, dt_bias"
 
 
 def _read_kda(f: Fields) -> dict[str, Any]:
