@@ -29,10 +29,11 @@ def _exp(x, FAST: tl.constexpr):
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
         )
     else:  # what rounding takes from the argument of the power of 2, which grows with x, is made good
+        x = tl.where(x < -120.0, -120.0, x)  # 0, as of -inf
         scaled = x * 1.4426950408889634
         lost = tl.fma(x, 1.4426950408889634, -scaled) + x * 1.925963033500e-8
         y = tl.exp2(scaled)
-        y = tl.where(x > -80.0, tl.fma(y, lost * 0.6931471805599453, y), y)
+        y = tl.fma(y, lost * 0.6931471805599453, y)
     return y
 
 
@@ -78,7 +79,7 @@ def _tanh(x, EXACT: tl.constexpr, FAST: tl.constexpr):
     elif EXACT:  # next to 0 the difference loses digits; the best polynomial is right there to 1e-9 of the result
         e = _exp(-2.0 * tl.abs(x), FAST)
         far = 1.0 - 2.0 * e * _inverse(1.0 + e, FAST)
-        s = x * x
+        s = tl.minimum(x * x, 1.0)
         near = -0.0538523 + s * (0.02107166 - s * 0.00627421)
         near = -0.33333318 + s * (0.13332586 + s * near)
         y = tl.where(tl.abs(x) < 0.55, x + x * (s * near), tl.where(x >= 0, far, -far))
