@@ -28,6 +28,12 @@ def test_rivals_take_turns():
     assert fast_ms.ms < slow_ms.ms and fast_ms.samples > 3
 
 
+def test_a_slow_call_has_fewer_turns(monkeypatch):
+    monkeypatch.setattr("linnet.benchmarks.protocol._TURN_SECONDS", 0.03)
+    found = Timer(CPU, rounds=5).compare({"slow": lambda: time.sleep(0.02), "fast": lambda: None})
+    assert found["slow"].samples == 2 and found["fast"].samples >= 5
+
+
 def test_a_failure_is_its_own():
     def fails():
         raise RuntimeError("no kernel\n image " + "x" * 500)

@@ -57,6 +57,7 @@ CALLS = {
     "paralstm tiles": lambda: call_paralstm(40, FP32),
     "m2rnn": lambda: call_m2rnn(64, 16, BF16),
     "m2rnn wide": lambda: call_m2rnn(128, 128, BF16),
+    "m2rnn wider": lambda: call_m2rnn(64, 256, BF16),
 }
 
 

@@ -18,6 +18,9 @@ from linnet.ops.scan import launch, launch_selective
 
 CALLS = {
     "real": ("real", torch.bfloat16, 4096, 2048, False),
+    "real, many channels": ("real", torch.bfloat16, 4096, 8192, False),
+    "real, two rounds of programs too many": ("real", torch.float32, 4096, 4096, False),
+    "packed, few programs": ("minmax", torch.bfloat16, 4096, 2048, True),
     "one channel": ("real", torch.float32, 2**20, 1, False),
     "packed": ("real", torch.bfloat16, 4096, 48, True),
     "packed channel": ("minmax", torch.float32, 4096, 1, True),
@@ -43,9 +46,7 @@ def recorded(
 ) -> list[Launch]:
     """What forward and backward of a call launch on a GPU; ``constant``: with one factor for all tokens."""
     tile, gpu = launch.tile, torch.device("cuda")
-    monkeypatch.setattr(
-        launch, "tile", lambda algebra, D, packed, device, **size: tile(algebra, D, packed, gpu, **size)
-    )
+    monkeypatch.setattr(launch, "tile", lambda algebra, rows, D, device, **how: tile(algebra, rows, D, gpu, **how))
     monkeypatch.setattr(launch, "processors", lambda device: 132)
     factors, tail = {"complex": ((2,), (2,)), "block": ((2, 2), (2,))}.get(algebra, ((), ()))
     a, b = torch.empty(1, T, D, *factors, dtype=dtype), torch.empty(1, T, D, *tail, dtype=dtype)

@@ -25,6 +25,7 @@ _ROUNDS = 10
 _BURST_SECONDS = 0.02  # of device work a call gets in one round
 _BURST_CALLS = 8
 _QUEUE = 200  # most writes to queue before a burst
+_TURN_SECONDS = 2.0  # after so many a call, a loop over tokens say, has no further turn
 
 
 class Timing(NamedTuple):
@@ -66,7 +67,8 @@ class Timer:
 
     def compare(self, calls: Mapping[str, Call], begin: Callable[[str], None] | None = None) -> dict[str, Timing | str]:
         """Time all of ``calls`` in turn. A call that fails gets a short reason in place of its timing and leaves the
-        others alone (a device error it may leave behind does not: see :mod:`linnet.benchmarks.worker`).
+        others alone (a device error it may leave behind does not: see :mod:`linnet.benchmarks.worker`). One that takes
+        a second has fewer turns than the others.
 
         Args:
             calls: name to call.
@@ -75,18 +77,21 @@ class Timer:
         failed: dict[str, Timing | str] = {}
         samples: dict[str, list[float]] = {}
         plans: dict[str, tuple[int, int]] = {}
+        spent = dict.fromkeys(calls, 0.0)
         for turn in range(self.rounds + 1):
             for name, call in calls.items():
-                if name in failed:
+                if name in failed or spent[name] > _TURN_SECONDS:
                     continue
                 if begin is not None:
                     begin(name)
+                start = time.perf_counter()
                 try:
                     if turn == 0:
                         plans[name] = self._plan(call)
                         samples[name] = []
                     else:
                         samples[name] += self._burst(call, *plans[name])
+                        spent[name] += time.perf_counter() - start
                 except Exception as error:
                     failed[name] = reason(error)
         return {name: failed[name] if name in failed else _summary(samples[name]) for name in calls}
@@ -152,6 +157,8 @@ class Timer:
             host.append(1e3 * (time.perf_counter() - start))
             torch.cuda.synchronize(self.device)
             device.append(first.elapsed_time(last))
+            if device[-1] > 100 * _TURN_SECONDS:  # a tenth of that: once is enough to tell
+                break
         count = max(1, min(_BURST_CALLS, int(1e3 * _BURST_SECONDS / min(device))))
         # A call that waits for the device itself (a copy to the host) is as long on the host whatever is queued; then
         # nothing helps. For all others the queue must last until the host has issued the burst.

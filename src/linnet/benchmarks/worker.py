@@ -169,10 +169,15 @@ def _compile_ahead(
             found = {peer.name: peer for peer in peers(workload.name)}
             for name in ("linnet", *found):
                 asked = job["impls"] is None or name in job["impls"]
-                able = name == "linnet" or not found[name].obstacle(device, bool(shape.lengths), shape.H)
+                peer = found.get(name)
+                able = peer is None or not peer.obstacle(device, bool(shape.lengths), shape.H)
+                able = able and (peer is None or peer.module != "torch")  # which compiles nothing
                 keys = (key(_names(workload.name, name, p, shape, job["dtype"])) for p in job["passes"])
                 if asked and able and not done.issuperset(keys):
                     waiting.setdefault(_variant(job, workload.name, name, shape), [workload.name, name, list(shape)])
+    # Who compiles anew for every shape, extensions among them, takes longest, and must not keep the others waiting.
+    slow = {at for at, (op, name, _) in waiting.items() if _fixed(op, name)}
+    waiting = {at: waiting[at] for at in sorted(waiting, key=slow.__contains__)}
     running: dict[str, subprocess.Popen[bytes]] = {}
     threads = max(1, (os.cpu_count() or 1) // processes)
     end = time.monotonic() + patience
@@ -189,13 +194,16 @@ def _compile_ahead(
     return [*running, *waiting]
 
 
-def _variant(job: dict[str, Any], op: str, name: str, shape: Any) -> str:
-    """What is compiled and tuned once: few make kernels anew for another batch or length."""
+def _fixed(op: str, name: str) -> bool:
     from .peers import peers
 
+    return any(peer.fixed for peer in peers(op) if peer.name == name)
+
+
+def _variant(job: dict[str, Any], op: str, name: str, shape: Any) -> str:
+    """What is compiled and tuned once: few make kernels anew for another batch or length."""
     B, T, H, K, V, lengths = shape
-    fixed = any(peer.fixed for peer in peers(op) if peer.name == name)
-    return f"{op} {name} {f'{B} {T} ' if fixed else ''}{H} {K} {V} {bool(lengths)} {job['dtype']}"
+    return f"{op} {name} {f'{B} {T} ' if _fixed(op, name) else ''}{H} {K} {V} {bool(lengths)} {job['dtype']}"
 
 
 def _names(op: str, name: str, p: str, shape: Any, dtype: str) -> dict[str, Any]:

@@ -271,7 +271,7 @@ def _run_m2rnn_layer(x: Inputs, segments: Segments | None, backend: str) -> Tens
 
 
 def _narrow(shape: Shape) -> bool:
-    return shape.V <= 128
+    return shape.V <= 256
 
 
 # Suites are lists of workloads; a workload's peers are in peers.py under its name.

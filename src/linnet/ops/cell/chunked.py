@@ -68,6 +68,20 @@ def _product(h: Tensor, R: Tensor, b: Tensor | None) -> Tensor:
     return y if b is None else y + b
 
 
+def _blocks(counts: list[int], size: int) -> list[list[slice]]:
+    """The tokens from the last to the first: of every position its span, and as many positions together as have
+    ``size`` tokens, at least one."""
+    blocks: list[list[slice]] = [[]]
+    end = sum(counts)
+    for n in reversed(counts):
+        at = slice(end - n, end)
+        if blocks[-1] and blocks[-1][0].stop - at.start > size:
+            blocks.append([])
+        blocks[-1].append(at)
+        end -= n
+    return blocks
+
+
 def forward(
     x: Tensor,
     R: Tensor,
@@ -122,34 +136,23 @@ def backward(
     da = inputs.new_empty(slots, *tape.shape[:1], *tape.shape[2:])  # [slots, tokens, H, D]
     dp = [torch.zeros_like(w) for w in weights]
 
-    end, bounds = tape.shape[0], []
-    size = max(1, _BLOCK // (slots * tape.shape[2] * tape.shape[3]))
-    for n in reversed(plan.counts):
-        bounds.append((end - n, end))
-        end -= n
-    J = begin = None
-    for i, (a, z) in enumerate(bounds):
-        if J is None or a < begin:  # the next block of tokens, towards the first
-            last = i
-            while last + 1 < len(bounds) and z - bounds[last + 1][0] <= size:
-                last += 1
-            begin = bounds[last][0]
-            before = tape[begin:z]
-            product = _product(before[:, 0], R_acc, b_acc)
-            slots_in = preactivations(kind, inputs[begin:z], product)
-            J = cell.slope(slots_in, before.unbind(1), weights)
-            block = slice(begin, z)
-        n = z - a
-        now = dS[:, :n].clone()
-        now[0] += dy[a:z]
-        d = (now[:, None] * J[:, :, a - begin : z - begin]).sum(0)
-        da[:, a:z] = d[:slots]
-        back = d[of_product].permute(2, 1, 0, 3).flatten(2)  # [H, n, G * D]
-        now = d[slots:]
-        now[0] += torch.bmm(back, R_acc.transpose(1, 2)).transpose(0, 1)
-        dS = now if n == dS.shape[1] else torch.cat([now, dS[:, n:]], 1)
-        if weights and a == begin:
-            c = before[:, 1], cell.step(slots_in, before.unbind(1), weights)[1]
+    for positions in _blocks(plan.counts, max(1, _BLOCK // (slots * tape.shape[2] * tape.shape[3]))):
+        block = slice(positions[-1].start, positions[0].stop)
+        before = tape[block].unbind(1)
+        slots_in = preactivations(kind, inputs[block], _product(before[0], R_acc, b_acc))
+        J = cell.slope(slots_in, before, weights)
+        for at in positions:
+            n = at.stop - at.start
+            now = dS[:, :n].clone()
+            now[0] += dy[at]
+            d = (now[:, None] * J[:, :, at.start - block.start : at.stop - block.start]).sum(0)
+            da[:, at] = d[:slots]
+            back = d[of_product].permute(2, 1, 0, 3).flatten(2)  # [H, n, G * D]
+            now = d[slots:]
+            now[0] += torch.bmm(back, R_acc.transpose(1, 2)).transpose(0, 1)
+            dS = now if n == dS.shape[1] else torch.cat([now, dS[:, n:]], 1)
+        if weights:
+            c = before[1], cell.step(slots_in, before, weights)[1]
             for w, (gate, new) in enumerate(cell.peepholes):
                 dp[w] += (da[gate, block] * c[new]).sum(0)
 

@@ -4,7 +4,10 @@ The rows of a state never meet but in sums over them (readings, gradients of val
 gives its part. Time is the loop, and the inputs of the next AHEAD - 1 tokens are on their way meanwhile.
 
 The backward kernel goes back piece by piece of KEEP tokens. It runs a piece forward from the state that was kept before
-it, leaving the states of its tokens in a scratch of its own, and then back over them.
+it, leaving the states of its tokens in a scratch of its own, and then back over them. Where columns are many (WIDE),
+the weights, their transpose and the sum of their gradient do not fit on a multiprocessor together. Each then has a
+piece to itself: the way forward leaves what was inside the tanh as well, the way back the gradients of that, of which
+the weights' gradient is summed last.
 """
 
 from __future__ import annotations
@@ -111,6 +114,8 @@ def m2rnn_backward_kernel(
     dy_ptr,
     dS1_ptr,
     scratch_ptr,  # [programs, KEEP, BK, BV]: states before the tokens of a piece
+    inside_ptr,  # WIDE, alike, fp32: what is inside the tanh
+    dX_ptr,  # WIDE, alike: gradients of that
     dq_ptr,  # [tokens, H, K]
     dk_ptr,
     dv_ptr,  # [parts, tokens, H, V]
@@ -131,7 +136,9 @@ def m2rnn_backward_kernel(
     BV: tl.constexpr,
     KEEP: tl.constexpr,
     AHEAD: tl.constexpr,
+    STRIP: tl.constexpr,  # WIDE: rows of the weights' gradient that are summed at a time
     CLIP: tl.constexpr,
+    WIDE: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
     FAST: tl.constexpr,
@@ -142,11 +149,18 @@ def m2rnn_backward_kernel(
     in_k, in_v = ks < K, vs < V
     mask = in_k[:, None] & in_v[None, :]
     square = in_v[:, None] & in_v[None, :]
-    W = tl.load(W_ptr + h * V * V + vs[:, None] * V + vs[None, :], mask=square, other=0.0)
-    W_back = tl.load(W_ptr + h * V * V + vs[:, None] + vs[None, :] * V, mask=square, other=0.0)
+    into = dW_ptr + ((part * N + n) * H + h).to(tl.int64) * V * V
+    if WIDE:
+        for strip in range(0, BV, STRIP):
+            rows = strip + tl.arange(0, STRIP)
+            tl.store(into + rows[:, None] * V + vs[None, :], tl.zeros([STRIP, BV], tl.float32),
+                     mask=(rows < V)[:, None] & in_v[None, :])  # fmt: skip
+    else:
+        W = tl.load(W_ptr + h * V * V + vs[:, None] * V + vs[None, :], mask=square, other=0.0)
+        W_back = tl.load(W_ptr + h * V * V + vs[:, None] + vs[None, :] * V, mask=square, other=0.0)
+        dW = tl.zeros([BV, BV], tl.float32)
     tile = ks[:, None] * V + vs[None, :]
     dS = tl.load(dS1_ptr + (n * H + h).to(tl.int64) * K * V + tile, mask=mask, other=0.0)
-    dW = tl.zeros([BV, BV], tl.float32)
     own = tl.program_id(0).to(tl.int64) * KEEP * BK * BV
     place = tl.arange(0, BK)[:, None] * BV + vs[None, :]
     group = h // (H // HQ)
@@ -158,14 +172,21 @@ def m2rnn_backward_kernel(
         begin = leg * KEEP
         count = tl.minimum(KEEP, length - begin)
         S = tl.load(kept_ptr + ((piece + leg) * H + h) * K * V + tile, mask=mask, other=0.0)
+        if WIDE:
+            W = tl.load(W_ptr + h * V * V + vs[:, None] * V + vs[None, :], mask=square, other=0.0)
         for i in tl.range(0, count, num_stages=AHEAD):
             at = first + begin + i
             tl.store(scratch_ptr + (own + i * (BK * BV)) + place, S.to(scratch_ptr.dtype.element_ty))
             k = tl.load(k_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0)
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             f, rest = _gate(g_ptr, at * H + h)
-            S = f * S + rest * _tanh(_inside(S, W, k, v, PRECISION), EXACT, FAST)
+            inside = _inside(S, W, k, v, PRECISION)
+            if WIDE:
+                tl.store(inside_ptr + (own + i * (BK * BV)) + place, inside)
+            S = f * S + rest * _tanh(inside, EXACT, FAST)
         tl.debug_barrier()  # the scratch is read by other threads than wrote it
+        if WIDE:
+            W_back = tl.load(W_ptr + h * V * V + vs[:, None] + vs[None, :] * V, mask=square, other=0.0)
         for j in tl.range(0, count, num_stages=AHEAD):
             i = count - 1 - j
             at = first + begin + i
@@ -175,7 +196,11 @@ def m2rnn_backward_kernel(
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             dy = tl.load(dy_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0).to(tl.float32)
             f, rest = _gate(g_ptr, at * H + h)
-            Z, slope = _tanh_slope(_inside(old, W, k, v, PRECISION), EXACT, FAST)
+            if WIDE:
+                inside = tl.load(inside_ptr + (own + i * (BK * BV)) + place)
+            else:
+                inside = _inside(old, W, k, v, PRECISION)
+            Z, slope = _tanh_slope(inside, EXACT, FAST)
             change = old.to(tl.float32) - Z
             dq = tl.sum((f * change + Z) * dy[None, :], 1)
             if CLIP:
@@ -185,7 +210,10 @@ def m2rnn_backward_kernel(
             dX = rest * G * slope
             dk = tl.sum(dX * v.to(tl.float32)[None, :], 1)
             dv = tl.sum(dX * k.to(tl.float32)[:, None], 0)
-            dW = tl.dot(tl.trans(old.to(low)), dX.to(low), dW, input_precision=PRECISION)
+            if WIDE:
+                tl.store(dX_ptr + (own + i * (BK * BV)) + place, dX.to(low))
+            else:
+                dW = tl.dot(tl.trans(old.to(low)), dX.to(low), dW, input_precision=PRECISION)
             dS = tl.dot(dX.to(low), W_back, f * G, input_precision=PRECISION)
             out = dq_ptr.dtype.element_ty
             tl.store(dq_ptr + (at * H + h) * K + ks, dq.to(out), mask=in_k)
@@ -193,6 +221,18 @@ def m2rnn_backward_kernel(
             tl.store(dv_ptr + (at * H + h) * V + vs, dv.to(dv_ptr.dtype.element_ty), mask=in_v)
             tl.store(dg_ptr + at * H + h, dg)
         tl.debug_barrier()
-    into = dW_ptr + ((part * N + n) * H + h).to(tl.int64) * V * V
-    tl.store(into + vs[:, None] * V + vs[None, :], dW, mask=square)
+        if WIDE:
+            for strip in range(0, BV, STRIP):
+                rows = strip + tl.arange(0, STRIP)
+                here = into + rows[:, None] * V + vs[None, :]
+                there = (rows < V)[:, None] & in_v[None, :]
+                total = tl.load(here, mask=there, other=0.0)
+                for i in tl.range(0, count, num_stages=AHEAD):
+                    old = tl.load(scratch_ptr + (own + i * (BK * BV)) + tl.arange(0, BK)[:, None] * BV + rows[None, :])
+                    dX = tl.load(dX_ptr + (own + i * (BK * BV)) + place)
+                    total = tl.dot(tl.trans(old), dX, total, input_precision=PRECISION)
+                tl.store(here, total, mask=there)
+            tl.debug_barrier()  # the scratch is written anew
+    if not WIDE:
+        tl.store(into + vs[:, None] * V + vs[None, :], dW, mask=square)
     tl.store(dS0_ptr + (n * H + h).to(tl.int64) * K * V + tile, dS, mask=mask)

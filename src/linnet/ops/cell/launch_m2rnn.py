@@ -13,12 +13,17 @@ from .kernels_m2rnn import m2rnn_backward_kernel, m2rnn_forward_kernel
 from .launch import numerics
 from .m2rnn import KEEP, kept_states
 
+NARROW = 128  # columns up to which a program has room for the weights, their transpose and their gradient at once
+STRIP = 64  # beyond, rows of that gradient at a time
+
 
 def launch_settings(K: int, V: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
     """Rows of a program and the warps that share them; a program has all columns. Measured on Hopper: few rows where
     columns are many, but in the backward pass, which has more to do for each program, no fewer than 64 or 32. In fp32
     there are no matrix units, and a product is written out: so many warps that its share of one stays short."""
     BV = max(16, triton.next_power_of_2(V))
+    if V > NARROW:
+        return {"BK": 32, "BV": BV, "KEEP": KEEP, "AHEAD": 1, "num_warps": 8 if backward else 16, "num_stages": 1}
     widest = 64 if backward else 32  # columns that 64 rows go with
     BK = min(64 if widest >= BV else 32, max(16, triton.next_power_of_2(K)))
     warps = 1 if BK * BV <= 1024 else 8 if backward and BV > 64 else 4
@@ -83,10 +88,14 @@ def backward(
     parts = triton.cdiv(K, settings["BK"])
     dq, dk, dv = v.new_empty(B, T, H, K), v.new_empty(B, T, H, K), _partial(v, parts)
     dg, dW, dS0 = dS.new_empty(parts, B, T, H), dS.new_empty(parts, rows, *W.shape), torch.empty_like(dS)
+    wide = V > NARROW
     scratch = v.new_empty(rows * H * parts, KEEP, settings["BK"], settings["BV"])
+    inside = torch.empty_like(scratch, dtype=torch.float32) if wide else None
+    dX = torch.empty_like(scratch) if wide else None
     m2rnn_backward_kernel[(rows * H * parts,)](
-        q, k, v, g, W, kept, dy, dS, scratch, dq, dk, dv, dg, dW, dS0, cu, pieces,
-        float("inf") if clip is None else clip, B * T, rows, T, H, HQ, K, V, CLIP=clip is not None, **settings,
+        q, k, v, g, W, kept, dy, dS, scratch, inside, dX, dq, dk, dv, dg, dW, dS0, cu, pieces,
+        float("inf") if clip is None else clip, B * T, rows, T, H, HQ, K, V, STRIP=STRIP,
+        CLIP=clip is not None, WIDE=wide, **settings,
     )  # fmt: skip
     if HQ != H:
         dq, dk = (x.unflatten(2, (HQ, -1)).sum(3) for x in (dq, dk))

@@ -62,7 +62,7 @@ def m2rnn(
         state: the state before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
         backend: "auto", "reference" (token by token), "chunked" (PyTorch, the weight gradient deferred) or
-            "triton" (one launch; V up to 128).
+            "triton" (one launch; V up to 256 in 16 bits, 128 in fp32).
 
     Returns:
         ``y`` ``[B, T, H, V]`` in v's dtype and the :class:`M2RNNState` after the last token in fp32 (float64 for
@@ -98,8 +98,7 @@ def m2rnn(
         Shapes(N=rows, H=H, K=K, V=V)("state.S", state.S, "N H K V")
         check_floating("state.S", state.S, q.device)
         S = state.S.to(acc)
-    covered = q.dtype != torch.float64 and V <= 128
-    name = resolve_backend(backend, BACKENDS if covered else BACKENDS[:2], q)
+    name = resolve_backend(backend, BACKENDS if _kernels_cover(q.dtype, V) else BACKENDS[:2], q)
     with no_autocast(q):
         if name == "reference" or (q.shape[1] == 1 and segments is None and backend == "auto"):
             bounds = None if segments is None else segments.cu_seqlens_host.tolist()
@@ -109,6 +108,11 @@ def m2rnn(
             training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, g, W, S))
             y, S, _ = _m2rnn(q, k, v, g, W, S, host, clip, name, training)
     return y, M2RNNState(S)
+
+
+def _kernels_cover(dtype: torch.dtype, columns: int) -> bool:
+    """Whether the Triton kernels have states of so many columns, whose weights one multiprocessor has to hold."""
+    return dtype != torch.float64 and columns <= (128 if dtype == torch.float32 else 256)
 
 
 class _ClipGradient(torch.autograd.Function):

@@ -56,7 +56,8 @@ def paragru(
         state: the state before the first token, zeros when None; one row a sequence, or a segment.
         segments: packing of ``[1, total, ...]`` inputs.
         backend: "auto", "reference" (token by token), "chunked" (Newton's method over the sequence, and token by token
-            where it does not converge: the result is the same) or "triton" (one launch, token by token).
+            where it does not converge: the result is the same) or "triton" (one launch: token by token, or where few
+            channels would leave a GPU idle by Newton's method in tiles of the sequence).
 
     Returns:
         ``h`` ``[B, T, D]`` in x's dtype and the :class:`ParaState` after the last token in fp32 (float64 for float64

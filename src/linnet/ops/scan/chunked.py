@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import accumulate_dtype, apply
+from ..core.chunks import accumulate_dtype
+from .reference import apply
 
 __all__ = ["backward", "forward", "selective_backward", "selective_forward"]
 

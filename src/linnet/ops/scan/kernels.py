@@ -177,10 +177,15 @@ def _split(word, like, BITS: tl.constexpr):
 
 
 @triton.jit
+def _words(ptr):
+    """Where pairs of numbers are, as where one integer of twice their width is."""
+    return ptr.to(tl.pointer_type(tl.int64 if ptr.dtype.element_ty.primitive_bitwidth == 32 else tl.int32))
+
+
+@triton.jit
 def _load_pair(ptr, base, at, hop, mask):
     BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
-    words = ptr.to(tl.pointer_type(tl.int64 if BITS == 32 else tl.int32))
-    return _split(tl.load(words + base + at + hop, mask=mask, other=0), ptr.dtype.element_ty, BITS)
+    return _split(tl.load(_words(ptr) + base + at + hop, mask=mask, other=0), ptr.dtype.element_ty, BITS)
 
 
 @triton.jit
@@ -215,11 +220,6 @@ def _wide(w, l, begin, tokens, STEP: tl.constexpr, D: tl.constexpr, BD: tl.const
     col = 2 * begin + tl.arange(0, 2 * BD)[None, None, :]
     at = tl.multiple_of(w * (2 * L * STEP * D) + col, (1, 1, 2))
     return at, l * (2 * STEP * D), tokens & tl.max_constancy(col < 2 * D, (1, 1, 2))
-
-
-@triton.jit
-def _words(ptr):
-    return ptr.to(tl.pointer_type(tl.int64 if ptr.dtype.element_ty.primitive_bitwidth == 32 else tl.int32))
 
 
 @triton.jit
@@ -278,8 +278,7 @@ def _write(ptr, base, at, hop, x, mask):
         tl.store(ptr + base + at + hop, x[0].to(to), mask=mask)
     else:
         BITS: tl.constexpr = to.primitive_bitwidth
-        words = ptr.to(tl.pointer_type(tl.int64 if BITS == 32 else tl.int32))
-        words += base * (n // 2)
+        words = _words(ptr) + base * (n // 2)
         at = at * (n // 2)
         hop = hop * (n // 2)
         tl.store(words + at + hop, _join(x[0].to(to), x[1].to(to), BITS), mask=mask)

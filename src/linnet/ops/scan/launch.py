@@ -15,27 +15,35 @@ __all__ = ["backward", "forward"]
 ALGEBRAS = {"real": REAL.value, "complex": COMPLEX.value, "block": BLOCK.value, "minmax": MINMAX.value}
 
 
-def tile(algebra: str, D: int, packed: bool, device: torch.device, *, narrow: bool = False) -> dict[str, int]:
+def tile(
+    algebra: str, rows: int, D: int, device: torch.device, *, half: bool, packed: bool, grad: bool
+) -> dict[str, int]:
     """Runs W of L tokens, channels BD of a program, V of a thread and tiles AHEAD; T never enters.
 
     Measured on Hopper: what counts are the bytes on their way, so many tokens a thread; more warps with fewer each are
     slower. A pair moves as one word of twice the width, so it takes half the channels to fill a transaction. Fewer
-    channels than threads in a warp leave the others more runs. ``narrow`` says that few registers are taken by what is
-    loaded: there is room for a second tile on its way.
+    channels than threads in a warp leave the others more runs. In 16 bits (``half``) what is loaded takes few
+    registers, and forward there is room for a second tile on its way.
     """
     if device.type == "cpu":  # the interpreter: tiles that a short sequence fills more than once
         return {"W": 2, "L": 4, "BD": 8, "V": 1, "AHEAD": 2 if algebra == "real" else 1, "num_warps": 2}
-    L = {"real": 16, "minmax": 16, "complex": 16, "block": 8}[algebra] // (2 if packed else 1)
+    L = (8 if algebra == "block" else 16) // (2 if packed else 1)
     V = 2 if D > 32 and D % 2 == 0 and algebra in ("real", "minmax") else 1
-    BD = min(32 * V, 1 << (D - 1).bit_length())
-    return {
-        "W": 256 * V // BD,
-        "L": L,
-        "BD": BD,
-        "V": V,
-        "AHEAD": 2 if narrow and algebra != "block" else 1,
-        "num_warps": 8,
-    }
+    BD = _channels(rows, D, processors(device)) if V == 2 else min(32, 1 << (D - 1).bit_length())
+    ahead = 2 if half and not grad and algebra != "block" else 1
+    return {"W": 256 * V // BD, "L": L, "BD": BD, "V": V, "AHEAD": ahead, "num_warps": 8}
+
+
+def _channels(rows: int, D: int, room: int) -> int:
+    """Channels of a program that walks whole sequences, where a thread has two.
+
+    With few columns of channels most of the device would be idle. Narrower ones are more, and each is done sooner, but
+    reads less well; and they must not begin another round of programs. Where even those are too few, the widest are cut
+    into pieces (see :func:`_piece`).
+    """
+    of_a_round = {64: 34, 32: 24, 16: 17}  # measured times
+    BD = min(of_a_round, key=lambda BD: -(-rows * -(-D // BD) // room) * of_a_round[BD])
+    return BD if 9 * rows * -(-D // BD) >= 4 * room else 64
 
 
 @cache
@@ -75,7 +83,7 @@ def _walk(
 ) -> None:
     """One scan of ``b`` ``[rows, T, D, *]``: states into ``y`` and ``last``, by way of pieces where rows are few."""
     rows, T, D = b.shape[:3]
-    settings = tile(algebra, D, ids is not None, b.device, narrow=b.itemsize == 2 and not grad)
+    settings = tile(algebra, rows, D, b.device, half=b.itemsize == 2, packed=ids is not None, grad=grad)
     columns = rows * -(-D // settings["BD"])
     piece = _piece(columns, T, settings["W"] * settings["L"], b.device)
     pieces = -(-T // piece)

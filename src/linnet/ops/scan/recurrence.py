@@ -16,6 +16,7 @@ from ..core import (
     no_autocast,
     resolve_backend,
 )
+from ..core.chunks import accumulate_dtype
 from . import chunked, reference
 from .state import ScanState
 
@@ -138,7 +139,7 @@ def _run(
     if b.shape[1] < 1:
         raise ValueError(f"b: expected at least one token, got shape {list(b.shape)}")
     rows = check_segments(segments, b.shape[0], b.shape[1])
-    acc = reference.accumulate_dtype(b)
+    acc = accumulate_dtype(b)
     if state is None:
         h = b.new_zeros(rows, *b.shape[2:], dtype=acc)
     else:

@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core import Segments
+from ..core.chunks import accumulate_dtype
 
 __all__ = ["recurrent", "selective", "softmax"]
-
-
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """States and sums are fp32, or float64 when the inputs are."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def apply(algebra: str, a: Tensor, b: Tensor, h: Tensor) -> Tensor:

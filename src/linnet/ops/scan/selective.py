@@ -18,6 +18,7 @@ from ..core import (
     no_autocast,
     resolve_backend,
 )
+from ..core.chunks import accumulate_dtype
 from . import chunked, reference
 from .recurrence import backends, check_chunk, check_state, is_step
 from .state import ScanState
@@ -88,7 +89,7 @@ def selective_scan(
     check_log_decay("A", A)
     check_not_negative("delta", delta)
     rows = check_segments(segments, x.shape[0], x.shape[1])
-    acc = reference.accumulate_dtype(x)
+    acc = accumulate_dtype(x)
     tail = (shapes["D"], shapes["S"])
     h = x.new_zeros(rows, *tail, dtype=acc) if state is None else check_state(state, rows, tail, x.device).to(acc)
     name = resolve_backend(backend, backends(x), x)

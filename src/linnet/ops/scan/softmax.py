@@ -15,6 +15,7 @@ from ..core import (
     no_autocast,
     resolve_backend,
 )
+from ..core.chunks import accumulate_dtype
 from . import reference
 from .recurrence import backends, is_step, minmax_scan, scan
 from .state import ScanState, SoftmaxScanState
@@ -63,7 +64,7 @@ def softmax_scan(
     (v,) = common_dtype(v=v)
     check_floating("s", s, v.device)
     rows = check_segments(segments, v.shape[0], v.shape[1])
-    acc = reference.accumulate_dtype(v)
+    acc = accumulate_dtype(v)
     m, u, w = _state(state, rows, v, acc)
     with no_autocast(v):
         if resolve_backend(backend, backends(v), v) == "reference" or is_step(v, segments, backend):
