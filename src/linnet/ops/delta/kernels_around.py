@@ -434,6 +434,8 @@ def hard_gradient_kernel(
                 tile = slot * (C * C) + (row * C + col)
                 D1 = tl.load(D1_ptr + tile).to(tl.float32)
                 D2 = tl.load(D2_ptr + tile).to(tl.float32)
+                if UNTIED:  # the rows that erase of the same matrix, negative
+                    D2 = -D2
                 s_q = tl.zeros([C], dtype=tl.float32)
                 s_e = tl.zeros([C], dtype=tl.float32)
                 s_w = tl.zeros([C], dtype=tl.float32)

@@ -46,7 +46,8 @@ def adjoint_kernel(
     last_ptr,  # gradient of the final state, [N, H, K, V]
     start_ptr,  # gradient of the initial state
     dS_ptr,  # [chunks, H, V, K]
-    L_ptr,  # [rows, H, V]
+    L_ptr,  # [rows, H, V], or, UNTIED, of the rows that erase, negative, [tokens, H, V]
+    dv_ptr,  # UNTIED: L of the rows that are written to
     cu_ptr,
     first_ptr,
     scale,
@@ -110,11 +111,24 @@ def adjoint_kernel(
             dR = tl.fma(x, tl.load(rows + C)[None, :], dR)
         A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
         L = tl.dot(dR.to(k.dtype), A, input_precision="ieee")
-        at = tile_at(L_ptr, s0, h, H, V, r[None, :], values[:, None])
+        if UNTIED:
+            L = tl.where(erasing(r, UNTIED)[None, :], -L, L)
+            at = tl.where(erasing(r, UNTIED)[None, :], L_ptr, dv_ptr)
+            at = tile_at(at, t0, h, H, V, (r // SUB)[None, :], values[:, None])
+        else:
+            at = tile_at(L_ptr, s0, h, H, V, r[None, :], values[:, None])
         tl.store(at, L.to(L_ptr.dtype.element_ty), mask=has & valid[None, :])
-        q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, reading(r, SUB) if VECTOR else reads, K, C, BK, VECTOR)
-        if VECTOR:
-            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, erasing(r, UNTIED), K, C, BK, VECTOR)
+        asked = reads
+        if UNTIED:  # a row erases or reads: one product for both
+            asked = all_rows
+            do = tl.where(erasing(r, UNTIED)[None, :], L.to(k.dtype), do)
+        elif VECTOR:
+            asked = reading(r, SUB)
+        q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, asked, K, C, BK, VECTOR)
+        if UNTIED:
+            pass
+        elif VECTOR:
+            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, all_rows, K, C, BK, VECTOR)
             Lb = (-L).to(k.dtype)
         else:
             e = k
@@ -126,7 +140,8 @@ def adjoint_kernel(
             else:
                 dS = dS * fade
         dS = tl.dot(do, q, dS, input_precision="ieee")
-        dS = tl.dot(Lb, e, dS, input_precision="ieee")
+        if not UNTIED:
+            dS = tl.dot(Lb, e, dS, input_precision="ieee")
         if VECTOR:
             if GATE != 0:
                 dS = dS * into[None, :]
@@ -138,17 +153,24 @@ def adjoint_kernel(
 @triton.jit
 def value_tiles(
     do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads,
-    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SUB: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SUB: tl.constexpr, UNTIED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of a chunk's values: gradients of the reading ``[C, BV]``, R ``[BV, C]``, L ``[C, BV]``."""
+    """Tiles of a chunk's values: gradients of the reading ``[C, BV]``, R ``[BV, C]``, L ``[C, BV]``. UNTIED, the first
+    has the rows of both."""
     r = tl.arange(0, C)
     values = v0 + tl.arange(0, BV)
     has = within(values, V, BV)
+    if UNTIED:
+        do_ptr, reads = tl.where(erasing(r, UNTIED)[:, None], L_ptr, do_ptr), valid
     at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
     do = tl.load(at, mask=reads[:, None] & has[None, :], other=0.0)
     every = has[:, None] & tl.full([1, C], True, tl.int1)
     R = tl.load(R_ptr + (values[:, None] * C + r[None, :]), mask=every, other=0.0)
-    L = tl.load(tile_at(L_ptr, s0, h, H, V, r[:, None], values[None, :]), mask=valid[:, None] & has[None, :], other=0.0)
+    if UNTIED:
+        L = do
+    else:
+        at = tile_at(L_ptr, s0, h, H, V, r[:, None], values[None, :])
+        L = tl.load(at, mask=valid[:, None] & has[None, :], other=0.0)
     return do, R, L
 
 
@@ -193,11 +215,11 @@ def gradient_kernel(
     dS_ptr,
     L_ptr,
     D1_ptr,  # gradients of the pairs of P and (negative) T, with the decays and strengths of scalars, [chunks, H, C, C]
-    D2_ptr,
+    D2_ptr,  # UNTIED: the first has the rows of both
     below_ptr,  # VECTOR with a gate: ones below the diagonal, [C, C]
     dq_ptr,  # by value head, [tokens, H, K]; not VECTOR, as the next two
     dk_ptr,
-    dv_ptr,  # W and UNTIED; otherwise L is the gradient of v
+    dv_ptr,  # W; otherwise the gradient of v is there
     dw_ptr,
     dbeta_ptr,
     dg_ptr,
@@ -242,7 +264,7 @@ def gradient_kernel(
     dS_ptr += slot * K * V
     dtype = do_ptr.dtype.element_ty
     ONE: tl.constexpr = V <= BV  # values in one tile: read once
-    do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, 0, valid, reads, V, C, BV, SUB)
+    do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, 0, valid, reads, V, C, BV, SUB, UNTIED)
 
     s_q = tl.zeros([C], dtype=tl.float32)
     s_e = tl.zeros([C], dtype=tl.float32)
@@ -257,13 +279,19 @@ def gradient_kernel(
             total = tl.load(total_ptr)
 
     dP = tl.dot(do, R, input_precision="ieee")
-    dT = tl.dot(L, R, input_precision="ieee")
+    dT = dP
+    if not UNTIED:
+        dT = tl.dot(L, R, input_precision="ieee")
     for v0 in range(BV, V, BV):
-        do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads, V, C, BV, SUB)
+        do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads, V, C, BV, SUB, UNTIED)
         dP = tl.dot(do, R, dP, input_precision="ieee")
-        dT = tl.dot(L, R, dT, input_precision="ieee")
-    dP = tl.where(row >= col, dP, 0.0)
-    dT = tl.where(row > col, dT, 0.0)
+        if not UNTIED:
+            dT = tl.dot(L, R, dT, input_precision="ieee")
+    if UNTIED:
+        dP = tl.where(row + row % 2 > col, dP, 0.0)
+    else:
+        dP = tl.where(row >= col, dP, 0.0)
+        dT = tl.where(row > col, dT, 0.0)
     hard = 0
     if VECTOR:
         if GATE != 0:
@@ -279,11 +307,14 @@ def gradient_kernel(
         dP, dT = dP * beta[None, :], dT * beta[None, :]
     # To memory and back: both sides of these are needed, and Triton 3.6 turns what is in registers wrongly on Hopper.
     D1_ptr += slot * (C * C) + (row * C + col)
-    D2_ptr += slot * (C * C) + (row * C + col)
     tl.store(D1_ptr, dP.to(dtype))
-    tl.store(D2_ptr, dT.to(dtype))
+    if not UNTIED:
+        D2_ptr += slot * (C * C) + (row * C + col)
+        tl.store(D2_ptr, dT.to(dtype))
     tl.debug_barrier()
-    D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
+    D1 = tl.load(D1_ptr)
+    if not UNTIED:
+        D2 = tl.load(D2_ptr)
     if VECTOR and GATE != 0:
         below = tl.load(below_ptr + (row * C + col))
 
@@ -295,28 +326,31 @@ def gradient_kernel(
         if VECTOR:
             at = slot * C * K + (row * K + keys)
             fits = tl.full([C, 1], True, tl.int1) & wide
-            asked, erases = reading(r, SUB)[:, None] & wide, erasing(r, UNTIED)[:, None] & wide
+            asked = fits if UNTIED else reading(r, SUB)[:, None] & wide
         if not ONE:
-            do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, 0, valid, reads, V, C, BV, SUB)
+            do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, 0, valid, reads, V, C, BV, SUB, UNTIED)
         S, dS = state_tiles(S_ptr, dS_ptr, 0, k0, K, V, BK, BV)
         end = tl.zeros([BK], dtype=tl.float32)  # through the state that crosses the chunk
         if GATE != 0:
             end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
         dq = tl.dot(do, S, input_precision="ieee")
-        de = tl.dot(L, S, input_precision="ieee")
+        if not UNTIED:
+            de = tl.dot(L, S, input_precision="ieee")
         dw = tl.dot(tl.trans(R), dS, input_precision="ieee")
         for v0 in range(BV, V, BV):
-            do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads, V, C, BV, SUB)
+            do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads, V, C, BV, SUB, UNTIED)
             S, dS = state_tiles(S_ptr, dS_ptr, v0, k0, K, V, BK, BV)
             dq = tl.dot(do, S, dq, input_precision="ieee")
-            de = tl.dot(L, S, de, input_precision="ieee")
+            if not UNTIED:
+                de = tl.dot(L, S, de, input_precision="ieee")
             dw = tl.dot(tl.trans(R), dS, dw, input_precision="ieee")
             if GATE != 0:
                 end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
 
         if VECTOR:
             q = tl.load(read_ptr + at, mask=asked, other=0.0)
-            e = tl.load(erase_ptr + at, mask=erases, other=0.0)
+            if not UNTIED:
+                e = tl.load(erase_ptr + at, mask=fits, other=0.0)
             w = tl.load(write_ptr + at, mask=fits, other=0.0)
         else:
             k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0)
@@ -329,31 +363,35 @@ def gradient_kernel(
                 end = end * tl.load(decays_ptr + K + cols, mask=inside, other=0.0)
                 wx = (w.to(tl.float32) * lift[None, :]).to(dtype)
             if GATE != 0:
-                end += tl.sum(dq * q.to(tl.float32) - de * e.to(tl.float32), 0)
+                part = dq * q.to(tl.float32)
+                if not UNTIED:
+                    part -= de * e.to(tl.float32)
+                end += tl.sum(part, 0)
             dq += tl.dot(D1, wx, input_precision="ieee")
             tl.store(read_ptr + at, dq.to(dtype), mask=asked)
             part = dq * q.to(tl.float32)
-            s_q += tl.sum(part, 1)
             change = -part
-            de += tl.dot(D2, wx, input_precision="ieee")
-            tl.store(erase_ptr + at, (-de).to(dtype), mask=erases)
-            erased = de * e.to(tl.float32)
-            s_e -= tl.sum(erased, 1)
-            change += erased
             pairs = tl.dot(tl.trans(D1), q, input_precision="ieee")
-            pairs -= tl.dot(tl.trans(D2), e, input_precision="ieee")
+            if not UNTIED:
+                s_q += tl.sum(part, 1)
+                de += tl.dot(D2, wx, input_precision="ieee")
+                tl.store(erase_ptr + at, (-de).to(dtype), mask=fits)
+                erased = de * e.to(tl.float32)
+                s_e -= tl.sum(erased, 1)
+                change += erased
+                pairs -= tl.dot(tl.trans(D2), e, input_precision="ieee")
             if GATE != 0:
                 dw = tl.fma(pairs, tl.zeros([C, BK], dtype=tl.float32) + lift[None, :], dw)
             else:
                 dw += pairs
             tl.store(write_ptr + at, dw.to(dtype), mask=fits)
             part = dw * w.to(tl.float32)
-            s_w += tl.sum(part, 1)
+            if not UNTIED:
+                s_w += tl.sum(part, 1)
             if GATE != 0:
-                change += part
-                dg = sum_before(change, end, below)
+                dg = sum_before(change + part, end, below)
                 if UNTIED:
-                    dg += erased
+                    dg += change  # of the first row of a token, which erases
                 if GATE == 2:
                     if hard > 0:
                         here = tile_at(g_ptr, t0, h, H, K, token, keys)
@@ -386,25 +424,23 @@ def gradient_kernel(
                 dq, dw = dq * tl.where(last, r_q, 1.0)[:, None], dw * tl.where(last, r_k, 1.0)[:, None]
             tl.store(tile_at(dq_ptr, t0, h, H, K, token, keys), dq.to(dtype), mask=q_in)
             tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dw.to(dtype), mask=k_in)
-    if W or UNTIED:
+    if W:
         for v0 in range(0, V, BV):
             values = v0 + tl.arange(0, BV)
             has = within(values, V, BV)[None, :]
             inside = valid[:, None] & has
             L = tl.load(tile_at(L_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
-            if UNTIED:
-                tl.store(tile_at(dv_ptr, t0, h, H, V, token, values[None, :]), L, mask=reads[:, None] & has)
-            else:
-                v = tl.load(tile_at(v_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
-                dw = (L.to(tl.float32) * v.to(tl.float32)).to(dw_ptr.dtype.element_ty)
-                tl.store(tile_at(dw_ptr, s0, h, H, V, row, values[None, :]), dw, mask=inside)
-                w = tl.load(tile_at(w_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
-                dv = (L.to(tl.float32) * w.to(tl.float32)).to(dv_ptr.dtype.element_ty)
-                tl.store(tile_at(dv_ptr, s0, h, H, V, row, values[None, :]), dv, mask=inside)
+            v = tl.load(tile_at(v_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
+            dw = (L.to(tl.float32) * v.to(tl.float32)).to(dw_ptr.dtype.element_ty)
+            tl.store(tile_at(dw_ptr, s0, h, H, V, row, values[None, :]), dw, mask=inside)
+            w = tl.load(tile_at(w_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
+            dv = (L.to(tl.float32) * w.to(tl.float32)).to(dv_ptr.dtype.element_ty)
+            tl.store(tile_at(dv_ptr, s0, h, H, V, row, values[None, :]), dv, mask=inside)
     if VECTOR:
-        tl.store(rows_ptr, s_q)
-        tl.store(rows_ptr + C, s_e)
-        tl.store(rows_ptr + 2 * C, s_w)
+        if NORM:
+            tl.store(rows_ptr, s_q)
+            tl.store(rows_ptr + C, s_e)
+            tl.store(rows_ptr + 2 * C, s_w)
     else:
         if NORM and K > BK:
             tl.debug_barrier()

@@ -196,7 +196,8 @@ def _prepare(
     slots = layout.chunks, layout.H
     local["rows"] = q.new_empty(layout.kept[1], dtype=torch.float32)
     local["decays"] = q.new_empty(*slots, 3, layout.K, dtype=torch.float32) if modes.gate else None
-    local["operands"] = tuple(q.new_empty(*slots, layout.C, layout.K) for _ in range(3))
+    write, *others = (q.new_empty(*slots, layout.C, layout.K) for _ in range(2 if modes.untied else 3))
+    local["operands"] = others[0], others[-1], write  # untied: a row erases or reads, both lie in one tensor
     prepare_kernel[(layout.chunks * layout.H,)](
         q,
         k,
@@ -561,7 +562,8 @@ def backward(
     local["matrices"] = matrices
 
     entering, leaving = (q.new_empty(layout.chunks, H, V, K) for _ in range(2))
-    R, L = q.new_empty(layout.chunks, H, V, C), q.new_empty(layout.B, layout.T * substeps, H, V)
+    R, L = q.new_empty(layout.chunks, H, V, C), torch.empty_like(v)
+    dv = torch.empty_like(v) if modes.write or modes.untied else L
     settings = launch_settings("state", K, V, v.dtype, modes.vector)
     erase, read, write = local["operands"]
     parts = layout.whole if layout.parts is None else layout.parts
@@ -579,6 +581,7 @@ def backward(
             start,
             leaving,
             L,
+            dv if modes.untied else None,
             parts.cu,
             parts.first,
             scale,
@@ -612,10 +615,9 @@ def backward(
     dq, dk = q.new_empty(*q.shape[:2], H, K), k.new_empty(*k.shape[:2], H, K)
     a, b = ab or (None, None)
     wanted = {"beta": beta, "g": g, "w": w, "a": a, "b": b}
-    grads = {"S": dS0, "v": L} | {name: torch.empty_like(x) for name, x in wanted.items() if x is not None}
-    if modes.write or modes.untied:
-        grads["v"] = torch.empty_like(v)
-    D1, D2 = (q.new_empty(layout.chunks, H, C, C) for _ in range(2))
+    grads = {"S": dS0, "v": dv} | {name: torch.empty_like(x) for name, x in wanted.items() if x is not None}
+    D1 = q.new_empty(layout.chunks, H, C, C)
+    D2 = D1 if modes.untied else torch.empty_like(D1)
     settings = launch_settings("gradient", K, V, v.dtype, modes.vector)
     operands = local["operands"] if modes.vector else (None, None, None)
     gradient_kernel[(layout.chunks * H,)](
@@ -637,7 +639,7 @@ def backward(
         _below(C, v.dtype, v.device) if modes.vector and modes.gate else None,
         dq,
         dk,
-        grads["v"],
+        dv if modes.write else None,
         grads.get("w"),
         grads.get("beta"),
         grads.get("g"),
