@@ -93,7 +93,7 @@ def test_compiles_for_other_gpus(target: GPUTarget, name: str, monkeypatch: pyte
 )
 def test_passes_of_every_size_fit(K: int, V: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for one in recorded(monkeypatch, HOPPER, K, V, gate="scalar", dtype=dtype):
-        if one.kernel.__name__ == "pass_kernel":
+        if one.kernel.__name__ in ("pass_kernel", "pairs_kernel"):
             assert build(one, HOPPER).metadata.shared <= SHARED_MEMORY[HOPPER]
 
 

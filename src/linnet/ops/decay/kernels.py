@@ -14,12 +14,12 @@ let a long sequence fill the GPU (every piece starts from its own boundary state
 afresh at each, which keeps it free of cancellation over long sequences.
 
 Gates. Of a pair of tokens, the *late* one (q, dO) reads what the *early* one (k, v) wrote. A scalar gate enters as a
-matrix over the pairs. A vector gate, on the channels of reader and writer or of the payload, is split into a factor of
-the late and one of the early token, both relative to the middle of the chunk: ``prepare_kernel`` multiplies them into
-the tensors, the pass has only to scale its state (``HALF_R``, ``HALF_P``), and ``finish_kernel`` multiplies the results
-and gathers the gates' gradients. The factors grow as the inverse of half a chunk's gates, so a chunk in which any
-channel forgets more than a limit has factors of 1 and is walked token by token: the recurrence itself, exact for every
-gate.
+matrix over the pairs of a chunk, which a kernel of its own makes for wide heads (``kernels_pairs.py``). A vector gate,
+on the channels of reader and writer or of the payload, is split into a factor of the late and one of the early token,
+both relative to the middle of the chunk: ``prepare_kernel`` multiplies them into the tensors, the pass has only to
+scale its state (``HALF_R``, ``HALF_P``), and ``finish_kernel`` multiplies the results and gathers the gates' gradients.
+The factors grow as the inverse of half a chunk's gates, so a chunk in which any channel forgets more than a limit has
+factors of 1 and is walked token by token: the recurrence itself, exact for every gate.
 """
 
 from __future__ import annotations
@@ -45,6 +45,23 @@ def _load(
         else:
             tile = tl.load(at, mask=valid[:, None] & (cols < width)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def _load_pairs(x, h, H, t0, valid, C: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr):
+    """Weights of the pairs of a chunk ``[C, C]``, late tokens down, or across where ``TRANSPOSED``."""
+    steps = tl.arange(0, C)
+    if TMA:
+        A = x.load([t0, h * C])
+        if TRANSPOSED:
+            A = tl.trans(A)
+    else:
+        late = ((t0 + steps).to(tl.int64) * H + h) * C
+        if TRANSPOSED:
+            A = tl.load(x + late[None, :] + steps[:, None], mask=valid[None, :], other=0.0)
+        else:
+            A = tl.load(x + late[:, None] + steps[None, :], mask=valid[:, None], other=0.0)
+    return A
 
 
 @triton.jit
@@ -93,6 +110,7 @@ def pass_kernel(
     r_ptr,
     s_ptr,
     p_ptr,
+    pairs_ptr,  # weights of the pairs of each chunk, late tokens down, [tokens, H, C]; None: they are made here
     out_ptr,
     dot_ptr,  # GRAD: the late (dq) or early (dk) tokens' other half of q.dq or k.dk
     r_raw,
@@ -280,44 +298,44 @@ def pass_kernel(
 
             if not STATE_ONLY:
                 r = _load(r_ptr, h // (H // HR), HR, DR, t0, 0, valid, C, BR, FULL_R, TMA)
-                # Pairs of the chunk: readers down, writers across.
-                A = tl.dot(r, tl.trans(s), input_precision="ieee")
-                if NORM == 2:
-                    A += dx[None, :] if REVERSE else dx[:, None]
-                if REVERSE:
-                    apart = steps[None, :] - steps[:, None]
-                else:
-                    apart = steps[:, None] - steps[None, :]
-                if OWN:
-                    own = tl.sum(tl.where(apart == 0, A, 0.0), 1)
-                seen = apart >= (0 if DIAG == 0 else 1)
-                if RAGGED:
-                    seen = seen & (valid[None, :] if REVERSE else valid[:, None])
-                if GATE == 0:
-                    A = tl.where(seen, A, 0.0)
-                else:
-                    if EXACT and GATE == 2:  # each pair sums its own gates: no cancellation
-                        shift: tl.constexpr = 1 if BONUS else 0
-                        one = tl.load(g_ptr + at_rows - shift * H, mask=valid & (steps >= shift), other=0.0)
-                        one = tl.maximum(one.to(tl.float32), -104.0) * 1.4426950408889634
-                        if REVERSE:
-                            pair = tl.cumsum(tl.where(apart > shift, one[None, :], 0.0), 1)
-                        else:
-                            pair = tl.cumsum(tl.where(apart > shift, one[:, None], 0.0), 0)
-                    elif GATE == 1:
-                        pair = constant * (apart - (1 if BONUS else 0))
-                    elif REVERSE:
-                        pair = late[None, :] - b[:, None]
+                if pairs_ptr is None:  # pairs of the chunk: readers down, writers across
+                    A = tl.dot(r, tl.trans(s), input_precision="ieee")
+                    if NORM == 2:
+                        A += dx[None, :] if REVERSE else dx[:, None]
+                    if REVERSE:
+                        apart = steps[None, :] - steps[:, None]
                     else:
-                        pair = late[:, None] - b[None, :]
-                    A = A * tl.exp2(tl.where(seen, pair, float("-inf")))
-                if DIAG == 2:
-                    own = tl.load(own_ptr + at_rows, mask=valid, other=0.0)
-                    A = tl.where(apart == 0, own[:, None], A)
+                        apart = steps[:, None] - steps[None, :]
+                    if OWN:
+                        own = tl.sum(tl.where(apart == 0, A, 0.0), 1)
+                    seen = apart >= (0 if DIAG == 0 else 1)
+                    if RAGGED:
+                        seen = seen & (valid[None, :] if REVERSE else valid[:, None])
+                    if GATE == 0:
+                        A = tl.where(seen, A, 0.0)
+                    else:
+                        if EXACT and GATE == 2:  # each pair sums its own gates: no cancellation
+                            shift: tl.constexpr = 1 if BONUS else 0
+                            one = tl.load(g_ptr + at_rows - shift * H, mask=valid & (steps >= shift), other=0.0)
+                            one = tl.maximum(one.to(tl.float32), -104.0) * 1.4426950408889634
+                            if REVERSE:
+                                pair = tl.cumsum(tl.where(apart > shift, one[None, :], 0.0), 1)
+                            else:
+                                pair = tl.cumsum(tl.where(apart > shift, one[:, None], 0.0), 0)
+                        elif GATE == 1:
+                            pair = constant * (apart - (1 if BONUS else 0))
+                        elif REVERSE:
+                            pair = late[None, :] - b[:, None]
+                        else:
+                            pair = late[:, None] - b[None, :]
+                        A = A * tl.exp2(tl.where(seen, pair, float("-inf")))
+                    if DIAG == 2:
+                        own = tl.load(own_ptr + at_rows, mask=valid, other=0.0)
+                        A = tl.where(apart == 0, own[:, None], A)
                 # By what a reading is multiplied. Backward in time its scale belongs to what is written: the state
                 # is dS itself.
                 times = tl.zeros([C], dtype=tl.float32) + (1.0 if REVERSE else scale)
-                if REVERSE:
+                if REVERSE and pairs_ptr is None:
                     A = A * scale
                 if WR:
                     wr = tl.load(wr_ptr + line, mask=valid, other=0.0).to(tl.float32)
@@ -326,10 +344,14 @@ def pass_kernel(
                     times = times * tl.load(x_ptr + line, mask=valid, other=1.0)
                 if OWN and column == 0:
                     tl.store(own_ptr + at_rows, own * wr if WR else own, mask=valid)
-                plain = A
-                A = A * times[:, None]
-                if WS:
-                    A = A * ws[None, :]
+                if pairs_ptr is None:
+                    plain = A
+                    A = A * times[:, None]
+                    if WS:
+                        A = A * ws[None, :]
+                    A = A.to(p.dtype)
+                else:
+                    A = _load_pairs(pairs_ptr, h, H, t0, valid, C, REVERSE, TMA and not RAGGED)
                 inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
                 if NORM == 2 and REVERSE:
                     inter += z[None, :]
@@ -339,7 +361,7 @@ def pass_kernel(
                     inter = inter * read[:, None]
                 if GATE != 0 and GRAD == 0:
                     times = times * read
-                o = tl.dot(A.to(p.dtype), p, inter * times[:, None], input_precision="ieee")
+                o = tl.dot(A, p, inter * times[:, None], input_precision="ieee")
                 if TMA and FULL_P and not RAGGED:
                     out_ptr.store([t0, h * DP + column], o.to(p.dtype))
                 else:
@@ -354,14 +376,17 @@ def pass_kernel(
                     part = (column // BP).to(tl.int64) * H * n_rows + line
                     if GRAD == 1:
                         across = across * scale
-                        E = plain * tl.dot(d, tl.trans(p), input_precision="ieee") * scale
                         if WR:
-                            E = E * wr[:, None]
                             across = across * wr
-                        tl.store(col_ptr + part, tl.sum(E, 0), mask=valid)
-                        if WS:
-                            E = E * ws[None, :]
-                        tl.store(row_ptr + part, tl.sum(E, 1) + across, mask=valid)
+                        if pairs_ptr is None:
+                            E = plain * tl.dot(d, tl.trans(p), input_precision="ieee") * scale
+                            if WR:
+                                E = E * wr[:, None]
+                            tl.store(col_ptr + part, tl.sum(E, 0), mask=valid)
+                            if WS:
+                                E = E * ws[None, :]
+                            across += tl.sum(E, 1)
+                        tl.store(row_ptr + part, across, mask=valid)
                     else:
                         tl.store(col_ptr + part, across, mask=valid)
 

@@ -366,9 +366,8 @@ def sums_kernel(
 
 @triton.jit
 def gate_kernel(
-    row_ptr,
+    row_ptr,  # partial sums of late and of early tokens, [., H, tokens]
     col_ptr,
-    cross_ptr,
     w_ptr,  # [H, tokens]
     edge_ptr,
     d_edge_ptr,
@@ -386,7 +385,8 @@ def gate_kernel(
     H,
     SIZE,
     K,
-    n_blocks,
+    n_row,
+    n_col,
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     WS: tl.constexpr,
@@ -411,13 +411,12 @@ def gate_kernel(
     line = h.to(tl.int64) * n_rows + rows
     row = tl.zeros([LENGTH], dtype=tl.float32)
     col = tl.zeros([LENGTH], dtype=tl.float32)
-    for _ in range(0, n_blocks):
+    for _ in range(0, n_row):
         row += tl.load(row_ptr + line, mask=valid, other=0.0)
-        col += tl.load(col_ptr + line, mask=valid, other=0.0)
-        col += tl.load(cross_ptr + line, mask=valid, other=0.0)
         row_ptr += n_rows * H
+    for _ in range(0, n_col):
+        col += tl.load(col_ptr + line, mask=valid, other=0.0)
         col_ptr += n_rows * H
-        cross_ptr += n_rows * H
     if WS:
         tl.store(dw_ptr + at, col.to(dw_ptr.dtype.element_ty), mask=valid)
         col = col * tl.load(w_ptr + line, mask=valid, other=0.0).to(tl.float32)

@@ -43,8 +43,8 @@ def keys_kernel(
     BONUS: tl.constexpr,  # exclusive reading
     PACKED: tl.constexpr,
 ):
-    """The running sum ``z_t = exp(g_t) z_{t-1} + w_t k_t``, token by token: a scan over a few rows at a time, exact for
-    any gate, by one warp.
+    """The running sum ``z_t = exp(g_t) z_{t-1} + w_t k_t`` by one warp, a few rows at a time, exact for any gate: a
+    scan over the rows where it is read at each or gates lie between channels, else their weighted sum.
 
     READ: the normaliser ``x = scale q.z`` of a part of a piece (with a bonus: of the sum before the token, and of the
     token itself through ``u``) and ``over``, what a reading is multiplied by. Else what a
@@ -65,6 +65,8 @@ def keys_kernel(
     log2e = 1.4426950408889634
     z = tl.zeros([BK], dtype=tl.float32)
     total = tl.zeros([BK], dtype=tl.float32)
+    acc = tl.zeros([ROWS, BK], dtype=tl.float32)  # what adds up to z, where rows are only summed
+    SCAN: tl.constexpr = READ or GATE == 3
     if READ:
         part = unit % parts
         z = tl.load(start_ptr + slot * K + cols, mask=cols < K, other=0.0)
@@ -90,23 +92,44 @@ def keys_kernel(
             write = write * tl.load(w_ptr + line + source, mask=wrote, other=0.0).to(tl.float32)[:, None]
         if REVERSE:
             write = write * scale
-        keep = tl.zeros([ROWS, BK], dtype=tl.float32) + 1.0
-        if GATE != 0:
-            gate = source.to(tl.int64) * H + h
-            if GATE == 3:
-                g = tl.load(g_ptr + gate[:, None] * K + cols[None, :], mask=there, other=0.0).to(tl.float32)
-            elif GATE == 2:
-                g = tl.load(g_ptr + gate, mask=wrote, other=0.0).to(tl.float32)[:, None]
-            else:
-                g = tl.where(wrote[:, None], tl.load(g_ptr + h).to(tl.float32), 0.0)
-            g = tl.maximum(g, -104.0) * log2e
-            total += tl.sum(tl.zeros([ROWS, BK], dtype=tl.float32) + g, 0)
-            keep = keep * tl.exp2(g)
-        if REVERSE and not BONUS:  # a token's own gate lies before its reading
-            write = write * keep
-        keep, sums = tl.associative_scan((keep, write), 0, linear)
-        sums += keep * z[None, :]
-        z = tl.sum(tl.where(final, sums, 0.0), 0)
+        if SCAN:
+            keep = tl.zeros([ROWS, BK], dtype=tl.float32) + 1.0
+            if GATE != 0:
+                gate = source.to(tl.int64) * H + h
+                if GATE == 3:
+                    g = tl.load(g_ptr + gate[:, None] * K + cols[None, :], mask=there, other=0.0).to(tl.float32)
+                elif GATE == 2:
+                    g = tl.load(g_ptr + gate, mask=wrote, other=0.0).to(tl.float32)[:, None]
+                else:
+                    g = tl.where(wrote[:, None], tl.load(g_ptr + h).to(tl.float32), 0.0)
+                g = tl.maximum(g, -104.0) * log2e
+                total += tl.sum(tl.zeros([ROWS, BK], dtype=tl.float32) + g, 0)
+                keep = keep * tl.exp2(g)
+            if REVERSE and not BONUS:  # a token's own gate lies before its reading
+                write = write * keep
+            keep, sums = tl.associative_scan((keep, write), 0, linear)
+            sums += keep * z[None, :]
+            z = tl.sum(tl.where(final, sums, 0.0), 0)
+        else:
+            if GATE != 0:
+                # What follows a row is summed from its own gates: a difference would lose it behind a reset.
+                inner = (nth + 1 < done + ROWS) & (nth + 1 < stop - first)
+                if GATE == 2:
+                    ahead = t - 1 if REVERSE else t + 1
+                    g = tl.load(g_ptr + t.to(tl.int64) * H + h, mask=valid, other=0.0).to(tl.float32)
+                    after = tl.load(g_ptr + ahead.to(tl.int64) * H + h, mask=inner, other=0.0).to(tl.float32)
+                else:
+                    one = tl.load(g_ptr + h).to(tl.float32)
+                    g, after = tl.where(valid, one, 0.0), tl.where(inner, one, 0.0)
+                g, after = tl.maximum(g, -104.0) * log2e, tl.maximum(after, -104.0) * log2e
+                weight = tl.cumsum(after, 0, reverse=True)
+                if REVERSE and not BONUS:
+                    weight += g
+                write = write * tl.exp2(weight)[:, None]
+                passed = tl.sum(g, 0)
+                acc = acc * tl.exp2(passed)
+                total += passed
+            acc += write
         if READ:
             at = (t.to(tl.int64) * HQ + h // (H // HQ))[:, None] * K + cols[None, :]
             mask = valid[:, None] & inside
@@ -122,11 +145,15 @@ def keys_kernel(
             tl.store(over_ptr + line + t, 1.0 / (over + eps), mask=valid)
         elif not REVERSE:
             if (done + ROWS) % PART == 0:
+                if not SCAN:
+                    z = tl.sum(acc, 0)
                 end = (slot * parts + done // PART) * K + cols
                 tl.store(part_ptr + end, z.to(tl.float32), mask=cols < K)
                 if GATE != 0:
                     tl.store(part_total_ptr + end, total, mask=cols < K)
     if not READ:
+        if not SCAN:
+            z = tl.sum(acc, 0)
         tl.store(own_ptr + slot * K + cols, z.to(tl.float32), mask=cols < K)
         if GATE == 3:
             tl.store(total_ptr + slot * K + cols, total, mask=cols < K)

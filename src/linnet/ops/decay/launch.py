@@ -13,11 +13,16 @@ from ..core import chunk_table, uploaded
 from .kernels import pass_kernel
 from .kernels_around import chain_kernel, finish_kernel, gate_kernel, prepare_kernel, read_kernel, sums_kernel
 from .kernels_norm import keys_kernel, norm_kernel
+from .kernels_pairs import pairs_kernel
 
 # How strongly half a chunk may forget, in log2, before it is walked token by token: the factors of a vector gate reach
 # 2^limit and their products over masked pairs its square. fp16 has little range; fp32 keeps its digits.
 LIMITS = {torch.bfloat16: 60.0, torch.float16: 4.0, torch.float32: 6.0}
 
+
+# The dtype in which the normaliser is one more channel of the payload, of ones: then it is rounded as the numerator is,
+# with which it and its gradient may cancel; and each pair of tokens sums its own gates.
+_EXACT = torch.float32
 
 # What one warp of the kernels around a pass takes together, 32 numbers a thread, and how many tokens one reads the
 # normaliser of.
@@ -43,19 +48,27 @@ def chunk_length(K: int, V: int, dtype: torch.dtype) -> int:
     return 64
 
 
+def pairs_stored(K: int, V: int, dtype: torch.dtype) -> bool:
+    """Whether pairs of tokens under a scalar gate are made once and stored. Measured on Hopper: up to 128 channels the
+    passes are faster that make them themselves."""
+    return max(K, V) > 128 and dtype != _EXACT
+
+
 @cache
-def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool) -> dict[str, int]:
+def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, stored: bool = False) -> dict[str, int]:
     """Tile sizes, warps and pipeline depth, by the size of the state and how it is walked; T never enters.
 
     Measured on Hopper: pieces (split) run two programs a multiprocessor with two stages, whole sequences one program
-    with three; from 256 reading channels on two warp groups share the state. With 512 a second stage has no room.
+    with three; from 256 reading channels on two warp groups share the state, unless pairs are ``stored``: then one has
+    room for 256. With 512 a second stage has no room.
     """
     BR, widest = max(16, power_of_2(DR)), max(16, power_of_2(DP))
     if dtype == torch.float32:
         return {"BR": BR, "BP": min(32 if BR <= 128 else 16, widest), "C": C, "num_warps": 4, "num_stages": 2}
     if BR <= 128:
         return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": 4, "num_stages": 2 if split and BR == 128 else 3}
-    return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": 8, "num_stages": 1 if BR == 512 else 2}
+    warps = 4 if stored and BR == 256 else 8
+    return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": warps, "num_stages": 1 if BR == 512 else 2}
 
 
 @cache
@@ -89,10 +102,6 @@ class State(NamedTuple):
 def _rows(state: Tensor, rows: int) -> Tensor:
     """Uninitialised states of as many rows."""
     return state.new_empty(rows, *state.shape[1:])
-
-
-# In fp32 the normaliser is one more channel of the payload, of ones: then it is rounded as the numerator is, with which
-# it and its gradient may cancel.
 
 
 def _append(x: Tensor, channel: Tensor) -> Tensor:
@@ -157,6 +166,8 @@ class _Call:
         )
         if self.key is not None or self.value is not None:
             self.slow = torch.zeros(chunks, self.H, dtype=torch.int8, device=q.device)
+        scalar = self.key is None and self.value is None and u is None
+        self.stored = scalar and pairs_stored(self.K, self.V, q.dtype)
         self.decided = False
         if self.key is not None and self.value is not None:  # a chunk is walked token by token for either gate
             for gate in (self.key, self.value):
@@ -183,6 +194,67 @@ class _Call:
             PACKED=self.packed,
         )
         return _Scalar(g, seen, left)
+
+    def tile(self, t: Tensor | None, width: int, full: bool) -> Any:
+        """What moves tiles of so many channels of a tensor ``[B, T, heads, D]``: a descriptor for the copy engine where
+        it can, the tensor itself elsewhere and where tiles do not lie within the channels (``full``)."""
+        if t is None or not (full and self.dtype != torch.float32 and _has_tma(self.device)):
+            return t
+        return TensorDescriptor.from_tensor(t.view(self.tokens, -1), [self.chunk, width])
+
+    def pair(
+        self,
+        q: Tensor,
+        k: Tensor,
+        late: Tensor | None,
+        early: Tensor | None,
+        *,
+        do: Tensor | None = None,
+        v: Tensor | None = None,
+        dx: Tensor | None = None,
+        row: Tensor | None = None,
+        col: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Weights ``[B, T, H, C]`` of the pairs within chunks where passes read them, and with ``do`` those of the
+        gradients; see :func:`pairs_kernel`."""
+        if not self.stored:
+            return None, None
+        pairs = q.new_empty(self.B, self.T, self.H, self.chunk)
+        d_pairs = None if do is None else torch.empty_like(pairs)
+        BK, BV = (min(64, max(16, power_of_2(D))) for D in (self.K, self.V))
+        full = self.K % BK == 0 and self.V % BV == 0
+        gate = self.gate
+        pairs_kernel[(self.pieces * (self.piece // self.chunk) * self.H,)](
+            *(self.tile(t, BK, full) for t in (q, k)),
+            *(self.tile(t, BV, full) for t in (do, v)),
+            None if gate is None else gate.values,
+            None if gate is None else gate.seen,
+            late,
+            early,
+            dx,
+            pairs,
+            d_pairs,
+            row,
+            col,
+            self.cu,
+            self.table,
+            self.scale,
+            self.T,
+            self.tokens,
+            self.piece,
+            self.H,
+            q.shape[2],
+            self.K,
+            self.V,
+            BK=BK,
+            BV=BV,
+            C=self.chunk,
+            GATE=0 if gate is None else 1 if gate.seen is None else 2,
+            FULL=full,
+            PACKED=self.packed,
+            TMA=full and _has_tma(self.device),
+        )
+        return pairs, d_pairs
 
     def _prepare(
         self,
@@ -324,7 +396,7 @@ class _Call:
     def splits(self, DP: int) -> bool:
         """Whether to walk a payload of so many channels in pieces rather than whole sequences: when whole ones would
         leave the GPU half empty, or a single long one would keep it waiting."""
-        settings = launch_settings(self.K, DP, self.chunk, self.dtype, False)
+        settings = launch_settings(self.K, DP, self.chunk, self.dtype, False, self.stored)
         programs = self.rows * self.H * ceil_div(DP, settings["BP"])
         uneven = self.packed and self.longest * self.rows > 2 * self.T
         return self.longest > self.piece and (programs < 96 or (uneven and programs < 1024))
@@ -340,6 +412,7 @@ class _Call:
         split: bool,
         start: Tensor | None = None,
         z: Tensor | None = None,
+        pairs: Tensor | None = None,
         out: Tensor | None = None,
         wr: Tensor | None = None,
         ws: Tensor | None = None,
@@ -359,26 +432,24 @@ class _Call:
         states in memory are ``[DP, DR]``."""
         DR, DP = writer.shape[-1], payload.shape[-1]
         side_r, side_p = (self.value, self.key) if transposed else (self.key, self.value)
-        settings = launch_settings(DR, DP, self.chunk, self.dtype, split)
+        settings = launch_settings(DR, DP, self.chunk, self.dtype, split, self.stored)
         grid = ((self.pieces if split else self.rows) * self.H * ceil_div(DP, settings["BP"]),)
         gate = self.gate
         heads = [self.H if t is None else t.shape[2] for t in (reader, writer, payload, dot)]
         BR, BP = settings["BR"], settings["BP"]
         full_r, full_p = BR == DR, DP % BP == 0
         tma = full_r and self.dtype != torch.float32 and _has_tma(self.device)
-        tiles = (
-            *((t, BR, full_r) for t in (reader, writer)),
-            *((t, BP, full_p) for t in (payload, out, dot)),
-        )
-
-        def tile(t: Tensor | None, width: int, full: bool) -> Any:
-            if t is None or not (tma and full):
-                return t
-            return TensorDescriptor.from_tensor(t.view(self.tokens, -1), [settings["C"], width])
-
+        ragged = self.packed or self.T % self.chunk != 0
         pass_kernel[grid](
-            *(tile(*one) for one in tiles),
-            *(t for t, _, _ in tiles),
+            *(self.tile(t, BR, tma) for t in (reader, writer)),
+            self.tile(payload, BP, tma and full_p),
+            self.tile(pairs, self.chunk, tma and not ragged),
+            *(self.tile(t, BP, tma and full_p) for t in (out, dot)),
+            reader,
+            writer,
+            payload,
+            out,
+            dot,
             None if gate is None else gate.values,
             None if gate is None else gate.seen,
             None if gate is None else gate.left,
@@ -428,10 +499,10 @@ class _Call:
             LAST=last is not None,
             PACKED=self.packed,
             GRAD=grad,
-            EXACT=self.dtype == torch.float32,
+            EXACT=self.dtype == _EXACT,
             FULL_R=full_r,
             FULL_P=full_p,
-            RAGGED=self.packed or self.T % settings["C"] != 0,
+            RAGGED=ragged,
             TMA=tma,
             **settings,
         )
@@ -616,7 +687,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, State, State | None]:
     """Reading, normaliser ``[H, tokens]``, final state and, when ``training``, the boundary states that the backward
     pass starts from."""
-    if state.z is not None and q.dtype == torch.float32:
+    if state.z is not None and q.dtype == _EXACT:
         given = (q, k, _append(v, v.new_ones(v.shape[:3])), g, gv, u, w, _joined(state), None, cu_host, scale, eps)
         o, _, last, kept = forward(*given, piece, pieces, training)
         o, x = o[..., :-1], o[..., -1]
@@ -636,6 +707,7 @@ def forward(
     o = torch.empty_like(v)
     apart = own is not None and call.value is not None
     pair: dict[str, Any] = {"diag": 1} if apart else {"diag": 0 if own is None else 2, "own": own}
+    pair["pairs"], _ = call.pair(q, k, norm.get("x"), w)
     bounds, last = call.read_along(q, k, payload, S, pieces, keep=training, out=o, ws=w, **norm, **pair)  # type: ignore
     if call.value is not None:
         call.read(call.value, o, v, own)
@@ -665,7 +737,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by input name, from those of the reading ``o`` and of the final state. ``gates`` says whether any
     of the gates, the bonus and the write weight wants one."""
-    if x is not None and o is not None and q.dtype == torch.float32:
+    if x is not None and o is not None and q.dtype == _EXACT:
         x = x.view(-1, *q.shape[:2]).permute(1, 2, 0)
         den = (x if floor is None else torch.maximum(x.abs(), floor)) + eps
         do = do / den[..., None]
@@ -698,20 +770,26 @@ def backward(
         own_value = new(call.B, call.T, H)
     dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), torch.empty_like(v)
     scalar = gates and call.key is None and call.value is None and (g is not None or w is not None)
-    row = col = cross = None
-    blocks = ceil_div(K, launch_settings(V, K, call.chunk, q.dtype, True)["BP"])
-    if scalar:  # one partial sum for each block of the payload's channels
-        row, col, cross = (new(blocks, H, call.tokens) for _ in range(3))
+    row = col = pair_row = pair_col = None
+    if scalar:
+        # Partial sums for each block of the payload's channels: of late tokens by the dq pass, of early ones by the dk
+        # pass and, over pairs within chunks, by the dq pass; pairs that are stored have theirs in one.
+        blocks = ceil_div(K, launch_settings(V, K, call.chunk, q.dtype, True)["BP"])
+        row = new(blocks + int(call.stored), H, call.tokens)
+        col = new(blocks + (1 if call.stored else blocks), H, call.tokens)
+        pair_row, pair_col = row[blocks:], col[blocks:]
+    pairs, d_pairs = call.pair(q, k, lw, w, do=do, v=v, dx=dx, row=pair_row, col=pair_col)
 
     dv_own: dict[str, Any] = {"diag": 1} if value_apart else {"diag": 0 if own is None else 2, "own": own}
     d_bounds, d_first = call.read_along(
-        early, late, d_late, d_state.S, pieces, reverse=True, out=dv, wr=w, ws=lw, **dv_own
+        early, late, d_late, d_state.S, pieces, reverse=True, pairs=pairs, out=dv, wr=w, ws=lw, **dv_own
     )
     dz_bounds = dz_first = None
     if d_state.z is not None and dx is not None:
         dz_bounds, dz_first = call.sum_keys(q, dx * lw, d_state.z, pieces, reverse=True)  # type: ignore[operator]
     norm = 0 if x is None else 2
     keys: dict[str, Any] = {"transposed": True, "split": True, "norm": norm, "x": dx, "diag": int(key_apart)}
+    keys["pairs"] = d_pairs
     call.walk(
         values,
         d_late,
@@ -721,7 +799,7 @@ def backward(
         out=dk,
         grad=2 * int(scalar),
         dot=k if scalar else None,
-        col=cross,
+        col=col,
         reverse=True,
         wr=w,
         ws=lw,
@@ -740,7 +818,7 @@ def backward(
         grad=int(scalar),
         dot=q if scalar else None,
         row=row,
-        col=col,
+        col=pair_col,
         **keys,
     )
 
@@ -767,7 +845,6 @@ def backward(
         gate_kernel[(call.pieces * H,)](
             row,
             col,
-            cross,
             w,
             *sides,
             found["g"],
@@ -780,7 +857,8 @@ def backward(
             H,
             K * V,
             K,
-            blocks,
+            0 if row is None else len(row),
+            0 if col is None else len(col),
             LENGTH=power_of_2(call.piece),
             BLOCK=1024,
             WS=w is not None,
