@@ -15,7 +15,7 @@ import torch
 from ahead_of_time import BLACKWELL, HOPPER, MI300, SHARED_MEMORY, Launch, build, launches
 from triton.backends.compiler import GPUTarget
 
-from linnet.ops.decay import launch, launch_step
+from linnet.ops.decay import launch, launch_step, launch_walks
 
 CALLS: dict[str, dict[str, Any]] = {
     "scalar": {"gate": "scalar"},
@@ -42,7 +42,7 @@ def recorded(
     lengths: list[int] | None = None,
 ) -> list[Launch]:
     """What forward and backward of a call launch on such a GPU."""
-    monkeypatch.setattr(launch, "_has_tma", lambda device: target.backend == "cuda")
+    monkeypatch.setattr(launch_walks, "has_tma", lambda device: target.backend == "cuda")
     B, T, H, piece = (4, 4096, 16, 512) if lengths is None else (1, sum(lengths), 16, 512)
     rows = B if lengths is None else len(lengths)
     cu = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -59,9 +59,9 @@ def run(mode: str, lengths: list[int], backend: str, dtype: torch.dtype) -> dict
     ("mode", "lengths"), [("none", [20]), ("constant", [20]), ("scalar", [37]), ("mlstm", [34, 0, 1])]
 )
 def test_stored_pairs(mode: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = import_module("linnet.ops.decay.launch")
-    monkeypatch.setattr(launch, "_EXACT", None)
-    monkeypatch.setattr(launch, "pairs_stored", lambda *_: True)
+    for name in ("launch", "launch_walks"):
+        monkeypatch.setattr(import_module(f"linnet.ops.decay.{name}"), "EXACT", None)
+    monkeypatch.setattr(import_module("linnet.ops.decay.launch_walks"), "pairs_stored", lambda *_: True)
     pieces = -(-lengths[0] // PIECE) if len(lengths) == 1 else sum(lengths) // PIECE + len(lengths)
     monkeypatch.setattr(import_module("linnet.ops.decay"), "_pieces", lambda *_: (PIECE, pieces))
     found, exact = run(mode, lengths, "triton", torch.float32), run(mode, lengths, "reference", torch.float64)

@@ -52,8 +52,8 @@ def recurrence(
 def test_the_scan_of_keys(
     gate: str, bonus: bool, write: bool, bounded: bool, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = import_module("linnet.ops.decay.launch")
-    monkeypatch.setattr(launch, "_PART", PART)
+    walks = import_module("linnet.ops.decay.launch_walks")
+    monkeypatch.setattr(walks, "PART", PART)
     torch.manual_seed(0)
     T, H, K = sum(lengths), 2, 6
     q, k, v = torch.randn(1, T, H, K), torch.randn(1, T, H, K), torch.randn(1, T, H, 4)
@@ -68,8 +68,8 @@ def test_the_scan_of_keys(
     z = torch.randn(len(lengths), H, K).double().requires_grad_()
     dx, dz = torch.randn(1, T, H), torch.randn(len(lengths), H, K)
 
-    call = launch._Call(q, v, g, None, u, cu, SCALE, PIECE)
-    line = launch._line
+    call = walks.Call(q, v, g, None, u, cu, SCALE, PIECE)
+    line = walks.line
     x, over, bounds, last = call.normaliser(q, k, line(w), z.detach().float(), line(floor), EPS, call.pieces)
     _, d_first = call.sum_keys(q, line(dx), dz, call.pieces, reverse=True)
 

@@ -98,6 +98,14 @@ def _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _chunk_bounds(chunk, cu_ptr, table_ptr, T, PIECE, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token of a chunk, counted over all pieces, and the one after the last of its piece."""
+    per_piece = PIECE // C
+    first, stop, _n, _origin = _piece_bounds(chunk // per_piece, cu_ptr, table_ptr, T, PIECE, PACKED)
+    return first + (chunk % per_piece) * C, stop
+
+
+@triton.jit
 def _row(x, head, heads, width, t, cols):
     """One token of one head of ``[tokens, heads, width]`` in fp32."""
     at = x + (t.to(tl.int64) * heads + head) * width + cols

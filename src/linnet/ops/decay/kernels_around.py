@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import _piece_bounds
+from .kernels import _chunk_bounds, _piece_bounds
 
 
 @triton.jit
@@ -118,10 +118,7 @@ def prepare_kernel(
     sums over rows then hardly leave a thread, and many chunks are under way."""
     pid = tl.program_id(0)
     h = pid % H
-    chunk = pid // H
-    per_piece = PIECE // C
-    first, stop, _n, _origin = _piece_bounds(chunk // per_piece, cu_ptr, table_ptr, T, PIECE, PACKED)
-    t0 = first + (chunk % per_piece) * C
+    t0, stop = _chunk_bounds(pid // H, cu_ptr, table_ptr, T, PIECE, C, PACKED)
     cols = tl.arange(0, BD)
     inside = cols < D
     nth = tl.arange(0, ROWS)
@@ -312,10 +309,7 @@ def read_kernel(
     token's own pair comes in afterwards: its factors are not each other's inverse."""
     pid = tl.program_id(0)
     h = pid % H
-    chunk = pid // H
-    per_piece = PIECE // C
-    first, stop, _n, _origin = _piece_bounds(chunk // per_piece, cu_ptr, table_ptr, T, PIECE, PACKED)
-    t0 = first + (chunk % per_piece) * C
+    t0, stop = _chunk_bounds(pid // H, cu_ptr, table_ptr, T, PIECE, C, PACKED)
     if t0 < stop:
         rows, cols = t0 + tl.arange(0, C), tl.arange(0, BD)
         mask = (rows < stop)[:, None] & (cols < D)[None, :]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import _load, _piece_bounds
+from .kernels import _chunk_bounds, _load
 
 
 @triton.jit
@@ -50,10 +50,7 @@ def pairs_kernel(
     (``row``) and, without the write weight, over late ones (``col``): from one tile, so that they cancel exactly."""
     pid = tl.program_id(0)
     h = pid % H
-    chunk = pid // H
-    per_piece = PIECE // C
-    first, stop, _n, _origin = _piece_bounds(chunk // per_piece, cu_ptr, table_ptr, T, PIECE, PACKED)
-    t0 = first + (chunk % per_piece) * C
+    t0, stop = _chunk_bounds(pid // H, cu_ptr, table_ptr, T, PIECE, C, PACKED)
     steps = tl.arange(0, C)
     rows = t0 + steps
     valid = rows < stop

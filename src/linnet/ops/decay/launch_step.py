@@ -10,7 +10,8 @@ from torch import Tensor
 from linnet.ops.core import following
 
 from .kernels_step import stabilizer_kernel, stabilizer_sums_kernel, step_kernel
-from .launch import State, ceil_div, power_of_2
+from .launch_walks import State
+from .settings import ceil_div, power_of_2
 
 
 def step(

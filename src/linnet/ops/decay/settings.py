@@ -1,0 +1,65 @@
+"""Settings of the decay kernels: chunks, tiles, warps and pipeline depth, by the sizes of a head; T never enters."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+# How strongly half a chunk may forget, in log2, before it is walked token by token: the factors of a vector gate reach
+# 2^limit and their products over masked pairs its square. fp16 has little range; fp32 keeps its digits.
+LIMITS = {torch.bfloat16: 60.0, torch.float16: 4.0, torch.float32: 6.0}
+
+# The dtype in which the normaliser is one more channel of the payload, of ones: then it is rounded as the numerator is,
+# with which it and its gradient may cancel; and each pair of tokens sums its own gates.
+EXACT = torch.float32
+
+# What one warp of the kernels around a pass takes together, 32 numbers a thread, and how many tokens one reads the
+# normaliser of.
+NUMBERS = 1024
+PART = 128
+
+
+# Triton's own helpers of this kind cost more on the host than a small launch.
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def chunk_length(dtype: torch.dtype) -> int:
+    """Tokens of a chunk, the same in every pass of a call."""
+    return 16 if dtype == torch.float32 else 64
+
+
+def pairs_stored(K: int, V: int, dtype: torch.dtype) -> bool:
+    """Whether pairs of tokens under a scalar gate are made once and stored. Measured on Hopper: up to 128 channels the
+    passes are faster that make them themselves."""
+    return max(K, V) > 128 and dtype != EXACT
+
+
+@cache
+def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, stored: bool = False) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth, by the size of the state and how it is walked; T never enters.
+
+    Measured on Hopper: pieces (split) run two programs a multiprocessor with two stages, whole sequences one program
+    with three; from 256 reading channels on two warp groups share the state, unless pairs are ``stored``: then one has
+    room for 256. With 512 a second stage has no room.
+    """
+    BR, widest = max(16, power_of_2(DR)), max(16, power_of_2(DP))
+    if dtype == torch.float32:
+        return {"BR": BR, "BP": min(32 if BR <= 128 else 16, widest), "C": C, "num_warps": 4, "num_stages": 2}
+    if BR <= 128:
+        return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": 4, "num_stages": 2 if split and BR == 128 else 3}
+    warps = 4 if stored and BR == 256 else 8
+    return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": warps, "num_stages": 1 if BR == 512 else 2}
+
+
+@cache
+def has_tma(device: torch.device) -> bool:
+    """Whether tiles can be moved by the bulk tensor copy engine (NVIDIA from Hopper on)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
