@@ -67,8 +67,8 @@ class Timer:
 
     def compare(self, calls: Mapping[str, Call], begin: Callable[[str], None] | None = None) -> dict[str, Timing | str]:
         """Time all of ``calls`` in turn. A call that fails gets a short reason in place of its timing and leaves the
-        others alone (a device error it may leave behind does not: see :mod:`linnet.benchmarks.worker`). One that takes
-        a second has fewer turns than the others.
+        others alone (a device error it may leave behind does not: see :mod:`linnet.benchmarks.worker`). One that has
+        used up two seconds has no further turn.
 
         Args:
             calls: name to call.
@@ -157,7 +157,7 @@ class Timer:
             host.append(1e3 * (time.perf_counter() - start))
             torch.cuda.synchronize(self.device)
             device.append(first.elapsed_time(last))
-            if device[-1] > 100 * _TURN_SECONDS:  # a tenth of that: once is enough to tell
+            if device[-1] > 1e3 * _TURN_SECONDS / 10:  # so long that once is enough to tell
                 break
         count = max(1, min(_BURST_CALLS, int(1e3 * _BURST_SECONDS / min(device))))
         # A call that waits for the device itself (a copy to the host) is as long on the host whatever is queued; then

@@ -170,14 +170,15 @@ def _compile_ahead(
             for name in ("linnet", *found):
                 asked = job["impls"] is None or name in job["impls"]
                 peer = found.get(name)
-                able = peer is None or not peer.obstacle(device, bool(shape.lengths), shape.H)
-                able = able and (peer is None or peer.module != "torch")  # which compiles nothing
+                able = peer is None or not (
+                    peer.module == "torch"  # which compiles nothing
+                    or peer.obstacle(device, bool(shape.lengths), shape.H)
+                )
                 keys = (key(_names(workload.name, name, p, shape, job["dtype"])) for p in job["passes"])
                 if asked and able and not done.issuperset(keys):
                     waiting.setdefault(_variant(job, workload.name, name, shape), [workload.name, name, list(shape)])
     # Who compiles anew for every shape, extensions among them, takes longest, and must not keep the others waiting.
-    slow = {at for at, (op, name, _) in waiting.items() if _fixed(op, name)}
-    waiting = {at: waiting[at] for at in sorted(waiting, key=slow.__contains__)}
+    waiting = dict(sorted(waiting.items(), key=lambda item: _fixed(item[1][0], item[1][1])))
     running: dict[str, subprocess.Popen[bytes]] = {}
     threads = max(1, (os.cpu_count() or 1) // processes)
     end = time.monotonic() + patience
@@ -195,6 +196,7 @@ def _compile_ahead(
 
 
 def _fixed(op: str, name: str) -> bool:
+    """Whether an implementation compiles anew for every shape."""
     from .peers import peers
 
     return any(peer.fixed for peer in peers(op) if peer.name == name)
