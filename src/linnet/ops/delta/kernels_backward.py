@@ -287,7 +287,7 @@ def gradient_kernel(
         dP = tl.dot(do, R, dP, input_precision="ieee")
         if not UNTIED:
             dT = tl.dot(L, R, dT, input_precision="ieee")
-    if UNTIED:
+    if UNTIED:  # odd rows read what their own token writes, even ones erase before it is written
         dP = tl.where(row + row % 2 > col, dP, 0.0)
     else:
         dP = tl.where(row >= col, dP, 0.0)
