@@ -19,11 +19,11 @@ def reproduce(
     name: Annotated[
         str | None, typer.Argument(help="Which one; without it they are listed.", show_default=False)
     ] = None,
-    all: Annotated[bool, typer.Option("--all", help="Run every one.")] = False,
+    all: Annotated[bool, typer.Option("--all", help="Run every one of the budget.")] = False,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="`cpu`: about three minutes of one core. `gpu`: larger. Default: `cpu`, where it is there.",
+            help="`cpu`: about three minutes of one core. `gpu`: larger. Default: `cpu`, or `gpu` where that is all.",
             show_default=False,
         ),
     ] = None,
