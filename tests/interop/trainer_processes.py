@@ -18,7 +18,7 @@ from linnet.interop.transformers import LinnetForCausalLM
 from linnet.models import Decoder, DecoderConfig, no_decay_names
 
 faulthandler.dump_traceback_later(100, exit=True)
-STEPS, ROWS = 4, 8
+STEPS = 4
 
 
 class Trainer(transformers.Trainer):
