@@ -66,7 +66,8 @@ def test_works_without_triton_and_gpu() -> None:
 
 
 def test_public_names() -> None:
-    assert {"decay", "build_mixer", "Decoder"} <= set(dir(linnet))
+    assert {"build_mixer", "Decoder", *linnet.ops.ops()} <= set(dir(linnet))
+    assert all(callable(getattr(linnet, op)) for op in linnet.ops.ops())
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         linnet.nonsense  # noqa: B018
 
