@@ -606,6 +606,8 @@ def test_bad_input(op: Op, case: Case, device: torch.device) -> None:
     if state is not None:
         _refuses(op, call, inputs, tuple(state), ["state"], "a state that is a plain tuple")
         _refuses(op, call, inputs, next(iter(parts.values())), ["state"], "a state that is a tensor")
+    for what, cut in (("no sequence", slice(0)), ("no token", (slice(None), slice(0)))):
+        _refuses(op, call, inputs | {name: inputs[name][cut] for name in sample.time}, None, sample.time, what)
     packed = Sample(op, case, device, torch.float32, 5, rows=1)
     for segments, what in (
         (Segments.from_lengths([2, 2], device), "segments of another total"),

@@ -102,8 +102,6 @@ def attention(
     shapes("q", q, "B T H K")
     shapes("k", k, "B T Hkv K")
     shapes("v", v, "B T Hkv V")
-    if shapes["T"] < 1:
-        raise ValueError(f"q: expected at least one token, got shape {list(q.shape)}")
     if shapes["Hkv"] < 1 or shapes["H"] % shapes["Hkv"]:
         raise ValueError(f"k: expected a number of heads that divides q's {shapes['H']}, got {shapes['Hkv']}")
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):

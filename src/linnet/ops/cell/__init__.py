@@ -126,8 +126,6 @@ def _check(x, R, b, p, kind, state, segments):
         raise ValueError(f"kind: expected one of {', '.join(CELLS)}; got {kind!r}")
     kinds, shapes = CELLS[kind], Shapes()
     shapes("x", x, "B T H GD")
-    if x.shape[1] < 1:
-        raise ValueError(f"x: expected at least one token, got shape {list(x.shape)}")
     shapes("R", R, "H D GD")
     H, D = R.shape[:2]
     if R.shape[2] != kinds.gates * D:

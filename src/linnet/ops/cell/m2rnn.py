@@ -77,8 +77,6 @@ def m2rnn(
     shapes("q", q, "B T Hq K")
     shapes("k", k, "B T Hq K")
     shapes("v", v, "B T H V")
-    if q.shape[1] < 1:
-        raise ValueError(f"q: expected at least one token, got shape {list(q.shape)}")
     if v.shape[2] % q.shape[2]:
         raise ValueError(f"v: expected a multiple of q's {q.shape[2]} heads, got {v.shape[2]}")
     if clip is not None and not clip > 0:

@@ -107,8 +107,6 @@ def _para(kind, x, A, C, state, segments, backend):
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[2] != 3:
         raise ValueError(f"x: expected shape [B, T, 3, D], got {list(x.shape) if isinstance(x, Tensor) else type(x)}")
     shapes("x", x, "B T G D")
-    if x.shape[1] < 1:
-        raise ValueError(f"x: expected at least one token, got shape {list(x.shape)}")
     (x,) = common_dtype(x=x)
     for name, weight, layout in (("A", A, "G D"), ("C", C, "P D")):
         if weight is not None:

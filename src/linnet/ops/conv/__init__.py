@@ -58,8 +58,6 @@ def conv(
     shapes("weight", weight, "D W")
     if bias is not None:
         shapes("bias", bias, "D")
-    if shapes["T"] < 1:
-        raise ValueError(f"x: expected at least one token, got shape {list(x.shape)}")
     if shapes["W"] < 1:
         raise ValueError(f"weight: expected at least one tap, got shape {list(weight.shape)}")
     if activation not in (None, "silu"):

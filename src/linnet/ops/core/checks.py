@@ -26,7 +26,8 @@ _value_checks = False
 
 
 class Shapes:
-    """Checks shapes given as letters: the first use of a letter fixes its size, later uses must agree.
+    """Checks shapes given as letters: the first use of a letter fixes its size, later uses must agree. There is at
+    least one sequence (B) and one token (T).
 
     >>> shapes = Shapes()
     >>> shapes("q", torch.zeros(2, 8, 4, 16), "B T H K")
@@ -46,6 +47,8 @@ class Shapes:
                 self.sizes.get(c, n) == n for c, n in zip(letters, x.shape, strict=True)
             ):
                 self.sizes.update(zip(letters, x.shape, strict=True))
+                if 0 in (self.sizes.get("B"), self.sizes.get("T")):
+                    raise ValueError(f"{name}: expected at least one sequence and one token, got shape {list(x.shape)}")
                 return layout
         raise ValueError(f"{name}: expected shape {self._show(layouts)}, got {list(x.shape)}")
 

@@ -171,8 +171,6 @@ def _check(q, k, v, beta, g, w, scale, substeps, state, segments):
         raise ValueError(f"substeps: expected an integer >= 1, got {substeps!r}")
     shapes = Shapes()
     shapes("q", q, "B T Hq K")
-    if q.shape[1] < 1:
-        raise ValueError(f"q: expected at least one token, got shape {list(q.shape)}")
     shapes.sizes["R"] = shapes["T"] * substeps
     shapes("k", k, "B R Hq K")
     shapes("v", v, "B R H V")

@@ -93,8 +93,6 @@ def _check(q, k, v, a, b, g, state, segments):
         shapes(name, x, "B T H K")
     shapes("v", v, "B T H V")
     shapes("g", g, "B T H", "B T H K")
-    if q.shape[1] < 1:
-        raise ValueError(f"q: expected at least one token, got shape {list(q.shape)}")
     q, k, v, a, b = common_dtype(q=q, k=k, v=v, a=a, b=b)
     rows = check_segments(segments, q.shape[0], q.shape[1])
     check_floating("g", g, q.device)

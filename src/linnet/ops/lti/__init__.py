@@ -157,8 +157,6 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, LTIState]:
     """What both have in common; ``layout`` is that of one row of the state."""
-    if u.shape[1] < 1:
-        raise ValueError(f"u: expected at least one token, got shape {list(u.shape)}")
     (u,) = common_dtype(u=u)
     for name, x in parameters.items():
         check_floating(name, x, u.device)

@@ -136,8 +136,6 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, ScanState]:
     """A scan whose shapes fit: the initial state and the backend."""
-    if b.shape[1] < 1:
-        raise ValueError(f"b: expected at least one token, got shape {list(b.shape)}")
     rows = check_segments(segments, b.shape[0], b.shape[1])
     acc = accumulate_dtype(b)
     if state is None:

@@ -76,8 +76,6 @@ def selective_scan(
     shapes("C", C, "B T G S" if grouped else "B T S")
     if D is not None:
         shapes("D", D, "D")
-    if shapes["T"] < 1:
-        raise ValueError(f"x: expected at least one token, got shape {list(x.shape)}")
     if not grouped:
         B, C = B[:, :, None], C[:, :, None]
     elif shapes["D"] % shapes["G"]:

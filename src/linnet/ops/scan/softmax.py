@@ -59,8 +59,6 @@ def softmax_scan(
     shapes = Shapes()
     shapes("v", v, "B T H V")
     shapes("s", s, "B T H")
-    if shapes["T"] < 1:
-        raise ValueError(f"v: expected at least one token, got shape {list(v.shape)}")
     (v,) = common_dtype(v=v)
     check_floating("s", s, v.device)
     rows = check_segments(segments, v.shape[0], v.shape[1])
