@@ -519,7 +519,7 @@ def test_bad_input(kind: type[Mixer], options: dict[str, Any], device: torch.dev
     mixer = _make(kind, options, device)
     width = mixer.d_model
     x = _input(mixer, 3)
-    for bad in (x[..., :-1], x[0], x[:, :0], x[..., None]):
+    for bad in (x[..., :-1], x[0], x[:0], x[:, :0], x[..., None]):
         with pytest.raises(ValueError, match=rf"x: expected .*{width}.*got \[{', '.join(map(str, bad.shape))}\]"):
             mixer(bad)
     for state in (x, (), object()):

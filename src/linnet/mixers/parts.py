@@ -168,10 +168,10 @@ def check_depth(layer: int, num_layers: int) -> None:
 
 
 def check_input(x: Tensor, d_model: int, segments: Segments | None) -> int:
-    """Refuse anything but ``[B, T, d_model]`` with T >= 1, packed as ``segments`` say; the number of state rows."""
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != d_model or x.shape[1] < 1:
+    """Refuse an empty ``x`` or one not ``[B, T, d_model]``, packed as ``segments`` say; the number of state rows."""
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != d_model or 0 in x.shape[:2]:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: expected shape [B, T >= 1, d_model={d_model}], got {got}")
+        raise ValueError(f"x: expected shape [B >= 1, T >= 1, d_model={d_model}], got {got}")
     return check_segments(segments, x.shape[0], x.shape[1])
 
 

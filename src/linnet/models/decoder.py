@@ -326,8 +326,8 @@ class Decoder(nn.Module):
         """Logits of the next token at every position.
 
         Args:
-            tokens: int64 ``[B, T]``, T >= 1; packed ``[1, total]`` with ``segments``. Or floating ``[B, T, W]``: each
-                position a mixture of the embeddings of the first W tokens (several at once, noise, nothing).
+            tokens: int64 ``[B, T]``, not empty; packed ``[1, total]`` with ``segments``. Or floating ``[B, T, W]``:
+                each position a mixture of the embeddings of the first W tokens (several at once, noise, nothing).
             state: what an earlier call returned, B rows (one a segment when packed); None starts afresh.
             segments: boundaries of packed sequences.
             last_only: compute the logits of the last position of each row (of each segment when packed) only.
@@ -412,9 +412,9 @@ class Decoder(nn.Module):
 
     def _check(self, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None) -> None:
         mixed = tokens.is_floating_point() and tokens.dim() == 3 and tokens.shape[2] <= self.config.vocab_size
-        if not (mixed or (tokens.dim() == 2 and tokens.dtype == torch.int64)) or tokens.shape[1] == 0:
+        if not (mixed or (tokens.dim() == 2 and tokens.dtype == torch.int64)) or 0 in tokens.shape[:2]:
             raise ValueError(
-                f"tokens: expected int64 of shape [B, T] with T >= 1, or floats [B, T, W] with W <= "
+                f"tokens: expected int64 of shape [B, T], not empty, or floats [B, T, W] with W <= "
                 f"{self.config.vocab_size}, got {tokens.dtype} of shape {list(tokens.shape)}"
             )
         check_segments(segments, *tokens.shape[:2])

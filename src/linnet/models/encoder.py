@@ -101,10 +101,10 @@ class Encoder(nn.Module):
         ids = not tokens.is_floating_point()
         if (
             tokens.dim() != (2 if ids else 3)
-            or not tokens.shape[1]
+            or 0 in tokens.shape[:2]
             or not (ids or tokens.shape[2] == self.norm.weight.shape[0])
         ):
-            wanted = f"int64 [B, T >= 1] or [B, T >= 1, {self.norm.weight.shape[0]}]"
+            wanted = f"int64 [B >= 1, T >= 1] or [B >= 1, T >= 1, {self.norm.weight.shape[0]}]"
             raise ValueError(f"tokens: expected {wanted}, got {tokens.dtype} of shape {list(tokens.shape)}")
         check_segments(segments, *tokens.shape[:2])
         if state is not None and len(state) != len(self.layers):

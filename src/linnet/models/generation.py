@@ -299,7 +299,7 @@ def _layout(state: Any) -> list[tuple[torch.Size, torch.dtype]]:
 
 
 def _one_by_one(why: str) -> None:
-    warnings.warn(f"cuda_graph: {why}; steps run one by one", stacklevel=4)
+    warnings.warn(f"cuda_graph: {why}; steps run one by one", stacklevel=5)
 
 
 def _check_options(

@@ -180,9 +180,9 @@ def _check(x: Any, state: Tensor, params: tuple[Tensor, ...], segments: Segments
     """The inputs as a tuple, everything in the dtype of states."""
     inputs = x if isinstance(x, tuple) else (x,)
     for y in inputs:
-        if not isinstance(y, Tensor) or y.dim() < 2 or y.shape[1] < 1 or y.shape[:2] != inputs[0].shape[:2]:
+        if not isinstance(y, Tensor) or y.dim() < 2 or 0 in y.shape[:2] or y.shape[:2] != inputs[0].shape[:2]:
             got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"x: expected tensors of one shape [B, T >= 1, ...], got {got}")
+            raise ValueError(f"x: expected tensors of one shape [B >= 1, T >= 1, ...], got {got}")
         check_floating("x", y, inputs[0].device)
     rows = check_segments(segments, *inputs[0].shape[:2])
     check_floating("state", state, inputs[0].device)
