@@ -26,6 +26,7 @@ from .kernels import (
     key_tile,
     reading,
     row_gates,
+    state_kernel,
     stretch,
     tile_at,
     within,
@@ -34,8 +35,9 @@ from .kernels import (
 RESET = tl.constexpr(-150.0)  # log2-decays below it were cut: a reset passes no gradient
 
 
-@triton.jit(do_not_specialize=["T", "CT", "LENGTH", "H", "HQ"])
-def adjoint_kernel(
+@triton.jit
+def adjoint(
+    pid,
     erase_ptr,
     write_ptr,
     read_ptr,
@@ -67,8 +69,8 @@ def adjoint_kernel(
     UNTIED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
+    """Walk the chunks backward, program ``pid`` a block of values of a head."""
     blocks = tl.cdiv(V, BV)
-    pid = tl.program_id(0)
     h = (pid // blocks) % H
     n = pid // (blocks * H)
     hq = h // (H // HQ)
@@ -148,6 +150,62 @@ def adjoint_kernel(
         fade, into, read = next_fade, next_into, next_read
 
     tl.store(start_ptr + (n.to(tl.int64) * H + h) * K * V + state, dS, mask=inside)
+
+
+@triton.jit(do_not_specialize=["states", "T", "CT", "LENGTH", "H", "HQ"])
+def adjoint_kernel(
+    states,  # programs that walk the states, before those that walk their gradients
+    erase_ptr,
+    write_ptr,
+    read_ptr,
+    v_ptr,
+    w_ptr,
+    rows_ptr,
+    decays_ptr,
+    matrices_ptr,
+    S0_ptr,  # state before the first chunk, [N, H, K, V]
+    S_ptr,  # the state that each chunk reads, [chunks, H, V, K]
+    R_ptr,  # [chunks, H, V, C]
+    do_ptr,
+    last_ptr,  # gradient of the final state, [N, H, K, V]
+    start_ptr,  # gradient of the initial state
+    dS_ptr,  # [chunks, H, V, K]
+    L_ptr,  # [rows, H, V], or, UNTIED, of the rows that erase, negative, [tokens, H, V]
+    dv_ptr,  # UNTIED: L of the rows that are written to
+    cu_ptr,
+    first_ptr,
+    scale,
+    T,
+    CT,
+    LENGTH,
+    H,
+    HQ,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SUB: tl.constexpr,
+    GATE: tl.constexpr,
+    W: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNTIED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """The serial passes: states forward and their gradients backward. Neither needs the other, and each leaves a
+    multiprocessor idle when it waits for its chain of products: they run side by side."""
+    if tl.program_id(0) < states:
+        state_kernel(
+            erase_ptr, write_ptr, read_ptr, v_ptr, w_ptr, rows_ptr, decays_ptr, matrices_ptr, S0_ptr, None, None,
+            S_ptr, R_ptr, cu_ptr, first_ptr, scale, T, CT, LENGTH, H, HQ, K, V, V, C, BK, BV, SUB, GATE, W, VECTOR,
+            UNTIED, False, True, False, False, PACKED,
+        )  # fmt: skip
+    else:
+        adjoint(
+            tl.program_id(0) - states, erase_ptr, write_ptr, read_ptr, rows_ptr, decays_ptr, matrices_ptr, do_ptr,
+            last_ptr, start_ptr, dS_ptr, L_ptr, dv_ptr, cu_ptr, first_ptr, scale, T, CT, LENGTH, H, HQ, K, V, C, BK,
+            BV, SUB, GATE, VECTOR, UNTIED, PACKED,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -68,6 +68,8 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     stage, room = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV), 225_000  # bytes that a chunk's tiles take
     if kernel == "moves":  # reads nothing, and two programs share a multiprocessor
         stage, room = 2 * C * (BK * (2 if vector else 1) + C + BV), 112_000
+    if kernel == "adjoint" and 2 * stage < 115_200:  # two programs share a multiprocessor
+        room = 115_200
     return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": max(1, min(3, room // stage))}
 
 
@@ -303,10 +305,9 @@ def _walk(
     *,
     o: Tensor | None = None,
     last: Tensor | None = None,
-    kept: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """One serial pass over parts from their states ``S``: the reading and the final states, or (``kept``) entering
-    states and writes of every chunk, or (``S`` None) what each part adds to a state and by what it multiplies it."""
+    """One serial pass over parts from their states ``S``: the reading and the final states, or (``S`` None) what each
+    part adds to a state and by what it multiplies it."""
     settings = launch_settings("moves" if S is None else "state", layout.K, layout.V, v.dtype, modes.vector)
     erase, read, write = local["operands"]
     width = layout.V + (layout.K if S is None else 0)
@@ -322,7 +323,8 @@ def _walk(
         S,
         last,
         o,
-        *(kept or (None, None)),
+        None,
+        None,
         parts.cu,
         parts.first,
         scale,
@@ -341,7 +343,7 @@ def _walk(
         VECTOR=modes.vector,
         UNTIED=modes.untied,
         OUTPUT=o is not None,
-        KEEP=kept is not None,
+        KEEP=False,
         LAST=last is not None,
         MOVES=S is None,
         PACKED=layout.packed,
@@ -564,18 +566,26 @@ def backward(
     entering, leaving = (q.new_empty(layout.chunks, H, V, K) for _ in range(2))
     R, L = q.new_empty(layout.chunks, H, V, C), torch.empty_like(v)
     dv = torch.empty_like(v) if modes.write or modes.untied else L
-    settings = launch_settings("state", K, V, v.dtype, modes.vector)
+    settings = launch_settings("adjoint", K, V, v.dtype, modes.vector and not modes.untied)
     erase, read, write = local["operands"]
     parts = layout.whole if layout.parts is None else layout.parts
 
-    def walk_back(last: Tensor, start: Tensor) -> None:
-        adjoint_kernel[(parts.count * H * _cdiv(V, settings["BV"]),)](
+    def walk_back(last: Tensor, start: Tensor, S: Tensor | None) -> None:
+        """Gradients of the states, and, side by side, the states again from ``S``."""
+        programs = parts.count * H * _cdiv(V, settings["BV"])
+        adjoint_kernel[(programs * (1 if S is None else 2),)](
+            0 if S is None else programs,
             erase,
             write,
             read,
+            v,
+            w,
             local["rows"],
             local["decays"],
             matrices,
+            last if S is None else S,
+            entering,
+            R,
             do,
             last,
             start,
@@ -595,6 +605,7 @@ def backward(
             C=C,
             SUB=substeps,
             GATE=modes.gate,
+            W=modes.write,
             VECTOR=modes.vector,
             UNTIED=modes.untied,
             PACKED=layout.packed,
@@ -602,23 +613,21 @@ def backward(
         )
 
     if layout.parts is None:
-        _walk(layout, modes, local, v, w, S, scale, parts, kept=(entering, R))
         dS0 = torch.empty_like(S)
-        walk_back(dS, dS0)
+        walk_back(dS, dS0, S)
     else:
         states, _, moves = _enter(layout, modes, local, v, w, S, scale, parts)
-        _walk(layout, modes, local, v, w, states, scale, parts, kept=(entering, R))
         own = torch.empty_like(states)
-        walk_back(torch.zeros_like(states), own)
+        walk_back(torch.zeros_like(states), own, states)
         states, dS0 = _chain(layout, parts, dS, own, moves, True)
-        walk_back(states, own)
+        walk_back(states, own, None)
     dq, dk = q.new_empty(*q.shape[:2], H, K), k.new_empty(*k.shape[:2], H, K)
     a, b = ab or (None, None)
     wanted = {"beta": beta, "g": g, "w": w, "a": a, "b": b}
     grads = {"S": dS0, "v": dv} | {name: torch.empty_like(x) for name, x in wanted.items() if x is not None}
     D1 = q.new_empty(layout.chunks, H, C, C)
     D2 = D1 if modes.untied else torch.empty_like(D1)
-    settings = launch_settings("gradient", K, V, v.dtype, modes.vector)
+    settings = launch_settings("gradient", K, V, v.dtype, modes.vector and not modes.untied)
     operands = local["operands"] if modes.vector else (None, None, None)
     gradient_kernel[(layout.chunks * H,)](
         q,
