@@ -321,6 +321,7 @@ def gradient_kernel(
     S_ptr += slot * K * V
     dS_ptr += slot * K * V
     dtype = do_ptr.dtype.element_ty
+    FINE: tl.constexpr = do_ptr.dtype.element_ty == tl.float16
     ONE: tl.constexpr = V <= BV  # values in one tile: read once
     do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, 0, valid, reads, V, C, BV, SUB, UNTIED)
 
@@ -331,10 +332,14 @@ def gradient_kernel(
     dg_row = tl.zeros([C], dtype=tl.float32)
     if not VECTOR:
         beta, r_k, r_q = tl.load(rows_ptr + 3 * C), tl.load(rows_ptr + 4 * C), tl.load(rows_ptr + 5 * C)
-        seen, left, total = r_k, beta, 1.0
-        if GATE != 0:
-            seen, left = tl.exp2(tl.load(rows_ptr + 6 * C)), tl.load(rows_ptr + C) / r_k
-            total = tl.load(total_ptr)
+        # Lengths, decays and strengths go into pairs and products, so that the operands are q and k as they lie in
+        # memory; fp16 has no room for that, and has the lengths in the operands.
+        c_e, c_w, c_q = tl.load(rows_ptr), tl.load(rows_ptr + C), tl.load(rows_ptr + 2 * C)
+        p_q, p_k = r_q * scale, r_k
+        if FINE:
+            c_e, c_w, c_q = c_e / r_k, c_w / r_k, c_q / r_q
+            p_q, p_k = tl.zeros([C], dtype=tl.float32) + scale, tl.zeros([C], dtype=tl.float32) + 1.0
+        total = tl.load(total_ptr) if GATE != 0 else 1.0
 
     dP = tl.dot(do, R, input_precision="ieee")
     dT = dP
@@ -362,7 +367,8 @@ def gradient_kernel(
             coarse, fine = gate_sums(row_gates(g_ptr, t0, h, H, r, valid, SUB))
             decay = between(coarse, fine, C)
             dP, dT = dP * decay, dT * decay
-        dP, dT = dP * beta[None, :], dT * beta[None, :]
+        dP = dP * p_q[:, None] * (beta * p_k)[None, :]
+        dT = dT * p_k[:, None] * (beta * p_k)[None, :]
     # To memory and back: both sides of these are needed, and Triton 3.6 turns what is in registers wrongly on Hopper.
     D1_ptr += slot * (C * C) + (row * C + col)
     tl.store(D1_ptr, dP.to(dtype))
@@ -370,9 +376,10 @@ def gradient_kernel(
         D2_ptr += slot * (C * C) + (row * C + col)
         tl.store(D2_ptr, dT.to(dtype))
     tl.debug_barrier()
-    D1 = tl.load(D1_ptr)
-    if not UNTIED:
-        D2 = tl.load(D2_ptr)
+    if VECTOR:  # else in the loop: there are no registers to keep them in
+        D1 = tl.load(D1_ptr)
+        if not UNTIED:
+            D2 = tl.load(D2_ptr)
     if VECTOR and GATE != 0:
         below = tl.load(below_ptr + (row * C + col))
 
@@ -390,7 +397,10 @@ def gradient_kernel(
         S, dS = state_tiles(S_ptr, dS_ptr, 0, k0, K, V, BK, BV)
         end = tl.zeros([BK], dtype=tl.float32)  # through the state that crosses the chunk
         if GATE != 0:
-            end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
+            if VECTOR:
+                end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
+            else:
+                reach += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
         dq = tl.dot(do, S, input_precision="ieee")
         if not UNTIED:
             de = tl.dot(L, S, input_precision="ieee")
@@ -403,7 +413,10 @@ def gradient_kernel(
                 de = tl.dot(L, S, de, input_precision="ieee")
             dw = tl.dot(tl.trans(R), dS, dw, input_precision="ieee")
             if GATE != 0:
-                end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
+                if VECTOR:
+                    end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
+                else:
+                    reach += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
 
         if VECTOR:
             q = tl.load(read_ptr + at, mask=asked, other=0.0)
@@ -460,13 +473,13 @@ def gradient_kernel(
                 else:
                     dg_row += tl.sum(dg, 1)
         else:
-            k = (k.to(tl.float32) * r_k[:, None]).to(dtype)
-            q = (q.to(tl.float32) * (r_q * scale)[:, None]).to(dtype)
-            dw = dw * left[:, None]
+            if FINE:
+                k = (k.to(tl.float32) * r_k[:, None]).to(dtype)
+                q = (q.to(tl.float32) * r_q[:, None]).to(dtype)
+            dq, de, dw = dq * c_q[:, None], de * c_e[:, None], dw * c_w[:, None]
             if GATE != 0:
-                dq, de = dq * seen[:, None], de * seen[:, None]
-                reach += tl.sum(end, 0) * total
                 dg_row += tl.sum(dq * q.to(tl.float32) - de * k.to(tl.float32), 1)
+            D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
             dq += tl.dot(D1, k, input_precision="ieee")
             de += tl.dot(D2, k, input_precision="ieee")
             dw += tl.dot(tl.trans(D1), q, input_precision="ieee")
@@ -474,12 +487,16 @@ def gradient_kernel(
             s_q += tl.sum(dq * q.to(tl.float32), 1)
             s_e -= tl.sum(de * k.to(tl.float32), 1)
             s_w += tl.sum(dw * k.to(tl.float32), 1)
-            dq, dw = dq * scale, dw - de
+            dw = dw - de
+            n_q, n_k = s_q * r_q, (s_e + s_w) * r_k
+            if FINE:
+                dq, dw = dq * r_q[:, None], dw * r_k[:, None]
+            else:
+                n_q, n_k = n_q * r_q, n_k * r_k
             if NORM:  # its adjoint needs the sums over all keys: here in the last block, for the others below
                 last = k0 + BK >= K
-                dq -= q.to(tl.float32) * tl.where(last & (scale != 0.0), s_q / scale, 0.0)[:, None]
-                dw -= k.to(tl.float32) * tl.where(last, s_e + s_w, 0.0)[:, None]
-                dq, dw = dq * tl.where(last, r_q, 1.0)[:, None], dw * tl.where(last, r_k, 1.0)[:, None]
+                dq -= q.to(tl.float32) * tl.where(last, n_q, 0.0)[:, None]
+                dw -= k.to(tl.float32) * tl.where(last, n_k, 0.0)[:, None]
             tl.store(tile_at(dq_ptr, t0, h, H, K, token, keys), dq.to(dtype), mask=q_in)
             tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dw.to(dtype), mask=k_in)
     if W:
@@ -509,15 +526,15 @@ def gradient_kernel(
                 q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0).to(tl.float32)
                 at = tile_at(dq_ptr, t0, h, H, K, token, keys)
                 dq = tl.load(at, mask=q_in, other=0.0).to(tl.float32)
-                tl.store(at, ((dq - q * (r_q * s_q)[:, None]) * r_q[:, None]).to(dtype), mask=q_in)
+                tl.store(at, (dq - q * (s_q * r_q * r_q)[:, None]).to(dtype), mask=q_in)
                 at = tile_at(dk_ptr, s0, h, H, K, row, keys)
                 dk = tl.load(at, mask=k_in, other=0.0).to(tl.float32)
-                tl.store(at, ((dk - k * (r_k * (s_e + s_w))[:, None]) * r_k[:, None]).to(dtype), mask=k_in)
+                tl.store(at, (dk - k * ((s_e + s_w) * r_k * r_k)[:, None]).to(dtype), mask=k_in)
         dbeta = s_w / beta
         tl.store(tile_at(dbeta_ptr, s0, h, H, 1, r, 0), dbeta.to(dbeta_ptr.dtype.element_ty), mask=valid)
         if GATE != 0:
             change = s_w - s_q - s_e
-            dg_row = reach + tl.sum(dg_row, 0) + tl.cumsum(change, 0) - change
+            dg_row = reach * total + tl.sum(dg_row, 0) + tl.cumsum(change, 0) - change
     if GATE == 1:
         g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
         at = tile_at(dg_ptr, t0, h, H, 1, r // SUB, 0)
