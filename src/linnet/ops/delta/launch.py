@@ -50,7 +50,8 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     if kernel == "hard":
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
     if kernel == "local":
-        return {"BK": min(BK, 64 if fp32 else 32), "num_warps": 4 if fp32 else 1, "num_stages": stages}
+        wide = fp32 or vector
+        return {"BK": min(BK, 64 if wide else 32), "num_warps": 4 if fp32 else 1, "num_stages": stages}
     if kernel == "gradient":
         return {
             # In 16 bits a single block of 32 keys is computed wrongly on Hopper, and blocks of 32 beside 256 values end
