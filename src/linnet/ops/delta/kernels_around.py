@@ -28,6 +28,7 @@ from .kernels import (
     erasing,
     gate_parts,
     gate_sums,
+    over_length,
     power_of_2,
     product,
     reading,
@@ -205,7 +206,7 @@ def prepare_kernel(
         r_k = tl.zeros([ROWS], dtype=tl.float32) + 1.0
         r_q = tl.zeros([ROWS], dtype=tl.float32) + 1.0
         if NORM:
-            r_k, r_q = tl.rsqrt(tl.sum(k * k, 1) + 1e-6), tl.rsqrt(tl.sum(q * q, 1) + 1e-6)
+            r_k, r_q = over_length(tl.sum(k * k, 1)), over_length(tl.sum(q * q, 1))
         beta = tl.zeros([ROWS], dtype=tl.float32) + 1.0
         if not (ERASE or UNTIED):
             beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=0.0).to(tl.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import within
+from .kernels import over_length, within
 
 
 @triton.jit(do_not_specialize=["T", "H", "HQ"])
@@ -68,7 +68,7 @@ def step_kernel(
             line = token * SUB + j
             k = tl.load(k_ptr + (line * HQ + hq) * K + keys, mask=wide, other=0.0).to(tl.float32)
             if NORM:
-                k = k * tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+                k = k * over_length(tl.sum(k * k, 0))
             z = tl.load(v_ptr + (line * H + h) * V + values, mask=has, other=0.0).to(tl.float32)
             if ERASE:
                 e = k * tl.load(beta_ptr + (line * H + h) * K + keys, mask=wide, other=0.0).to(tl.float32)
@@ -84,7 +84,7 @@ def step_kernel(
             S += k[:, None] * z[None, :]
         q = tl.load(q_ptr + (token * HQ + hq) * K + keys, mask=wide, other=0.0).to(tl.float32)
         if NORM:
-            q = q * tl.rsqrt(tl.sum(q * q, 0) + 1e-6)
+            q = q * over_length(tl.sum(q * q, 0))
         o = tl.sum(S * (q * scale)[:, None], 0)
         tl.store(o_ptr + (token * H + h) * V + values, o.to(o_ptr.dtype.element_ty), mask=has)
     tl.store(out_ptr + at, S, mask=wide[:, None] & has[None, :])
