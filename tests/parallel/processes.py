@@ -242,8 +242,10 @@ def check_tensor_parallel(group):
 
 
 def check_sharded_and_split():
-    """Two processes for the layers, times two for the batch."""
-    mesh = init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("data", "tensor"))
+    """Two processes for the layers, times the others for the batch."""
+    mesh = init_device_mesh(
+        torch.get_default_device().type, (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor")
+    )
     torch.manual_seed(3)
     mixers = ["gated_deltanet(num_heads=2, head_dim=4)", "attention(num_heads=2)"]
     model = Decoder(DecoderConfig(vocab_size=11, d_model=8, num_layers=2, mixers=mixers, mlp_hidden=8)).double()
@@ -252,7 +254,7 @@ def check_sharded_and_split():
         fully_shard(module, mesh=mesh["data"])
     register_fsdp_forward_method(spread, "loss")
     tokens = torch.randint(11, (2, T))
-    spread.loss(*[tokens[mesh["data"].get_local_rank()][None]] * 2).backward()
+    spread.loss(*[tokens.chunk(mesh["data"].size())[mesh["data"].get_local_rank()]] * 2).backward()
     model.loss(tokens, tokens).backward()
     for m in (spread, model):
         torch.optim.SGD(m.parameters(), lr=0.1).step()
@@ -406,7 +408,7 @@ def main(rank, size, port, device, names):
         options["device_id"] = torch.device("cuda", rank)
     torch.set_default_device(device)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=size, **options)
-    pair = dist.new_group([0, 1]) if size > 2 else None
+    pair = dist.new_group([0, 1]) if size > 2 else dist.group.WORLD
     for name, (count, run) in parts(device).items():
         if (names and name not in names) or (count == 2 and rank > 1):
             continue

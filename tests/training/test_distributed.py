@@ -124,8 +124,7 @@ def test_two_processes_equal_one(launch, tmp_path, kind):
 
 @pytest.mark.slow
 def test_sharded_run_goes_on_with_any_number_of_processes(launch, tmp_path, device):
-    many, fewer = (4, 2) if device.type == "cuda" else (2, 1)
-    need_gpus(device, many)
+    many, fewer = (4, 2) if device.type == "cuda" and torch.cuda.device_count() >= 4 else (2, 1)
     whole, stopped, same, other = (tmp_path / name for name in ("whole", "stopped", "same", "other"))
     with ThreadPoolExecutor() as side_by_side:
         first = side_by_side.submit(launch, "sharded", whole, processes=many)
