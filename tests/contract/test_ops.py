@@ -611,6 +611,7 @@ def test_bad_input(op: Op, case: Case, device: torch.device) -> None:
     packed = Sample(op, case, device, torch.float32, 5, rows=1)
     for segments, what in (
         (Segments.from_lengths([2, 2], device), "segments of another total"),
+        (Segments.from_lengths([2, 3], "meta"), "segments on another device"),
         (torch.tensor([0, 5]), "segments that are a tensor"),
     ):
         _refuses(op, packed.call("auto", segments=segments), packed.inputs, None, ["segments"], what)

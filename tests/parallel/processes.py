@@ -222,7 +222,7 @@ def check_tensor_parallel(group):
         for m in (spread, model):
             torch.optim.AdamW(m.parameters(), lr=0.01).step()
         tokens = tokens.view(1, -1)
-        lengths = ops.Segments.from_lengths([5, 14, 19])
+        lengths = ops.Segments.from_lengths([5, 14, 19], tokens.device)
         with torch.no_grad():
             close("logits", spread(tokens, segments=lengths).logits, model(tokens, segments=lengths).logits)
             first = [m(tokens[:, :30]).state for m in (spread, model)]

@@ -172,7 +172,7 @@ def check_input(x: Tensor, d_model: int, segments: Segments | None) -> int:
     if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != d_model or 0 in x.shape[:2]:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: expected shape [B >= 1, T >= 1, d_model={d_model}], got {got}")
-    return check_segments(segments, x.shape[0], x.shape[1])
+    return check_segments(segments, x)
 
 
 def unpack(state: Any, kind: type[S]) -> S:

@@ -417,7 +417,7 @@ class Decoder(nn.Module):
                 f"tokens: expected int64 of shape [B, T], not empty, or floats [B, T, W] with W <= "
                 f"{self.config.vocab_size}, got {tokens.dtype} of shape {list(tokens.shape)}"
             )
-        check_segments(segments, *tokens.shape[:2])
+        check_segments(segments, tokens)
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"state: expected {len(self.layers)} layer states, got {len(state)}")
         if not mixed and tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():

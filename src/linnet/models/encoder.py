@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         ):
             wanted = f"int64 [B >= 1, T >= 1] or [B >= 1, T >= 1, {self.norm.weight.shape[0]}]"
             raise ValueError(f"tokens: expected {wanted}, got {tokens.dtype} of shape {list(tokens.shape)}")
-        check_segments(segments, *tokens.shape[:2])
+        check_segments(segments, tokens)
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"state: expected {len(self.layers)} layer states, got {len(state)}")
         x = self.embed_tokens(tokens) if ids else tokens

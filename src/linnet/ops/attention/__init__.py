@@ -106,7 +106,7 @@ def attention(
         raise ValueError(f"k: expected a number of heads that divides q's {shapes['H']}, got {shapes['Hkv']}")
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"window: expected None or an integer >= 1, got {window!r}")
-    rows = check_segments(segments, q.shape[0], q.shape[1])
+    rows = check_segments(segments, q)
     if state is None:
         q, k, v = common_dtype(q=q, k=k, v=v)  # type: ignore[assignment]
     else:

@@ -139,7 +139,7 @@ def _check(x, R, b, p, kind, state, segments):
             raise ValueError(f"p: expected None, kind {kind!r} has no peepholes, got {list(p.shape)}")
         Shapes(H=H, PD=len(kinds.peepholes) * D)("p", p, "H PD")
         check_floating("p", p, x.device)
-    rows, acc = check_segments(segments, x.shape[0], x.shape[1]), accumulate_dtype(x)
+    rows, acc = check_segments(segments, x), accumulate_dtype(x)
     if state is None:
         state = cell_state(kind, rows, H, D, dtype=acc, device=x.device)
     elif not isinstance(state, CellState):

@@ -87,7 +87,7 @@ def m2rnn(
     q, k, v, W = common_dtype(q=q, k=k, v=v, W=W)
     check_floating("g", g, q.device)
     check_log_decay("g", g)
-    rows, acc = check_segments(segments, *q.shape[:2]), accumulate_dtype(q)
+    rows, acc = check_segments(segments, q), accumulate_dtype(q)
     if state is None:
         S = torch.zeros(rows, H, K, V, dtype=acc, device=q.device)
     else:

@@ -184,7 +184,7 @@ def _check(x: Any, state: Tensor, params: tuple[Tensor, ...], segments: Segments
             got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"x: expected tensors of one shape [B >= 1, T >= 1, ...], got {got}")
         check_floating("x", y, inputs[0].device)
-    rows = check_segments(segments, *inputs[0].shape[:2])
+    rows = check_segments(segments, inputs[0])
     check_floating("state", state, inputs[0].device)
     if state.dim() < 2 or state.shape[0] != rows:
         raise ValueError(f"state: expected shape [N={rows}, D, ...], got {list(state.shape)}")

@@ -112,7 +112,7 @@ def _para(kind, x, A, C, state, segments, backend):
         if weight is not None:
             (shapes if name == "A" else Shapes(P=2, D=shapes["D"]))(name, weight, layout)
             check_floating(name, weight, x.device)
-    rows, acc = check_segments(segments, x.shape[0], x.shape[1]), accumulate_dtype(x)
+    rows, acc = check_segments(segments, x), accumulate_dtype(x)
     if state is None:
         zeros = torch.zeros(rows, 2, x.shape[-1], dtype=acc, device=x.device).unbind(1)
         state = ParaState(zeros[0], zeros[1] if kind == "paralstm" else None)

@@ -63,7 +63,7 @@ def conv(
     if activation not in (None, "silu"):
         raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
     x, weight, bias = common_dtype(x=x, weight=weight, bias=bias)  # type: ignore[assignment]
-    rows = check_segments(segments, x.shape[0], x.shape[1])
+    rows = check_segments(segments, x)
     tail = None
     if state is not None:
         if not isinstance(state, ConvState):

@@ -93,8 +93,10 @@ def check_floating(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected a floating tensor on {device}, got {x.dtype} on {x.device}")
 
 
-def check_segments(segments: Segments | None, batch: int, length: int) -> int:
-    """Number of state rows: the batch, or the sequences of a packed row (which needs ``B = 1`` and ``T = total``)."""
+def check_segments(segments: Segments | None, x: Tensor) -> int:
+    """Number of state rows of an input ``[B, T, ...]``: the batch, or the sequences of a packed row (which needs
+    ``B = 1``, ``T = total`` and ``segments`` on the same device)."""
+    batch, length = x.shape[:2]
     if segments is None:
         return batch
     if not isinstance(segments, Segments):
@@ -104,6 +106,8 @@ def check_segments(segments: Segments | None, batch: int, length: int) -> int:
             f"segments: packed inputs need shape [1, {segments.total}, ...] (one row holding all "
             f"{len(segments)} sequences), got B={batch}, T={length}"
         )
+    if segments.ids.device != x.device and x.device.type != "meta":
+        raise ValueError(f"segments: expected device {x.device} like the input, got {segments.ids.device}; see .to()")
     return len(segments)
 
 

@@ -177,7 +177,7 @@ def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):
     if v.shape[2] % q.shape[2]:
         raise ValueError(f"v: expected a multiple of q's {q.shape[2]} heads, got {v.shape[2]}")
     q, k, v = common_dtype(q=q, k=k, v=v)
-    rows = check_segments(segments, q.shape[0], q.shape[1])
+    rows = check_segments(segments, q)
     layouts = {"g": ("H", "B T H", "B T H K"), "gv": ("B T H V",), "u": ("H K",), "w": ("B T H",)}
     for (name, layout), x in zip(layouts.items(), (g, gv, u, w), strict=True):
         if x is None:

@@ -75,7 +75,7 @@ def mlstm(
     shapes("f", f, "B T H")
     for name, x in (("i", i), ("f", f)):
         check_floating(name, x, q.device)
-    rows = check_segments(segments, q.shape[0], q.shape[1])
+    rows = check_segments(segments, q)
     acc = accumulate_dtype(common_dtype(q=q)[0])  # type: ignore[arg-type]
     if state is None:
         H, K, V = v.shape[2], q.shape[3], v.shape[3]

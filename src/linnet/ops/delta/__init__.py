@@ -177,7 +177,7 @@ def _check(q, k, v, beta, g, w, scale, substeps, state, segments):
     if v.shape[2] % q.shape[2]:
         raise ValueError(f"v: expected a multiple of q's {q.shape[2]} heads, got {v.shape[2]}")
     q, k, v = common_dtype(q=q, k=k, v=v)
-    rows = check_segments(segments, q.shape[0], q.shape[1])
+    rows = check_segments(segments, q)
     shapes("beta", beta, "B R H", "B R H K")
     check_floating("beta", beta, q.device)
     for name, x, layouts in (("g", g, ("H", "B T H", "B T H K")), ("w", w, ("B R H V",))):

@@ -94,7 +94,7 @@ def _check(q, k, v, a, b, g, state, segments):
     shapes("v", v, "B T H V")
     shapes("g", g, "B T H", "B T H K")
     q, k, v, a, b = common_dtype(q=q, k=k, v=v, a=a, b=b)
-    rows = check_segments(segments, q.shape[0], q.shape[1])
+    rows = check_segments(segments, q)
     check_floating("g", g, q.device)
     check_log_decay("g", g)
     return q, k, v, a, b, initial_state(state, rows, q.shape[2], q.shape[3], v.shape[3], q)

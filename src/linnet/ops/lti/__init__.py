@@ -160,7 +160,7 @@ def _run(
     (u,) = common_dtype(u=u)
     for name, x in parameters.items():
         check_floating(name, x, u.device)
-    rows = check_segments(segments, u.shape[0], u.shape[1])
+    rows = check_segments(segments, u)
     acc = torch.promote_types(u.dtype, torch.float32)
     if state is None:
         x = u.new_zeros(rows, *layout.values(), dtype=acc)

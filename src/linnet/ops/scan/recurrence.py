@@ -136,7 +136,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, ScanState]:
     """A scan whose shapes fit: the initial state and the backend."""
-    rows = check_segments(segments, b.shape[0], b.shape[1])
+    rows = check_segments(segments, b)
     acc = accumulate_dtype(b)
     if state is None:
         h = b.new_zeros(rows, *b.shape[2:], dtype=acc)

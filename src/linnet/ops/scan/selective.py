@@ -86,7 +86,7 @@ def selective_scan(
             check_floating(name, y, x.device)
     check_log_decay("A", A)
     check_not_negative("delta", delta)
-    rows = check_segments(segments, x.shape[0], x.shape[1])
+    rows = check_segments(segments, x)
     acc = accumulate_dtype(x)
     tail = (shapes["D"], shapes["S"])
     h = x.new_zeros(rows, *tail, dtype=acc) if state is None else check_state(state, rows, tail, x.device).to(acc)

@@ -61,7 +61,7 @@ def softmax_scan(
     shapes("s", s, "B T H")
     (v,) = common_dtype(v=v)
     check_floating("s", s, v.device)
-    rows = check_segments(segments, v.shape[0], v.shape[1])
+    rows = check_segments(segments, v)
     acc = accumulate_dtype(v)
     m, u, w = _state(state, rows, v, acc)
     with no_autocast(v):
