@@ -64,8 +64,8 @@ def _kind(value: Any) -> str:
     return "fp32"
 
 
-def build(launch: Launch, target: GPUTarget) -> Any:
-    """Compile a recorded launch; the result has the assembly (``asm``) and the metadata."""
+def specialized(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """What a kernel is compiled for: types, constants and attributes of its arguments."""
     signature, constants, attributes = {}, {}, {}
     flags = {p.name for p in launch.kernel.params if p.is_constexpr}
     general = {p.name for p in launch.kernel.params if p.do_not_specialize}
@@ -78,4 +78,9 @@ def build(launch: Launch, target: GPUTarget) -> Any:
         signature[name] = _kind(value)
         if isinstance(value, (Tensor, TensorDescriptor)) or (number and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    return compile(ASTSource(launch.kernel, signature, constants, attributes), target=target, options=launch.options)
+    return signature, constants, attributes
+
+
+def build(launch: Launch, target: GPUTarget) -> Any:
+    """Compile a recorded launch; the result has the assembly (``asm``) and the metadata."""
+    return compile(ASTSource(launch.kernel, *specialized(launch)), target=target, options=launch.options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from contextlib import nullcontext
+from threading import Thread, get_ident
 from typing import Any
 
 import pytest
@@ -62,3 +63,22 @@ def test_launchers_are_made_where_kernels_are_compiled(monkeypatch: pytest.Monke
     eventual.future.set_result(Compiled())
     failing.future.set_exception(ValueError("does not compile"))
     assert Compiled.made == 1
+
+
+def test_a_thread_has_a_context_before_its_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was another thread that loaded the kernel."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: asked.append(get_ident()))
+    kernel = Kernel(Recorder())
+
+    def launch() -> None:
+        for x in range(3):
+            kernel[(1,)](x)
+
+    threads = [Thread(target=launch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 2

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 import torch
-from ahead_of_time import BLACKWELL, HOPPER, MI300, SHARED_MEMORY, Launch, build, launches
+from ahead_of_time import BLACKWELL, HOPPER, MI300, SHARED_MEMORY, Launch, build, launches, specialized
 from triton.backends.compiler import GPUTarget
 
 from linnet.ops.decay import launch, launch_step, launch_walks
@@ -40,8 +40,9 @@ def recorded(
     write: bool = False,
     floor: bool = False,
     lengths: list[int] | None = None,
+    beforehand: bool = False,
 ) -> list[Launch]:
-    """What forward and backward of a call launch on such a GPU."""
+    """What forward and backward of a call launch on such a GPU, or what is compiled before its first call."""
     monkeypatch.setattr(launch_walks, "has_tma", lambda device: target.backend == "cuda")
     B, T, H, piece = (4, 4096, 16, 512) if lengths is None else (1, sum(lengths), 16, 512)
     rows = B if lengths is None else len(lengths)
@@ -61,11 +62,29 @@ def recorded(
     given = (q, k, v, gates[gate], gv, u, w)
 
     def call() -> None:
+        if beforehand:
+            launch._compile(given, state, low, cu, 1.0, 0.0, piece, pieces, True)
+            return
         o, x, last, bounds = launch.forward(*given, state, low, cu, 1.0, 0.0, piece, pieces, True)
         assert bounds is not None
         launch.backward(*given, low, cu, 1.0, 0.0, piece, o, x, bounds, torch.empty_like(v), last, True)
 
     return launches(call)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_first_call_compiles_what_it_launches(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "compile_together", lambda call: call())
+    monkeypatch.setattr(launch, "_compiled", set())
+    kinds = [
+        {(one.kernel.__name__, repr(specialized(one)), repr(one.options)) for one in found}
+        for found in (
+            recorded(monkeypatch, HOPPER, dtype=dtype, beforehand=beforehand, **CALLS[name])
+            for beforehand in (True, False)
+        )
+    ]
+    assert kinds[0] == kinds[1]
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -7,6 +7,7 @@ is first run. Here the thread that compiled the kernel does that, and loads it.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,7 @@ import torch
 __all__ = ["Kernel", "compile_together", "compiling"]
 
 _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+_thread = threading.local()
 
 
 def compiling() -> bool:
@@ -33,13 +35,25 @@ class Kernel:
         self.kernel = kernel
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return partial(self._compile, grid) if compiling() else self.kernel[grid]
+        if compiling():
+            return partial(self._compile, grid)
+        _bind()
+        return self.kernel[grid]
 
     def _compile(self, grid: Any, *args: Any, **kwargs: Any) -> None:
         compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
         future = getattr(compiled, "future", None)  # none of what was compiled before
         if future is not None:
             future.add_done_callback(partial(_load, _device()))
+
+
+def _bind() -> None:
+    """Have a context in this thread, once. Triton makes one where it loads a kernel, which was in another thread, and
+    without it the copy engine's descriptors fail in a backward pass whose thread has run nothing else."""
+    if not hasattr(_thread, "bound"):
+        _thread.bound = True
+        if torch.cuda.is_initialized():
+            torch.cuda.mem_get_info()
 
 
 def _device() -> int | None:

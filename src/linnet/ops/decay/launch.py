@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels_around import gate_kernel
-from .kernels_norm import norm_kernel
+from ..core.compiling import Kernel, compile_together, compiling
+from . import kernels_around, kernels_norm
 from .launch_walks import Call, State, line
 from .settings import EXACT, ceil_div, launch_settings, power_of_2
 
 __all__ = ["State", "backward", "forward"]
+
+gate_kernel, norm_kernel = Kernel(kernels_around.gate_kernel), Kernel(kernels_norm.norm_kernel)
+_compiled: set[Any] = set()
 
 
 def _append(x: Tensor, channel: Tensor) -> Tensor:
@@ -52,6 +55,8 @@ def forward(
         o, x = o[..., :-1], o[..., -1]
         den = (x if floor is None else torch.maximum(x.abs(), floor)) + eps
         return o / den[..., None], line(x), _apart(last), None if kept is None else _apart(kept)
+    if q.is_cuda and not compiling():
+        _compile((q, k, v, g, gv, u, w), state, floor, cu_host, scale, eps, piece, pieces, training)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     S, z = (None if x is None else x.contiguous() for x in state)
     w, floor = line(w), line(floor)
@@ -72,6 +77,41 @@ def forward(
         call.read(call.value, o, v, own)
     kept = State(bounds, z_bounds) if training and bounds is not None else None
     return o, x, State(last, z_last), kept
+
+
+def _compile(
+    inputs: tuple[Tensor | None, ...],
+    state: State,
+    floor: Tensor | None,
+    cu_host: Tensor | None,
+    scale: float,
+    eps: float,
+    piece: int,
+    pieces: int,
+    training: bool,
+) -> None:
+    """Before the first call of its kind, compile what such a call launches, forward and backward, together: on tensors
+    without memory."""
+    kinds = tuple(None if x is None else (x.dtype, x.shape[2:], x.stride(0) == 0) for x in (*inputs, *state, floor))
+    q = inputs[0]
+    assert q is not None
+    kind = q.device, kinds, cu_host is None, q.shape[1] % 64 == 0, piece, training
+    if kind in _compiled:
+        return
+    _compiled.add(kind)
+
+    def like(x: Tensor | None) -> Any:
+        return None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    given, ends, low = [like(x) for x in inputs], State(*map(like, state)), like(floor)
+
+    def call() -> None:
+        o, x, last, bounds = forward(*given, ends, low, cu_host, scale, eps, piece, pieces, training)
+        if bounds is not None:
+            do = torch.empty_like(o)
+            backward(*given, low, cu_host, scale, eps, piece, o, x, bounds, do, last, True)
+
+    compile_together(call)
 
 
 def backward(
@@ -219,11 +259,12 @@ def backward(
             0 if row is None else len(row),
             0 if col is None else len(col),
             LENGTH=power_of_2(call.piece),
-            BLOCK=1024,
+            BLOCK=4096,
             WS=w is not None,
             GATED=g is not None,
             NORM=x is not None,
             BONUS=u is not None,
             PACKED=call.packed,
+            num_warps=8,
         )
     return {name: x for name, x in found.items() if x is not None}

@@ -9,9 +9,14 @@ from torch import Tensor
 
 from linnet.ops.core import following
 
-from .kernels_step import stabilizer_kernel, stabilizer_sums_kernel, step_kernel
+from ..core.compiling import Kernel, compile_together
+from . import kernels_step
 from .launch_walks import State
 from .settings import ceil_div, power_of_2
+
+stabilizer_kernel = Kernel(kernels_step.stabilizer_kernel)
+stabilizer_sums_kernel = Kernel(kernels_step.stabilizer_sums_kernel)
+_compiled: set[Any] = set()
 
 
 def step(
@@ -42,7 +47,7 @@ def step(
     after = State(following(S), None if z is None else torch.empty_like(z))  # type: ignore[arg-type]
     BK = max(16, power_of_2(K))
     BV = min(max(16, power_of_2(V)), max(16, 8192 // BK))
-    step_kernel[(N * H * ceil_div(V, BV),)](
+    kernels_step.step_kernel[(N * H * ceil_div(V, BV),)](
         q, k, v, g, gv, u, w, S, z, floor, o, *after, scale, eps, H, HQ, K, V, row, BK=BK, BV=BV, GATE=gate
     )
     return o, after  # type: ignore[return-value]
@@ -65,6 +70,14 @@ def stabilizer(
     w, floor = (torch.empty(H, B, T, dtype=torch.float32, device=i.device) for _ in range(2))
     given = (i, f, m, cu, ids, *sums, T, B * T, H, blocks, least)
     sizes: dict[str, Any] = {"HEADS": heads, "BLOCK": block, "PACKED": cu is not None, "num_warps": 8}
-    stabilizer_sums_kernel[grid](*given, **sizes)
-    stabilizer_kernel[grid](*given, g, w, floor, last, **sizes)
+
+    def launch() -> None:
+        stabilizer_sums_kernel[grid](*given, **sizes)
+        stabilizer_kernel[grid](*given, g, w, floor, last, **sizes)
+
+    kind = i.device, i.dtype, f.dtype, m.dtype, H, cu is None
+    if i.is_cuda and kind not in _compiled:
+        _compiled.add(kind)
+        compile_together(launch)
+    launch()
     return g, w.permute(1, 2, 0), floor.permute(1, 2, 0), last

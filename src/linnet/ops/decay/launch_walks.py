@@ -9,10 +9,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core import chunk_table, uploaded
-from .kernels import pass_kernel
-from .kernels_around import chain_kernel, finish_kernel, prepare_kernel, read_kernel, sums_kernel
-from .kernels_norm import keys_kernel
-from .kernels_pairs import pairs_kernel
+from ..core.compiling import Kernel
+from . import kernels, kernels_around, kernels_norm, kernels_pairs
 from .settings import (
     EXACT,
     LIMITS,
@@ -27,6 +25,11 @@ from .settings import (
 )
 
 __all__ = ["Call", "State", "line"]
+
+pass_kernel, pairs_kernel = Kernel(kernels.pass_kernel), Kernel(kernels_pairs.pairs_kernel)
+prepare_kernel, finish_kernel = Kernel(kernels_around.prepare_kernel), Kernel(kernels_around.finish_kernel)
+sums_kernel, read_kernel = Kernel(kernels_around.sums_kernel), Kernel(kernels_around.read_kernel)
+chain_kernel, keys_kernel = Kernel(kernels_around.chain_kernel), Kernel(kernels_norm.keys_kernel)
 
 
 class _Vector(NamedTuple):

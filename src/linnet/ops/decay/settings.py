@@ -62,4 +62,6 @@ def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, s
 @cache
 def has_tma(device: torch.device) -> bool:
     """Whether tiles can be moved by the bulk tensor copy engine (NVIDIA from Hopper on)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    if device.type not in ("cuda", "meta") or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device if device.type == "cuda" else None)[0] >= 9
