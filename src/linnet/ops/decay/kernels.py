@@ -188,6 +188,7 @@ def pass_kernel(
     FULL_P: tl.constexpr,
     RAGGED: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,  # chunks under way also of loads that feed no product, or None
 ):
     splits = tl.cdiv(DP, BP)
     pid = tl.program_id(0)
@@ -250,7 +251,7 @@ def pass_kernel(
             slow = quick < halt
             halt = quick
 
-        for it in range(done, halt):
+        for it in tl.range(done, halt, num_stages=AHEAD):
             if REVERSE:
                 nth_chunk = n_chunks - 1 - it
             else:

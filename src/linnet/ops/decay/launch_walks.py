@@ -384,6 +384,9 @@ class Call:
         full_r, full_p = BR == DR, DP % BP == 0
         tma = self.tma and full_r
         ragged = self.packed or self.T % self.chunk != 0
+        # Measured on Hopper: a scalar gate's passes over 128 channels are slower so, but for the one that gathers the
+        # gradients of early tokens.
+        ahead = DR != 128 or side_r is not None or grad == 2
         pass_kernel[grid](
             *(self.tile(t, BR, tma) for t in (reader, writer)),
             self.tile(payload, BP, tma and full_p),
@@ -448,6 +451,7 @@ class Call:
             FULL_P=full_p,
             RAGGED=ragged,
             TMA=tma,
+            AHEAD=settings["num_stages"] if ahead else None,
             **settings,
         )
 
