@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +88,21 @@ def test_a_first_call_compiles_what_it_launches(name: str, dtype: torch.dtype, m
         )
     ]
     assert kinds[0] == kinds[1]
+
+
+def test_compiling_beforehand_imports_nothing() -> None:
+    """Some operators on tensors without memory import PyTorch's compiler, for seconds of a first call."""
+    code = (
+        "import sys, pytest\n"
+        "import test_decay_kernels as tests\n"
+        "patch = pytest.MonkeyPatch()\n"
+        "patch.setattr(tests.launch, 'compile_together', lambda call: call())\n"
+        "for name in ('scalar', 'mlstm'):\n"
+        "    assert tests.recorded(patch, tests.HOPPER, beforehand=True, **tests.CALLS[name])\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    surroundings = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=surroundings)
 
 
 @pytest.mark.parametrize("name", CALLS)

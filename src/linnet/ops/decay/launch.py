@@ -18,6 +18,11 @@ gate_kernel, norm_kernel = Kernel(kernels_around.gate_kernel), Kernel(kernels_no
 _compiled: set[Any] = set()
 
 
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Of tensors without memory any: their product would import PyTorch's compiler, for seconds."""
+    return x.new_empty(x.shape) if x.is_meta else x * y
+
+
 def _append(x: Tensor, channel: Tensor) -> Tensor:
     return torch.cat([x, channel[..., None]], -1)
 
@@ -68,7 +73,7 @@ def forward(
         norm = {"x": over, "norm": 1}
     q, k, own = call.prepare(call.key, q, k, u=call.u, own=u is not None)  # type: ignore[assignment]
     _, payload, _ = call.prepare(call.value, None, v)
-    o = torch.empty_like(v)
+    o = v.new_empty(v.shape)
     apart = own is not None and call.value is not None
     pair: dict[str, Any] = {"diag": 1} if apart else {"diag": 0 if own is None else 2, "own": own}
     pair["pairs"], _ = call.pair(q, k, norm.get("x"), w)
@@ -91,7 +96,7 @@ def _compile(
     training: bool,
 ) -> None:
     """Before the first call of its kind, compile what such a call launches, forward and backward, together: on tensors
-    without memory."""
+    without memory, for which `new_empty` costs nothing and `empty_like` imports half of PyTorch."""
     kinds = tuple(None if x is None else (x.dtype, x.shape[2:], x.stride(0) == 0) for x in (*inputs, *state, floor))
     q = inputs[0]
     assert q is not None
@@ -108,7 +113,7 @@ def _compile(
     def call() -> None:
         o, x, last, bounds = forward(*given, ends, low, cu_host, scale, eps, piece, pieces, training)
         if bounds is not None:
-            do = torch.empty_like(o)
+            do = o.new_empty(o.shape)
             backward(*given, low, cu_host, scale, eps, piece, o, x, bounds, do, last, True)
 
     compile_together(call)
@@ -155,7 +160,7 @@ def backward(
 
     lw = dx = None  # by what the late tokens are weighted, and the normaliser's gradient over that
     if x is not None:
-        lw, dx = torch.empty_like(x), torch.empty_like(x)
+        lw, dx = x.new_empty(x.shape), x.new_empty(x.shape)
         rows, wide = 32, min(128, max(16, power_of_2(V)))
         norm_kernel[(ceil_div(call.tokens, rows) * H,)](
             do, o, x, floor, lw, dx, eps, call.tokens, H, V, ROWS=rows, BV=wide, FLOOR=floor is not None
@@ -167,7 +172,7 @@ def backward(
     d_late, values, own_value = call.prepare(call.value, do, v, own=value_apart)
     if own_value is None and key_apart:
         own_value = new(call.B, call.T, H)
-    dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), torch.empty_like(v)
+    dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), v.new_empty(v.shape)
     scalar = gates and call.key is None and call.value is None and (g is not None or w is not None)
     row = col = pair_row = pair_col = None
     if scalar:
@@ -185,7 +190,7 @@ def backward(
     )
     dz_bounds = dz_first = None
     if d_state.z is not None and dx is not None:
-        dz_bounds, dz_first = call.sum_keys(q, dx * lw, d_state.z, pieces, reverse=True)  # type: ignore[operator]
+        dz_bounds, dz_first = call.sum_keys(q, _product(dx, lw), d_state.z, pieces, reverse=True)  # type: ignore[arg-type]
     norm = 0 if x is None else 2
     keys: dict[str, Any] = {"transposed": True, "split": True, "pairs": d_pairs, "diag": int(key_apart)}
     keys |= {"norm": norm, "x": dx}
@@ -224,14 +229,14 @@ def backward(
     found: dict[str, Tensor | None] = {}
     sides = (bounds.S, d_bounds, d_first, bounds.z, dz_bounds, dz_first)
     if key_apart:
-        dg = torch.empty_like(call.key.values) if gates and call.key is not None else None
+        dg = call.key.values.new_empty(call.key.values.shape) if gates and call.key is not None else None
         du = new(pieces, H, K) if gates and u is not None else None
         call.finish(call.key, q, k, dq, dk, own_value, by_key=True, dg=dg, du=du, sides=sides)  # type: ignore[arg-type]
         found = {"g": dg, "u": None if du is None or u is None else du[: call.pieces].sum(0).to(u.dtype)}
     if call.value is not None:  # the late tokens of a value gate are those of the reading, whose pairs are walked again
-        o = torch.empty_like(v)
+        o = v.new_empty(v.shape)
         call.walk(late, early, values, split=True, start=bounds.S, out=o, diag=1)
-        dgv = torch.empty_like(call.value.values)
+        dgv = call.value.values.new_empty(call.value.values.shape)
         call.finish(call.value, do, v, o, dv, own, by_key=False, dg=dgv, du=None, sides=sides)  # type: ignore[arg-type]
         found["gv"] = dgv
     heads = q.shape[2]

@@ -164,7 +164,7 @@ class Call:
         if not self.stored:
             return None, None
         pairs = q.new_empty(self.B, self.T, self.H, self.chunk)
-        d_pairs = None if do is None else torch.empty_like(pairs)
+        d_pairs = None if do is None else pairs.new_empty(pairs.shape)
         BK, BV = (min(64, max(16, power_of_2(D))) for D in (self.K, self.V))
         full = self.K % BK == 0 and self.V % BV == 0
         tma, gate = self.tma and full, self.gate
@@ -255,7 +255,7 @@ class Call:
                 self._prepare(None, late, early, None, None, weight, u, slow=0)
             return late, early, weight
         early_out = early.new_empty(self.B, self.T, self.H, early.shape[-1])
-        late_out = None if late is None else torch.empty_like(early_out)
+        late_out = None if late is None else early_out.new_empty(early_out.shape)
         self._prepare(gate, late, early, late_out, early_out, weight, u, slow=2 if self.decided else 0)
         return late_out, early_out, weight
 
@@ -481,7 +481,7 @@ class Call:
         self, start: Tensor, own: Tensor, totals: tuple[Tensor | None, Tensor | None, Tensor | None], reverse: bool
     ) -> tuple[Tensor, Tensor]:
         """Boundary states of every piece and the final state, from the pieces' own writes and summed gates."""
-        edges, last = torch.empty_like(own), _rows(start, self.rows)
+        edges, last = own.new_empty(own.shape), _rows(start, self.rows)
         R, P, block = start.shape[2], start[0, 0, 0].numel(), 64
         chain_kernel[(self.rows * self.H * ceil_div(R * P, block),)](
             start,
