@@ -44,7 +44,8 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
     found = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
+        names = "num_warps", "num_stages", "maxnreg", "launch_cooperative_grid"
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
         found.append(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
 
     with mock.patch.object(JITFunction, "run", record):

@@ -20,6 +20,7 @@ CALLS = {
     "real": ("real", torch.bfloat16, 4096, 2048, False),
     "real, many channels": ("real", torch.bfloat16, 4096, 8192, False),
     "real, two rounds of programs too many": ("real", torch.float32, 4096, 4096, False),
+    "teams": ("real", torch.bfloat16, 32768, 1024, False),
     "packed, few programs": ("minmax", torch.bfloat16, 4096, 2048, True),
     "one channel": ("real", torch.float32, 2**20, 1, False),
     "packed": ("real", torch.bfloat16, 4096, 48, True),
@@ -45,8 +46,11 @@ def recorded(
     constant: bool = False,
 ) -> list[Launch]:
     """What forward and backward of a call launch on a GPU; ``constant``: with one factor for all tokens."""
-    tile, gpu = launch.tile, torch.device("cuda")
+    tile, team, gpu = launch.tile, launch.team, torch.device("cuda")
     monkeypatch.setattr(launch, "tile", lambda algebra, rows, D, device, **how: tile(algebra, rows, D, gpu, **how))
+    monkeypatch.setattr(
+        launch, "team", lambda algebra, rows, T, D, device, **how: team(algebra, rows, T, D, gpu, **how)
+    )
     monkeypatch.setattr(launch, "processors", lambda device: 132)
     factors, tail = {"complex": ((2,), (2,)), "block": ((2, 2), (2,))}.get(algebra, ((), ()))
     a, b = torch.empty(1, T, D, *factors, dtype=dtype), torch.empty(1, T, D, *tail, dtype=dtype)
@@ -74,10 +78,8 @@ def test_compiles_for_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         built = build(one, HOPPER)
         assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
         # A thread has V neighbouring channels and all tokens of its run; anything else gives wrong results.
-        V, threads = one.arguments["V"], one.arguments["BD"] // one.arguments["V"]
-        spread = (
-            f"sizePerThread = [1, 1, {V}], threadsPerWarp = [{32 // threads}, 1, {threads}], warpsPerCTA = [8, 1, 1]"
-        )
+        V, threads, warps = one.arguments["V"], one.arguments["BD"] // one.arguments["V"], one.options["num_warps"]
+        spread = f"[1, 1, {V}], threadsPerWarp = [{32 // threads}, 1, {threads}], warpsPerCTA = [{warps}, 1, 1]"
         found = layouts(built.asm["ttgir"])
         assert found and all(spread in layout for layout in found)
 
@@ -115,3 +117,11 @@ def test_narrow_long_inputs_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch)
     assert narrow[0].arguments["BD"] == 1 and narrow[0].arguments["W"] == 256
     wide = recorded(monkeypatch, "real", torch.bfloat16, 4096, 8192, False)
     assert [one.arguments["TOTALS"] for one in wide] == [False, False]
+
+
+def test_few_columns_are_shared_by_teams(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = recorded(monkeypatch, "real", torch.bfloat16, 32768, 1024, False)
+    assert [one.arguments["TEAM"] for one in few] == [16, 16]
+    assert all(one.options["launch_cooperative_grid"] for one in few), "its programs wait for each other"
+    short = recorded(monkeypatch, "real", torch.bfloat16, 512, 1024, False)
+    assert not any("TEAM" in one.arguments for one in short)

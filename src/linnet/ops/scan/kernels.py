@@ -467,6 +467,121 @@ def _tile(
     return a, b, extra
 
 
+@triton.jit
+def _leave(
+    a_ptr,
+    y_ptr,
+    da_ptr,
+    code_ptr,
+    init_ptr,
+    last_ptr,
+    ids_ptr,
+    a,
+    b,
+    extra,
+    h,
+    p0,
+    w,
+    l,
+    col,
+    begin,
+    within,
+    origin,
+    end,
+    T,
+    D: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    ALGEBRA: tl.constexpr,
+    KIND: tl.constexpr,
+    V: tl.constexpr,
+    STEP: tl.constexpr,
+    GRAD: tl.constexpr,
+    GRAD_A: tl.constexpr,
+    CODE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Write what the states ``h`` of the tile from token ``p0`` on give."""
+    L: tl.constexpr = l.shape[1]
+    lane = w * L + l
+    ok = within & (lane < end - p0)
+    base = tl.multiple_of((origin + p0 * STEP) * D, V)
+    at = tl.multiple_of(w * (L * STEP * D) + col, (1, 1, V))
+    hop = l * (STEP * D)
+    if CODE:
+        code = _taken(a, b, h)
+        if PACKED:
+            code = tl.where(extra[0] == 3, code, extra[0])
+        tl.store(code_ptr + base + at + hop, code, mask=ok)
+    if GRAD and ALGEBRA == MINMAX:
+        _write(da_ptr, base, at, hop, (tl.where(extra[0] == 1, h[0], 0.0),), ok)
+        _write(y_ptr, base, at, hop, (tl.where(extra[0] == 2, h[0], 0.0),), ok)
+    else:
+        _write(y_ptr, base, at, hop, h, ok)
+    if PACKED:
+        p = p0 + lane
+        row = (origin + p0 * STEP).to(tl.int32) + lane * STEP
+        seq, final = _sequence(ids_ptr, row, p < T, STEP, p + 1 < T)
+        ended = ok & final
+        state = tl.multiple_of(seq * D + col, (1, 1, V))
+        if GRAD_A:
+            earliest = _fp32(_vector(init_ptr, 0, state, 0, ended, KIND, 0.0))
+            da = _outer(h, _where(ended, earliest, _fp32(extra)), KIND)
+            if KIND == BLOCK:
+                _write_blocks(da_ptr, base, _wide(w, l, begin, lane < end - p0, STEP, D, col.shape[2]), da)
+            else:
+                _write(da_ptr, base, at, hop, da, ok)
+        if GRAD and ALGEBRA == MINMAX:
+            _write(last_ptr, 0, state, 0, (tl.where(extra[0] == 0, h[0], 0.0),), ended)
+        elif GRAD:
+            own = _own(a_ptr, base, at, hop, ended, CONSTANT, col, D, KIND)
+            _write(last_ptr, 0, state, 0, _apply(_factor(own, KIND, True), _zeros(h), h, KIND), ended)
+        else:
+            _write(last_ptr, 0, state, 0, h, ended)
+    elif GRAD_A:  # the last token of the walk is for `_leave_last`
+        inner = (lane < end - p0) & (lane + p0 + 1 < T)
+        if KIND == BLOCK:
+            _write_blocks(da_ptr, base, _wide(w, l, begin, inner, STEP, D, col.shape[2]), _outer(h, _fp32(extra), KIND))
+        else:
+            _write(da_ptr, base, at, hop, _outer(h, _fp32(extra), KIND), within & inner)
+
+
+@triton.jit
+def _leave_last(
+    a_ptr,
+    y_ptr,
+    da_ptr,
+    code_ptr,
+    init_ptr,
+    last_ptr,
+    carry,
+    n,
+    col,
+    within,
+    origin,
+    T,
+    D: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    ALGEBRA: tl.constexpr,
+    KIND: tl.constexpr,
+    STEP: tl.constexpr,
+    GRAD: tl.constexpr,
+    GRAD_A: tl.constexpr,
+):
+    """Write what the last state ``carry`` of sequence ``n`` gives."""
+    final = origin + (T - 1) * STEP
+    if GRAD_A:
+        earliest = _fp32(_vector(init_ptr, n * D, col, 0, within, KIND, 0.0))
+        _write(da_ptr, final * D, col, 0, _outer(carry, earliest, KIND), within)
+    if GRAD:
+        if ALGEBRA == MINMAX:
+            own = ((tl.load(code_ptr + final * D + col, mask=within, other=0) == 0).to(tl.float32),)
+        else:
+            own = _factor(_own(a_ptr, final * D, col, 0, within, CONSTANT, col, D, KIND), KIND, True)
+        _write(last_ptr, n * D, col, 0, _apply(own, _zeros(carry), carry, KIND), within)
+    else:
+        _write(last_ptr, n * D, col, 0, carry, within)
+
+
 @triton.jit(do_not_specialize=["PIECE"])
 def scan_kernel(
     a_ptr,
@@ -515,7 +630,6 @@ def scan_kernel(
         origin += T - 1
     w = tl.arange(0, W)[:, None, None]
     l = _tokens(L, T, D)
-    lane = w * L + l
     left = (pid % blocks) * BD
     cols = left + tl.arange(0, BD)
     col = cols[None, None, :]
@@ -570,48 +684,10 @@ def scan_kernel(
                 start = _apply(e, f, carry, KIND)
                 h = _apply(to_a, to_b, start, KIND)
                 carry = _last_run(_apply(k, m, carry, KIND), w, W)
-                ok = within & (lane < end - p0)
-                base = tl.multiple_of((origin + p0 * STEP) * D, V)
-                at = tl.multiple_of(w * (L * STEP * D) + col, (1, 1, V))
-                hop = l * (STEP * D)
-                if CODE:
-                    code = _taken(a, b, h)
-                    if PACKED:
-                        code = tl.where(extra[0] == 3, code, extra[0])
-                    tl.store(code_ptr + base + at + hop, code, mask=ok)
-                if GRAD and ALGEBRA == MINMAX:
-                    _write(da_ptr, base, at, hop, (tl.where(extra[0] == 1, h[0], 0.0),), ok)
-                    _write(y_ptr, base, at, hop, (tl.where(extra[0] == 2, h[0], 0.0),), ok)
-                else:
-                    _write(y_ptr, base, at, hop, h, ok)
-                if PACKED:
-                    p = p0 + lane
-                    row = (origin + p0 * STEP).to(tl.int32) + lane * STEP
-                    seq, final = _sequence(ids_ptr, row, p < T, STEP, p + 1 < T)
-                    ended = ok & final
-                    state = tl.multiple_of(seq * D + col, (1, 1, V))
-                    if GRAD_A:
-                        earliest = _fp32(_vector(init_ptr, 0, state, 0, ended, KIND, 0.0))
-                        da = _outer(h, _where(ended, earliest, _fp32(extra)), KIND)
-                        if KIND == BLOCK:
-                            _write_blocks(da_ptr, base, _wide(w, l, left, lane < end - p0, STEP, D, BD), da)
-                        else:
-                            _write(da_ptr, base, at, hop, da, ok)
-                    if GRAD and ALGEBRA == MINMAX:
-                        _write(last_ptr, 0, state, 0, (tl.where(extra[0] == 0, h[0], 0.0),), ended)
-                    elif GRAD:
-                        own = _own(a_ptr, base, at, hop, ended, CONSTANT, col, D, KIND)
-                        _write(last_ptr, 0, state, 0, _apply(_factor(own, KIND, True), _zeros(h), h, KIND), ended)
-                    else:
-                        _write(last_ptr, 0, state, 0, h, ended)
-                elif GRAD_A:  # the last token of the walk: see below
-                    inner = (lane < end - p0) & (lane + p0 + 1 < T)
-                    if KIND == BLOCK:
-                        _write_blocks(
-                            da_ptr, base, _wide(w, l, left, inner, STEP, D, BD), _outer(h, _fp32(extra), KIND)
-                        )
-                    else:
-                        _write(da_ptr, base, at, hop, _outer(h, _fp32(extra), KIND), within & inner)
+                _leave(
+                    a_ptr, y_ptr, da_ptr, code_ptr, init_ptr, last_ptr, ids_ptr, a, b, extra, h, p0, w, l, col, left,
+                    within, origin, end, T, D, CONSTANT, ALGEBRA, KIND, V, STEP, GRAD, GRAD_A, CODE, PACKED,
+                )  # fmt: skip
             if AHEAD == 2:
                 here = coming
                 coming = later
@@ -624,15 +700,7 @@ def scan_kernel(
         _write(y_ptr, at, col, 0, carry, within)
     elif not PACKED:
         if end == T:
-            final = origin + (T - 1) * STEP
-            if GRAD_A:
-                earliest = _fp32(_vector(init_ptr, n * D, col, 0, within, KIND, 0.0))
-                _write(da_ptr, final * D, col, 0, _outer(carry, earliest, KIND), within)
-            if GRAD:
-                if ALGEBRA == MINMAX:
-                    own = ((tl.load(code_ptr + final * D + col, mask=within, other=0) == 0).to(tl.float32),)
-                else:
-                    own = _factor(_own(a_ptr, final * D, col, 0, within, CONSTANT, col, D, KIND), KIND, True)
-                _write(last_ptr, n * D, col, 0, _apply(own, _zeros(carry), carry, KIND), within)
-            else:
-                _write(last_ptr, n * D, col, 0, carry, within)
+            _leave_last(
+                a_ptr, y_ptr, da_ptr, code_ptr, init_ptr, last_ptr, carry, n, col, within, origin, T, D, CONSTANT,
+                ALGEBRA, KIND, STEP, GRAD, GRAD_A,
+            )  # fmt: skip
