@@ -28,7 +28,7 @@ def tile(
     """
     if device.type == "cpu":  # the interpreter: tiles that a short sequence fills more than once
         return {"W": 2, "L": 4, "BD": 8, "V": 1, "AHEAD": 2 if algebra == "real" else 1, "num_warps": 2}
-    L = (8 if algebra == "block" else 16) // (2 if packed else 1)
+    L = (8 if algebra == "block" and not half else 16) // (2 if packed else 1)
     V = 2 if D > 32 and D % 2 == 0 and algebra in ("real", "minmax") else 1
     BD = _channels(rows, D, processors(device)) if V == 2 else min(32, 1 << (D - 1).bit_length())
     ahead = 2 if half and not grad and algebra != "block" else 1
