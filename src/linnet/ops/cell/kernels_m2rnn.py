@@ -29,6 +29,12 @@ def _gate(g_ptr, at):
 
 
 @triton.jit
+def _key(ptr, at, head, heads, K, ks, there):
+    """A token's query or key. The compiler does not load such a one ahead: a loop that waits for it does so itself."""
+    return tl.load(ptr + (at * heads + head) * K + ks, mask=(ks < K) & there, other=0.0)
+
+
+@triton.jit
 def _inside(S, W, k, v, PRECISION: tl.constexpr):
     """S W + k v^T."""
     return tl.dot(S.to(W.dtype), W, input_precision=PRECISION) + k.to(tl.float32)[:, None] * v.to(tl.float32)[None, :]
@@ -72,6 +78,7 @@ def m2rnn_forward_kernel(
     BV: tl.constexpr,
     KEEP: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,  # queries and keys are loaded a token before, which pays where programs are not many
     SAVE: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -88,18 +95,25 @@ def m2rnn_forward_kernel(
     group = h // (H // HQ)
     y_ptr += part.to(tl.int64) * tokens * H * V
     span = KEEP if SAVE else length
+    if EARLY:
+        q, k = _key(q_ptr, first, group, HQ, K, ks, length > 0), _key(k_ptr, first, group, HQ, K, ks, length > 0)
     for begin in range(0, length, span):
         if SAVE:
             tl.store(kept_ptr + ((piece + begin // KEEP) * H + h) * K * V + tile, S, mask=mask)
         for t in tl.range(begin, tl.minimum(begin + span, length), num_stages=AHEAD):
             at = first + t
-            q = tl.load(q_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0)
-            k = tl.load(k_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0)
+            if EARLY:
+                next_q = _key(q_ptr, at + 1, group, HQ, K, ks, t + 1 < length)
+                next_k = _key(k_ptr, at + 1, group, HQ, K, ks, t + 1 < length)
+            else:
+                q, k = _key(q_ptr, at, group, HQ, K, ks, True), _key(k_ptr, at, group, HQ, K, ks, True)
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             f, rest = _gate(g_ptr, at * H + h)
             S = f * S + rest * _tanh(_inside(S, W, k, v, PRECISION), EXACT, FAST)
             y = tl.sum(S * q.to(tl.float32)[:, None], 0)
             tl.store(y_ptr + (at * H + h) * V + vs, y.to(y_ptr.dtype.element_ty), mask=in_v)
+            if EARLY:
+                q, k = next_q, next_k
     tl.store(S1_ptr + (n * H + h).to(tl.int64) * K * V + tile, S, mask=mask)
 
 
@@ -174,25 +188,30 @@ def m2rnn_backward_kernel(
         S = tl.load(kept_ptr + ((piece + leg) * H + h) * K * V + tile, mask=mask, other=0.0)
         if WIDE:
             W = tl.load(W_ptr + h * V * V + vs[:, None] * V + vs[None, :], mask=square, other=0.0)
+        k = _key(k_ptr, first + begin, group, HQ, K, ks, True)
         for i in tl.range(0, count, num_stages=AHEAD):
             at = first + begin + i
+            next_k = _key(k_ptr, at + 1, group, HQ, K, ks, i + 1 < count)
             tl.store(scratch_ptr + (own + i * (BK * BV)) + place, S.to(scratch_ptr.dtype.element_ty))
-            k = tl.load(k_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0)
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             f, rest = _gate(g_ptr, at * H + h)
             inside = _inside(S, W, k, v, PRECISION)
             if WIDE:
                 tl.store(inside_ptr + (own + i * (BK * BV)) + place, inside)
             S = f * S + rest * _tanh(inside, EXACT, FAST)
+            k = next_k
         tl.debug_barrier()  # the scratch is read by other threads than wrote it
         if WIDE:
             W_back = tl.load(W_ptr + h * V * V + vs[:, None] + vs[None, :] * V, mask=square, other=0.0)
+        end = first + begin + count - 1
+        next_q, next_k = _key(q_ptr, end, group, HQ, K, ks, True), _key(k_ptr, end, group, HQ, K, ks, True)
         for j in tl.range(0, count, num_stages=AHEAD):
             i = count - 1 - j
             at = first + begin + i
+            q, k = next_q.to(tl.float32), next_k
+            next_q = _key(q_ptr, at - 1, group, HQ, K, ks, i > 0)
+            next_k = _key(k_ptr, at - 1, group, HQ, K, ks, i > 0)
             old = tl.load(scratch_ptr + (own + i * (BK * BV)) + place)
-            q = tl.load(q_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0).to(tl.float32)
-            k = tl.load(k_ptr + (at * HQ + group) * K + ks, mask=in_k, other=0.0)
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             dy = tl.load(dy_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0).to(tl.float32)
             f, rest = _gate(g_ptr, at * H + h)

@@ -64,7 +64,8 @@ def forward(
     y, last = _partial(v, parts), torch.empty_like(S)
     kept = S.new_empty(kept_states(B, T, cu_host) if training else 0, H, K, V)
     m2rnn_forward_kernel[(rows * H * parts,)](
-        q, k, v, g, W, S, y, kept, last, cu, pieces, B * T, T, H, HQ, K, V, SAVE=training, **settings
+        q, k, v, g, W, S, y, kept, last, cu, pieces, B * T, T, H, HQ, K, V, EARLY=settings["num_warps"] > 1,
+        SAVE=training, **settings,
     )  # fmt: skip
     return _total(y, v.dtype), last, kept
 
