@@ -150,6 +150,7 @@ def m2rnn_backward_kernel(
     BV: tl.constexpr,
     KEEP: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,  # queries and keys are loaded a token before
     STRIP: tl.constexpr,  # WIDE: rows of the weights' gradient that are summed at a time
     CLIP: tl.constexpr,
     WIDE: tl.constexpr,
@@ -188,10 +189,14 @@ def m2rnn_backward_kernel(
         S = tl.load(kept_ptr + ((piece + leg) * H + h) * K * V + tile, mask=mask, other=0.0)
         if WIDE:
             W = tl.load(W_ptr + h * V * V + vs[:, None] * V + vs[None, :], mask=square, other=0.0)
-        k = _key(k_ptr, first + begin, group, HQ, K, ks, True)
+        if EARLY:
+            k = _key(k_ptr, first + begin, group, HQ, K, ks, True)
         for i in tl.range(0, count, num_stages=AHEAD):
             at = first + begin + i
-            next_k = _key(k_ptr, at + 1, group, HQ, K, ks, i + 1 < count)
+            if EARLY:
+                next_k = _key(k_ptr, at + 1, group, HQ, K, ks, i + 1 < count)
+            else:
+                k = _key(k_ptr, at, group, HQ, K, ks, True)
             tl.store(scratch_ptr + (own + i * (BK * BV)) + place, S.to(scratch_ptr.dtype.element_ty))
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             f, rest = _gate(g_ptr, at * H + h)
@@ -199,18 +204,23 @@ def m2rnn_backward_kernel(
             if WIDE:
                 tl.store(inside_ptr + (own + i * (BK * BV)) + place, inside)
             S = f * S + rest * _tanh(inside, EXACT, FAST)
-            k = next_k
+            if EARLY:
+                k = next_k
         tl.debug_barrier()  # the scratch is read by other threads than wrote it
         if WIDE:
             W_back = tl.load(W_ptr + h * V * V + vs[:, None] + vs[None, :] * V, mask=square, other=0.0)
-        end = first + begin + count - 1
-        next_q, next_k = _key(q_ptr, end, group, HQ, K, ks, True), _key(k_ptr, end, group, HQ, K, ks, True)
+        if EARLY:
+            end = first + begin + count - 1
+            next_q, next_k = _key(q_ptr, end, group, HQ, K, ks, True), _key(k_ptr, end, group, HQ, K, ks, True)
         for j in tl.range(0, count, num_stages=AHEAD):
             i = count - 1 - j
             at = first + begin + i
-            q, k = next_q.to(tl.float32), next_k
-            next_q = _key(q_ptr, at - 1, group, HQ, K, ks, i > 0)
-            next_k = _key(k_ptr, at - 1, group, HQ, K, ks, i > 0)
+            if EARLY:
+                q, k = next_q.to(tl.float32), next_k
+                next_q = _key(q_ptr, at - 1, group, HQ, K, ks, i > 0)
+                next_k = _key(k_ptr, at - 1, group, HQ, K, ks, i > 0)
+            else:
+                q, k = _key(q_ptr, at, group, HQ, K, ks, True).to(tl.float32), _key(k_ptr, at, group, HQ, K, ks, True)
             old = tl.load(scratch_ptr + (own + i * (BK * BV)) + place)
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             dy = tl.load(dy_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0).to(tl.float32)

@@ -20,17 +20,20 @@ STRIP = 64  # beyond, rows of that gradient at a time
 def launch_settings(K: int, V: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
     """Rows of a program and the warps that share them; a program has all columns. Measured on Hopper: few rows where
     columns are many, but in the backward pass, which has more to do for each program, no fewer than 64 or 32. In fp32
-    there are no matrix units, and a product is written out: so many warps that its share of one stays short."""
+    there are no matrix units, and a product is written out: so many warps that its share of one stays short. Keys are
+    loaded a token before where that was faster."""
     BV = max(16, triton.next_power_of_2(V))
     if V > NARROW:
-        return {"BK": 32, "BV": BV, "KEEP": KEEP, "AHEAD": 1, "num_warps": 8 if backward else 16, "num_stages": 1}
+        warps = 8 if backward else 16
+        return {"BK": 32, "BV": BV, "KEEP": KEEP, "AHEAD": 1, "EARLY": False, "num_warps": warps, "num_stages": 1}
     widest = 64 if backward else 32  # columns that 64 rows go with
     BK = min(64 if widest >= BV else 32, max(16, triton.next_power_of_2(K)))
     warps = 1 if BK * BV <= 1024 else 8 if backward and BV > 64 else 4
     if dtype == torch.float32:
         BK = min(BK, max(16, (256 << 10) // BV**2))
         warps = min(16, max(warps, BK * BV**2 // (32 << 10 if BV <= 64 else 16 << 10)))
-    return {"BK": BK, "BV": BV, "KEEP": KEEP, "AHEAD": 3, "num_warps": warps, "num_stages": 1}
+    early = backward or warps > 1
+    return {"BK": BK, "BV": BV, "KEEP": KEEP, "AHEAD": 3, "EARLY": early, "num_warps": warps, "num_stages": 1}
 
 
 def _call(
@@ -64,8 +67,7 @@ def forward(
     y, last = _partial(v, parts), torch.empty_like(S)
     kept = S.new_empty(kept_states(B, T, cu_host) if training else 0, H, K, V)
     m2rnn_forward_kernel[(rows * H * parts,)](
-        q, k, v, g, W, S, y, kept, last, cu, pieces, B * T, T, H, HQ, K, V, EARLY=settings["num_warps"] > 1,
-        SAVE=training, **settings,
+        q, k, v, g, W, S, y, kept, last, cu, pieces, B * T, T, H, HQ, K, V, SAVE=training, **settings
     )  # fmt: skip
     return _total(y, v.dtype), last, kept
 
