@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Bar, Experiment, Outcome, by_test, mean_accuracy, register_reproduction
+from statistics import median
+
+from .base import Bar, Experiment, Outcome, by_test, register_reproduction
 
 FULL = "attention(num_heads=2, head_dim=16, rope=False)"
 SMALL, LARGE = (
@@ -21,18 +23,15 @@ HYBRIDS = (f"{SMALL} + {FULL}", f"{FULL} + {GATED}")
 PURE = (f"{SMALL} + {SMALL}", f"{GATED} + {GATED}")
 
 TRIED = (
-    "With the linear layer in front of the attention layer it learns, but not within the budget: 0.46 after 300 steps,"
-    " 0.60 after 600. With the division in place of the RMSNorm 0.44; after 200 steps, where it stands at about 0.24,"
-    " 0.22 with a query-key norm, 0.23 with a second moment of 0.999, and 0.10 with a gate in the linear layer. With"
-    " attention in front it is solved at once.",
-    "In runs of 200 steps, which reach 0.19 as it is: 0.29 with a head that shares the weight of the embedding, 0.14"
-    " with embeddings of unit variance, 0.24 with DeltaNet as the layer in front.",
-    "What is missing is not in the layers but in how the model begins: the same two layers recall 1.00 after 150 steps"
-    " when the linear layer's block begins as the identity (its two output maps at zero), and 0.99 after 75 steps with"
-    " embeddings of unit variance, the initialisation of nn.Linear and an output over the 16 values in place of all 81"
-    " ids. With that initialisation alone, or that output alone, it is not learned within 150.",
-    "More steps do not bring it: 1,500 in place of 300 end at 0.69, and have 0.67 by step 900. After 600 steps it is"
-    " 0.58 with norms behind mixers and MLPs, and 0.57 at a rate of 0.002 in place of 0.005.",
+    "An earlier run trained on rows of 40 tokens alone, with embeddings as they are, and missed a bar: 0.46 with the"
+    " linear layer in front of the attention layer, where the linear model by itself had 0.35. More steps did not"
+    " bring it (1,500 ended at 0.69), nor did norms behind mixers and MLPs, another rate, a query-key norm, no MLP, or"
+    " rows of several lengths alone (0.50); a layer that began as the identity did: 1.00 after 150 steps.",
+    "The settings here were chosen in runs of the initialisation counted as 0: the factor of the original Transformer"
+    " for embeddings, the square root of the width, and rows of several lengths in turn. Both are needed: the factor"
+    " without the rows leaves 0.39. Why they help was not isolated.",
+    "With the factor alone, simple GLA with K = V = 8 in front of attention is at 0.68 after 300 steps and 1.00 in a"
+    " run of 500; Gated DeltaNet of that size, without its convolution, is at 0.10 after 200.",
 )
 
 
@@ -45,38 +44,33 @@ TRIED = (
     published="RULER, mean over six linear mixers at 340M and 1.3B: pure linear .256, one attention layer in 25 .338,"
     " in 7 .390, in 4 .397.",
     setup="Recall beyond the state: 32 pairs of different keys (of 64) and values (of 16), each pair in one token, then"
-    " 8 questions; two layers of width 64, 300 steps of 64 rows. Only the claim about recall is tested.",
+    " 8 questions; rows of 8, 16 and 32 pairs take turns in training. Two layers of width 64, embeddings multiplied by"
+    " the square root of the width, 300 steps of 64 rows; the median of three initialisations of the models with"
+    " attention, one of the others. Only the claim about recall is tested.",
     needs=("attention", "linear_attention", "simple_gla"),
 )
 def run(experiment: Experiment) -> Outcome:
     lengths = {"16": 24, "32": 40, "48": 56}
     task = "recall(keys=64, values=16, queries=8, unique=True)"
-    cells = experiment.compare(
-        "recall",
-        task=task,
-        mixers=list(LABELS),
-        seeds=1,
-        length=40,
-        tests={name: (task, length) for name, length in lengths.items()},
-        batch_size=64,
-        training={"steps": 300, "lr": 5e-3},
-    )
+    common = {
+        "task": task,
+        "length": [16, 24, 40],
+        "tests": {name: (task, length) for name, length in lengths.items()},
+        "batch_size": 64,
+        "model": {"embed_scale": 8.0},
+        "training": {"steps": 300, "lr": 5e-3},
+    }
+    mixed = experiment.compare("hybrids", mixers=list(HYBRIDS), seeds=3, **common)
+    linear = experiment.compare("pure", mixers=[m for m in LABELS if m not in HYBRIDS], seeds=1, **common)
+    reached = {m: sorted(c.scores["32"]["answers"] for c in mixed if c.mixer == m) for m in HYBRIDS}
+    alone = {cell.mixer: cell.scores["32"]["answers"] for cell in linear}
+    small, large = PURE[0], f"{LARGE} + {LARGE}"
     bars = [
-        *(
-            Bar(f"recall, {LABELS[m]}", mean_accuracy(cells, m, "32"), at_least=0.99, published="RULER .397 at 3:1")
-            for m in HYBRIDS
-        ),
-        *(
-            Bar(f"recall, {LABELS[m]}", mean_accuracy(cells, m, "32"), at_most=0.8, published="RULER .256 pure")
-            for m in PURE
-        ),
-        Bar(
-            "what a state sixteen times as large adds to the pure linear model",
-            mean_accuracy(cells, f"{LARGE} + {LARGE}", "32") - mean_accuracy(cells, PURE[0], "32"),
-            at_least=0.1,
-        ),
+        *(Bar(f"recall, {LABELS[m]}", median(reached[m]), 0.99, published="RULER .397 at 3:1") for m in HYBRIDS),
+        *(Bar(f"the worst initialisation, {LABELS[m]}", reached[m][0]) for m in HYBRIDS),
+        *(Bar(f"recall, {LABELS[m]}", alone[m], at_most=0.8, published="RULER .256 pure") for m in PURE),
+        Bar("what a state sixteen times as large adds to the pure linear model", alone[large] - alone[small], 0.1),
     ]
     places = {name: float(name) for name in lengths}
-    curves = by_test(cells, LABELS, places)
-    tried = () if bars[0].passed else TRIED
-    return Outcome(bars, curves, x="pairs to remember (trained with 32)", y="recall", tried=tried)
+    curves = by_test([*mixed, *linear], LABELS, places)
+    return Outcome(bars, curves, x="pairs to remember (trained with up to 32)", y="recall", tried=TRIED)
