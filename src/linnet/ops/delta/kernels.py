@@ -271,14 +271,21 @@ def local_kernel(
     hard = 0
     if VECTOR and GATE != 0:
         decays_ptr += slot * (3 * K)
-    # One warp has room for one product at a time: what is read first, what is erased in a second walk over the keys.
+    if not VECTOR:  # on their way while keys are multiplied
+        beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=1.0).to(tl.float32)
+        if GATE != 0:
+            g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
+    # In 16 bits what is read and what is erased are two products of one walk over the keys. In fp32 there is room for
+    # one at a time, and they take two walks. UNTIED, a row erases or reads, and both are one product.
+    ONE: tl.constexpr = not EXACT and not UNTIED
     for k0 in range(0, K, BK):
         cols = k0 + tl.arange(0, BK)
         wide = within(cols, K, BK)
         if VECTOR:
             fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
             w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            q = tl.load(read_ptr + tile + cols[None, :], mask=reading(r, SUB)[:, None] & wide[None, :], other=0.0)
+            asked = fits if UNTIED else reading(r, SUB)[:, None] & wide[None, :]
+            q = tl.load(read_ptr + tile + cols[None, :], mask=asked, other=0.0)
             if GATE != 0:
                 lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
                 hard += tl.sum((lift == 0.0).to(tl.int32), 0)
@@ -292,6 +299,14 @@ def local_kernel(
                 k2 += tl.sum(w.to(tl.float32) * w.to(tl.float32), 1)
                 q2 += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
         P = tl.dot(q, tl.trans(w), P, input_precision="ieee")
+        if ONE:
+            e = w
+            if VECTOR:
+                e = tl.load(erase_ptr + tile + cols[None, :], mask=fits, other=0.0)
+            T_ = tl.dot(e, tl.trans(w), T_, input_precision="ieee")
+    if UNTIED:
+        T_ = P
+        P = tl.where(reading(r, SUB)[:, None], P, 0.0)
     dtype = matrices_ptr.dtype.element_ty
     matrices_ptr += slot * (2 * C * C) + (row * C + col)
     if VECTOR:
@@ -300,7 +315,6 @@ def local_kernel(
                 P += tl.load(matrices_ptr + C * C).to(tl.float32)
     else:
         rows_ptr += r
-        beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=1.0).to(tl.float32)
         beta = tl.where(tl.abs(beta) < least, least, beta)
         r_k = tl.zeros([C], dtype=tl.float32) + 1.0
         r_q = tl.zeros([C], dtype=tl.float32) + 1.0
@@ -309,11 +323,18 @@ def local_kernel(
         seen = tl.zeros([C], dtype=tl.float32)
         left = seen
         if GATE != 0:
-            g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
             coarse, fine = gate_sums(g)
             seen, left = coarse + fine, after(coarse, C) + after(fine, C)
-            decay = between(coarse, fine, C)
-            P = P * decay
+            steep = True
+            if not EXACT:
+                # A factor for either row of a pair, unless half the chunk forgets more than fp32 numbers hold.
+                middle = 0.5 * tl.min(coarse, 0)
+                steep = middle < -60.0
+                middle = tl.where(steep, 0.0, middle)
+                rise = tl.where(steep, 1.0, tl.exp2((coarse - middle) + fine))
+                fall = tl.where(steep, 1.0, tl.exp2((middle - coarse) - fine))
+            if steep:
+                P = P * between(coarse, fine, C)
             tl.store(rows_ptr + 6 * C, seen)
             tl.store(rows_ptr + 7 * C, tl.exp2(seen + left))
         tl.store(rows_ptr, r_k * tl.exp2(seen))
@@ -322,15 +343,18 @@ def local_kernel(
         tl.store(rows_ptr + 3 * C, beta)
         tl.store(rows_ptr + 4 * C, r_k)
         tl.store(rows_ptr + 5 * C, r_q)
-        P = P * (r_q * scale)[:, None] * (r_k * beta)[None, :]
+        read, erase, write = r_q * scale, r_k, r_k * beta
+        if GATE != 0 and not EXACT:
+            read, erase, write = read * rise, erase * rise, write * fall
+        P = P * read[:, None] * write[None, :]
     tl.store(matrices_ptr + C * C, tl.where(row >= col, P, 0.0).to(dtype))
-    for k0 in range(0, K, BK):
+    for k0 in range(0, 0 if ONE or UNTIED else K, BK):
         cols = k0 + tl.arange(0, BK)
         wide = within(cols, K, BK)
         if VECTOR:
             fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
             w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            e = tl.load(erase_ptr + tile + cols[None, :], mask=erasing(r, UNTIED)[:, None] & wide[None, :], other=0.0)
+            e = tl.load(erase_ptr + tile + cols[None, :], mask=fits, other=0.0)
             if GATE != 0:
                 lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
                 w = (w.to(tl.float32) * lift[None, :]).to(e.dtype)
@@ -339,14 +363,17 @@ def local_kernel(
             w = tl.load(at, mask=mask, other=0.0)
             e = w
         T_ = tl.dot(e, tl.trans(w), T_, input_precision="ieee")
+    if UNTIED:
+        T_ = tl.where(erasing(r, UNTIED)[:, None], T_, 0.0)
     if VECTOR:
         if GATE != 0:
             if hard > 0:
                 T_ += tl.load(matrices_ptr).to(tl.float32)
     else:
         if GATE != 0:
-            T_ = T_ * between(coarse, fine, C)
-        T_ = T_ * r_k[:, None] * (r_k * beta)[None, :]
+            if steep:
+                T_ = T_ * between(coarse, fine, C)
+        T_ = T_ * erase[:, None] * write[None, :]
     A = inverse(tl.where(row > col, T_, 0.0), EXACT, FINE)
     tl.store(matrices_ptr, A.to(dtype))
 

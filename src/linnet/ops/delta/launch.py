@@ -43,15 +43,14 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     fp32 = dtype == torch.float32
     # In 16 bits no tile is narrower than 64: with tiles of 16 channels gradients of gates came out wrong on Hopper.
     BK, BV = (_block(K), min(32, _block(V))) if fp32 else (max(64, _block(K)), 64)
-    stages = 1 if fp32 else 2
     if kernel in ("prepare", "finish"):
         ROWS = min(1024 // BK, chunk_rows(K, dtype) // 4)  # 32 numbers of a tile a thread; at most a quarter of a chunk
         return {"BK": BK, "ROWS": ROWS, "STAGES": 3, "num_warps": 1, "num_stages": 1}
     if kernel == "hard":
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
-    if kernel == "local":
-        wide = fp32 or vector
-        return {"BK": min(BK, 64 if wide else 32), "num_warps": 4 if fp32 else 1, "num_stages": stages}
+    if kernel in ("local", "untied"):  # the untied form has one product where the others have two
+        warps = 4 if fp32 else 1 if kernel == "untied" else 2
+        return {"BK": min(BK, 64), "num_warps": warps, "num_stages": 1 if fp32 else 3}
     if kernel == "gradient":
         return {
             # In 16 bits a single block of 32 keys is computed wrongly on Hopper, and blocks of 32 beside 256 values end
@@ -289,7 +288,7 @@ def _local(
         PACKED=layout.packed,
         EXACT=q.dtype == torch.float32,
         FINE=q.dtype == torch.float16,
-        **launch_settings("local", layout.K, layout.V, q.dtype, modes.vector),
+        **launch_settings("untied" if modes.untied else "local", layout.K, layout.V, q.dtype, modes.vector),
     )
     return local
 
