@@ -483,10 +483,11 @@ def hard_gradient_kernel(
                     here = tile_at(dg_ptr, t0, h, H, 1, r // SUB, 0)
                     dg_row += tl.load(here, mask=first, other=0.0).to(tl.float32)
                     tl.store(here, dg_row.to(dg_ptr.dtype.element_ty), mask=first)
-                sums = rows + r
-                tl.store(sums, tl.load(sums) + s_q)
-                tl.store(sums + C, tl.load(sums + C) + s_e)
-                tl.store(sums + 2 * C, tl.load(sums + 2 * C) + s_w)
+                if not UNTIED:  # which has no such sums: nothing has written there
+                    sums = rows + r
+                    tl.store(sums, tl.load(sums) + s_q)
+                    tl.store(sums + C, tl.load(sums + C) + s_e)
+                    tl.store(sums + 2 * C, tl.load(sums + 2 * C) + s_w)
 
 
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
