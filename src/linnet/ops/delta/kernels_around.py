@@ -414,6 +414,7 @@ def hard_gradient_kernel(
     GATE: tl.constexpr,
     ERASE: tl.constexpr,
     UNTIED: tl.constexpr,
+    NORM: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Gradients through the pairs of rows in channels that forget too much for one factor a row."""
@@ -483,7 +484,7 @@ def hard_gradient_kernel(
                     here = tile_at(dg_ptr, t0, h, H, 1, r // SUB, 0)
                     dg_row += tl.load(here, mask=first, other=0.0).to(tl.float32)
                     tl.store(here, dg_row.to(dg_ptr.dtype.element_ty), mask=first)
-                if not UNTIED:  # which has no such sums: nothing has written there
+                if NORM:  # else nobody has written there
                     sums = rows + r
                     tl.store(sums, tl.load(sums) + s_q)
                     tl.store(sums + C, tl.load(sums + C) + s_e)

@@ -697,6 +697,7 @@ def backward(
                 scale,
                 layout.chunks * H,
                 *layout.sizes(),
+                NORM=l2norm,
                 **flags,
                 **launch_settings("hard", K, V, v.dtype, True),
             )
