@@ -78,7 +78,7 @@ def m2rnn_forward_kernel(
     BV: tl.constexpr,
     KEEP: tl.constexpr,
     AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,  # queries and keys are loaded a token before, which pays where programs are not many
+    EARLY: tl.constexpr,  # queries and keys are loaded a token before
     SAVE: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
