@@ -62,6 +62,13 @@ def over_length(squares):
 
 
 @triton.jit
+def nearest(x):
+    """Numbers of 11 bits, the nearest. Tensor cores cut off the others: 2 less a rounding error, which reflections are
+    made of, would become 1.998."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def product(a, b, EXACT: tl.constexpr, FINE: tl.constexpr):
     """``a @ b`` of fp32 matrices: in fp32 with EXACT, else on the tensor cores with 11 bits, or 21 with FINE."""
     if EXACT:
@@ -69,7 +76,7 @@ def product(a, b, EXACT: tl.constexpr, FINE: tl.constexpr):
     elif FINE:
         return tl.dot(a, b, input_precision="tf32x3")
     else:
-        return tl.dot(a, b, input_precision="tf32")
+        return tl.dot(nearest(a), nearest(b), input_precision="tf32")
 
 
 @triton.jit
@@ -145,15 +152,16 @@ def row_gates(g_ptr, t0, h, H, r, valid, SUB: tl.constexpr):
 
 @triton.jit
 def gate_parts(g):
-    """Log2-decays as multiples of 2^-10, which fp32 adds without error, and rests of which the sums stay below 1/16."""
+    """Log2-decays as multiples of 2^-10 and of 2^-28, which fp32 adds without error: rests of a chunk stay below 1/16,
+    and what is cut off is below what an exponential shows."""
     coarse = (g + 12288.0) - 12288.0  # rounded: fp32 numbers of this size are such multiples
-    return coarse, g - coarse
+    return coarse, ((g - coarse) + 0.046875) - 0.046875
 
 
 @triton.jit
 def gate_sums(g):
-    """Sums of log2-decays over the rows up to each, in two parts. A difference of sums is as exact as if only the rows
-    between had been added."""
+    """Sums of log2-decays over the rows up to each, in two parts. A difference of sums is what adding only the rows
+    between would be, bit for bit."""
     coarse, fine = gate_parts(g)
     return tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
 
@@ -266,7 +274,6 @@ def local_kernel(
     tile = slot * C * K + row * K
     T_ = tl.zeros([C, C], dtype=tl.float32)
     P = tl.zeros([C, C], dtype=tl.float32)
-    k2 = tl.zeros([C], dtype=tl.float32)
     q2 = tl.zeros([C], dtype=tl.float32)
     hard = 0
     if VECTOR and GATE != 0:
@@ -278,6 +285,21 @@ def local_kernel(
     # In 16 bits what is read and what is erased are two products of one walk over the keys. In fp32 there is room for
     # one at a time, and they take two walks. UNTIED, a row erases or reads, and both are one product.
     ONE: tl.constexpr = not EXACT and not UNTIED
+    for k0 in range(0, 0 if ONE or UNTIED else K, BK):
+        cols = k0 + tl.arange(0, BK)
+        wide = within(cols, K, BK)
+        if VECTOR:
+            fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
+            w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
+            e = tl.load(erase_ptr + tile + cols[None, :], mask=fits, other=0.0)
+            if GATE != 0:
+                lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
+                w = (w.to(tl.float32) * lift[None, :]).to(e.dtype)
+        else:
+            at, mask = tile_at(k_ptr, s0, hq, HQ, K, row, cols[None, :]), valid[:, None] & wide[None, :]
+            w = tl.load(at, mask=mask, other=0.0)
+            e = w
+        T_ = tl.dot(e, tl.trans(w), T_, input_precision="ieee")
     for k0 in range(0, K, BK):
         cols = k0 + tl.arange(0, BK)
         wide = within(cols, K, BK)
@@ -296,7 +318,6 @@ def local_kernel(
             at, mask = tile_at(q_ptr, t0, hq, HQ, K, row // SUB, cols[None, :]), reads[:, None] & wide[None, :]
             q = tl.load(at, mask=mask, other=0.0)
             if NORM:
-                k2 += tl.sum(w.to(tl.float32) * w.to(tl.float32), 1)
                 q2 += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
         P = tl.dot(q, tl.trans(w), P, input_precision="ieee")
         if ONE:
@@ -318,8 +339,8 @@ def local_kernel(
         beta = tl.where(tl.abs(beta) < least, least, beta)
         r_k = tl.zeros([C], dtype=tl.float32) + 1.0
         r_q = tl.zeros([C], dtype=tl.float32) + 1.0
-        if NORM:
-            r_k, r_q = over_length(k2), over_length(q2)
+        if NORM:  # a key's square as the products of equal keys are rounded, so that those have length one
+            r_k, r_q = over_length(tl.sum(tl.where(row == col, T_, 0.0), 1)), over_length(q2)
         seen = tl.zeros([C], dtype=tl.float32)
         left = seen
         if GATE != 0:
@@ -348,21 +369,6 @@ def local_kernel(
             read, erase, write = read * rise, erase * rise, write * fall
         P = P * read[:, None] * write[None, :]
     tl.store(matrices_ptr + C * C, tl.where(row >= col, P, 0.0).to(dtype))
-    for k0 in range(0, 0 if ONE or UNTIED else K, BK):
-        cols = k0 + tl.arange(0, BK)
-        wide = within(cols, K, BK)
-        if VECTOR:
-            fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
-            w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            e = tl.load(erase_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            if GATE != 0:
-                lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
-                w = (w.to(tl.float32) * lift[None, :]).to(e.dtype)
-        else:
-            at, mask = tile_at(k_ptr, s0, hq, HQ, K, row, cols[None, :]), valid[:, None] & wide[None, :]
-            w = tl.load(at, mask=mask, other=0.0)
-            e = w
-        T_ = tl.dot(e, tl.trans(w), T_, input_precision="ieee")
     if UNTIED:
         T_ = tl.where(erasing(r, UNTIED)[:, None], T_, 0.0)
     if VECTOR:

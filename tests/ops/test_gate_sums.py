@@ -1,0 +1,46 @@
+"""Sums of gates on which kernels rely to the last bit, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from interpreted import INTERPRETED, in_the_interpreter, run_interpreted, starts_the_interpreter
+
+if INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from linnet.ops.delta.kernels import after, gate_sums
+
+    @triton.jit
+    def kernel(g_ptr, parts_ptr, C: tl.constexpr):
+        r = tl.arange(0, C)
+        coarse, fine = gate_sums(tl.load(g_ptr + r))
+        behind, rest = after(coarse, C), after(fine, C)
+        whole, part = tl.sum(tl.where(r == 0, coarse + behind, 0.0), 0), tl.sum(tl.where(r == 0, fine + rest, 0.0), 0)
+        tl.store(parts_ptr + r, whole - behind)
+        tl.store(parts_ptr + C + r, part - rest)
+
+
+@pytest.mark.slow
+@starts_the_interpreter
+def test_gate_sums_in_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+@in_the_interpreter
+def test_later_gates_do_not_change_earlier_decays() -> None:
+    """The decay up to each row, made of all rows less those behind it as the kernels of the delta engine make it, is
+    the same to the bit whatever is behind."""
+    generator = torch.Generator().manual_seed(0)
+    C = 64
+    for _ in range(20):
+        g = -torch.exp(2 * torch.randn(C, generator=generator) - 2)
+        changed = g.clone()
+        changed[C // 2 :] = -torch.exp(2 * torch.randn(C // 2, generator=generator) - 2)
+        parts, other = torch.empty(2, C), torch.empty(2, C)
+        kernel[(1,)](g, parts, C=C)
+        kernel[(1,)](changed, other, C=C)
+        assert torch.equal(parts[:, : C // 2], other[:, : C // 2])
+        torch.testing.assert_close(parts.double().sum(0), g.double().cumsum(0), rtol=0, atol=C * 2.0**-29)
