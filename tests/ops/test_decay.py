@@ -159,3 +159,32 @@ def test_cost_counts_bytes_once() -> None:
     assert cost.bytes == 4 * 8192 * 16 * (4 * 128 * 2 + 4) + 2 * state and cost.state_bytes == state
     with pytest.raises(ValueError, match="gate: expected one of"):
         get_op("decay").cost(1, 1, 1, 1, 1, gate="matrix")
+
+
+def test_tiles_are_as_wide_as_hopper_needs_them() -> None:
+    from linnet.ops.decay.settings import chunk_length, launch_settings
+
+    for DR in range(1, 513):
+        for DP in (1, 4, 24, 35, 64, 300):
+            settings = launch_settings(DR, DP, chunk_length(torch.bfloat16), torch.bfloat16, False)
+            assert settings["BR"] >= DR and (settings["BR"] < 64 or settings["BP"] == 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [39, 130])
+@pytest.mark.parametrize(("K", "V"), [(35, 4), (40, 8), (100, 4), (153, 16), (200, 24), (20, 35), (48, 48)])
+def test_channels_that_fill_no_tile(K: int, V: int, T: int, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("in 16 bits, which the interpreter does not multiply: needs --device cuda")
+    torch.manual_seed(0)
+    x = [torch.randn(2, T, 2, D, device=device) / D**0.5 for D in (K, K, V)]
+    x += [-torch.rand(2, T, 2, device=device), torch.randn(2, 2, K, V, device=device)]
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.bfloat16, "reference"), (torch.bfloat16, "triton")):
+        q, k, v = (one.bfloat16().to(dtype).requires_grad_() for one in x[:3])
+        g, S = (one.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for one in x[3:])
+        o, (last, _) = decay(q, k, v, g, state=DecayState(S), backend=backend)
+        found = torch.autograd.grad(o.double().sin().sum() + last.double().sin().sum(), [q, k, v, g, S])
+        results.append([y.double() for y in (o, last, *found)])
+    for exact, rough, got in zip(*results, strict=True):
+        assert (got - exact).norm() <= 4 * (rough - exact).norm() + 2e-3 * exact.norm()

@@ -7,8 +7,9 @@ from functools import cache
 import torch
 
 # How strongly half a chunk may forget, in log2, before it is walked token by token: the factors of a vector gate reach
-# 2^limit and their products over masked pairs its square. fp16 has little range; fp32 keeps its digits.
-LIMITS = {torch.bfloat16: 60.0, torch.float16: 4.0, torch.float32: 6.0}
+# 2^limit and their products over masked pairs its square. fp16 has little range. In fp32, where digits would show which
+# gates come later, every chunk is walked so: with 128 channels that is faster, with 64 and weak gates 1.6 times slower.
+LIMITS = {torch.bfloat16: 60.0, torch.float16: 4.0, torch.float32: -1.0}
 
 # The dtype in which the normaliser is one more channel of the payload, of ones: then it is rounded as the numerator is,
 # with which it and its gradient may cancel; and each pair of tokens sums its own gates.
@@ -46,17 +47,20 @@ def pairs_stored(K: int, V: int, dtype: torch.dtype) -> bool:
 def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, stored: bool = False) -> dict[str, int]:
     """Tile sizes, warps and pipeline depth, by the size of the state and how it is walked; T never enters.
 
-    Measured on Hopper: pieces (split) run two programs a multiprocessor with two stages, whole sequences one program
-    with three; from 256 reading channels on two warp groups share the state, unless pairs are ``stored``: then one has
-    room for 256. With 512 a second stage has no room.
+    In 16 bits a tile of 64 or more reading channels goes with 64 of the payload: narrower ones come out wrong on
+    Hopper, or end in illegal accesses, where channels are no multiple of 16. Measured there: pieces (split) run two
+    programs a multiprocessor with two stages, whole sequences one program with three; from 256 reading channels on two
+    warp groups share the state, unless pairs are ``stored``: then one has room for 256. With 512 a second stage has no
+    room.
     """
     BR, widest = max(16, power_of_2(DR)), max(16, power_of_2(DP))
     if dtype == torch.float32:
         return {"BR": BR, "BP": min(32 if BR <= 128 else 16, widest), "C": C, "num_warps": 4, "num_stages": 2}
+    BP = min(64, widest) if BR < 64 else 64
     if BR <= 128:
-        return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": 4, "num_stages": 2 if split and BR == 128 else 3}
+        return {"BR": BR, "BP": BP, "C": C, "num_warps": 4, "num_stages": 2 if split and BR == 128 else 3}
     warps = 4 if stored and BR == 256 else 8
-    return {"BR": BR, "BP": min(64, widest), "C": C, "num_warps": warps, "num_stages": 1 if BR == 512 else 2}
+    return {"BR": BR, "BP": BP, "C": C, "num_warps": warps, "num_stages": 1 if BR == 512 else 2}
 
 
 @cache
