@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Case, Identity, Op, Segments, register_op
-from . import BACKENDS, conv, cost
+from . import BACKENDS, TAPS, conv, cost
 from .state import ConvState
 
 D = 6
@@ -27,7 +27,8 @@ def _case(name: str, width: int, *, bias: bool = False, size: float = 1.0, hosti
     def state(generator: torch.Generator, rows: int) -> ConvState:
         return ConvState(size * _normal(generator, rows, width - 1, D))
 
-    return Case(name, make, ("x",), state, hostile=hostile)
+    backends = None if width in TAPS else BACKENDS[:2]
+    return Case(name, make, ("x",), state, hostile=hostile, backends=backends)
 
 
 def _width_one(r: torch.Generator):
