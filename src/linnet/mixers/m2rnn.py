@@ -142,10 +142,12 @@ class M2RNN(Mixer):
         memory, tail = parts.unpack(state, M2RNNMixerState)
         # Three products: one of their joint width, seldom a multiple of 8, is slow, and so is what reads its parts.
         qkv, a, gate = (F.linear(x, W) for W in parts.matrix(self.in_proj, x).split(self.split))
-        if self.conv is not None:
-            (qkv,), tail = self.conv(qkv, state=tail, segments=segments)
         keys = self.num_qk_heads * self.head_k
-        q, k, v = qkv.split([keys, keys, self.split[2]], -1)
+        sizes = keys, keys, self.split[2]
+        if self.conv is None:
+            q, k, v = qkv.split(sizes, -1)
+        else:
+            (q, k, v), tail = self.conv(qkv, split=sizes, state=tail, segments=segments)
         q, k, v = parts.heads(q, self.num_qk_heads), parts.heads(k, self.num_qk_heads), parts.heads(v, self.num_heads)
         g = parts.softplus_decay(a, self.A_log, self.dt_bias)
         y, memory = m2rnn(q, k, v, g, self.W.to(v.dtype), clip=self.clip, state=memory, segments=segments)

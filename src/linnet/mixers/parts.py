@@ -7,7 +7,7 @@ matmul in the compute dtype and adds the bias in fp32, and every gate is compute
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -309,9 +309,10 @@ class Norm(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution in front of an engine, over several streams at once.
+    """Causal depthwise convolution in front of an engine, over several streams with one state.
 
-    ``(a, b, ...), state = conv(a, b, ..., state=None, segments=None)`` with streams ``[B, T, D_i]``.
+    ``(a, b, ...), state = conv(a, b, ..., state=None, segments=None)`` with streams ``[B, T, D_i]``, or one stream that
+    is to come out in parts of widths ``split``.
     """
 
     def __init__(self, channels: int, size: int, *, bias: bool = False, activation: str | None = "silu"):
@@ -327,12 +328,27 @@ class ShortConv(nn.Module):
             nn.init.uniform_(p, -bound, bound)
 
     def forward(
-        self, *streams: Tensor, state: ConvState | None = None, segments: Segments | None = None
+        self,
+        *streams: Tensor,
+        split: Sequence[int] | None = None,
+        state: ConvState | None = None,
+        segments: Segments | None = None,
     ) -> tuple[tuple[Tensor, ...], ConvState]:
-        x = torch.cat(streams, -1)
+        x = streams[0]
+        sizes = [s.shape[-1] for s in streams] if split is None else list(split)
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        y, state = conv(x, weight, bias, activation=self.activation, state=state, segments=segments)
-        return y.split([s.shape[-1] for s in streams], -1), state
+        options: dict[str, Any] = {"activation": self.activation, "segments": segments}
+        if len(sizes) == 1 or (x.shape[1] if segments is None else segments.max_len) == 1:  # a step: as few launches
+            x = x if len(streams) == 1 else torch.cat(streams, -1)
+            y, state = conv(x, weight, bias, state=state, **options)
+            return y.split(sizes, -1), state
+        # One by one: nothing is copied to join them, and each comes out whole, as what reads it next wants it.
+        xs = streams if split is None else x.split(sizes, -1)
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        tails = [None] * len(sizes) if state is None else [ConvState(tail) for tail in state.tail.split(sizes, -1)]
+        each = zip(xs, weight.split(sizes), biases, tails, strict=True)
+        done = [conv(x, w, b, state=tail, **options) for x, w, b, tail in each]
+        return tuple(y for y, _ in done), ConvState(torch.cat([after.tail for _, after in done], -1))
 
     def init_state(self, rows: int) -> ConvState:
         channels, size = self.weight.shape
