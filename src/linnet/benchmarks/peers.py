@@ -256,6 +256,13 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
     return fused_recurrent_hgrn(x["x"], x["g"], cu_seqlens=cu)[0]
 
 
+@_fla("short_conv", "fla")
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from fla.modules.convolution import causal_conv1d
+
+    return causal_conv1d(x["x"], x["weight"], activation="silu", cu_seqlens=cu)[0]
+
+
 # FlashQLA (TileLang).
 
 
@@ -344,6 +351,24 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
     from accelerated_scan.warp import scan
 
     return scan(x["a"], x["b"])
+
+
+# PyTorch's depthwise convolution: [B, D, T].
+
+
+@_peer(
+    "short_conv",
+    "torch-conv1d",
+    "torch",
+    "torch",
+    convert=lambda x: {"x": _swap(x["x"]).contiguous(), "weight": x["weight"][:, None]},
+    restore=_swap,
+    packed=False,
+)
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    W = x["weight"].shape[-1]
+    y = torch.nn.functional.conv1d(x["x"], x["weight"], padding=W - 1, groups=x["x"].shape[1])
+    return torch.nn.functional.silu(y[..., : 1 - W])
 
 
 # PyTorch's own softmax attention: on the same shapes, what the linear ops are up against.

@@ -117,7 +117,7 @@ class Workload:
 
     def _sizes(self, shape: Shape) -> tuple[int, ...]:
         B, T, H, K, V, _ = shape
-        if self.engine in ("scan", "paragru"):
+        if self.engine in ("scan", "paragru", "conv"):
             return B, T, H * V // (2 if self.cost.get("algebra") == "block" else 1)
         if self.engine == "selective_scan":
             return B, T, H * V, STATES
@@ -187,6 +187,12 @@ def _elementwise(draw: Callable[..., Tensor], s: Shape) -> Inputs:
 def _blocks(draw: Callable[..., Tensor], s: Shape) -> Inputs:
     width = s.H * s.V // 2
     return {"a": 0.6 * draw(s.B, s.T, width, 2, 2), "b": draw(s.B, s.T, width, 2)}
+
+
+def _short(draw: Callable[..., Tensor], s: Shape) -> Inputs:
+    """A convolution of four taps, as layers put it in front of their gates."""
+    width = s.H * s.V
+    return {"x": draw(s.B, s.T, width), "weight": draw(width, 4) / 2}
 
 
 def _selective(draw: Callable[..., Tensor], s: Shape) -> Inputs:
@@ -326,6 +332,7 @@ SUITES: dict[str, tuple[Workload, ...]] = {
         Workload("selective_scan", "selective_scan", _selective, {}, {}),
         Workload("block_scan", "scan", _blocks, {}, {"algebra": "block"}),
     ),
+    "conv": (Workload("short_conv", "conv", _short, {"activation": "silu"}, {}),),
     "cell": (
         Workload("lstm", "cell", _cell(4), {"kind": "lstm"}, {"kind": "lstm"}),
         Workload("gru", "cell", _cell(3), {"kind": "gru"}, {"kind": "gru"}),
