@@ -42,7 +42,7 @@ def recorded(
     """What forward, backward and a step of a call launch on a GPU."""
     tile, length, gpu = launch.tile, launch.length, torch.device("cuda")
     monkeypatch.setattr(launch, "tile", lambda W, D, device, **how: tile(W, D, gpu, **how))
-    monkeypatch.setattr(launch, "length", lambda tokens, columns, device: length(tokens, columns, gpu))
+    monkeypatch.setattr(launch, "length", lambda tokens, columns, device, **how: length(tokens, columns, gpu, **how))
     x, weight = torch.empty(1, T, D, dtype=dtype), torch.empty(D, W, dtype=dtype)
     offset = torch.empty(D, dtype=dtype) if bias else None
     tail = torch.empty(1, W - 1, D) if state else None
