@@ -103,8 +103,9 @@ class Mamba2(Mixer):
         parts.check_input(x, self.d_model, segments)
         memory, tail = parts.unpack(state, parts.DecayConvState)
         z, xbc, dt = self.in_proj(x).split(self.split, -1)
+        (xbc,), tail = self.conv(xbc, state=tail, segments=segments)
         bc = self.num_groups * self.state_dim
-        (v, B, C), tail = self.conv(xbc, split=(self.inner, bc, bc), state=tail, segments=segments)
+        v, B, C = xbc.split([self.inner, bc, bc], -1)
         v, B, C = parts.heads(v, self.num_heads), parts.heads(B, self.num_groups), parts.heads(C, self.num_groups)
         dt = F.softplus(parts.fp32(dt) + parts.fp32(self.dt_bias))
         g = -parts.fp32(self.A_log).exp() * dt
