@@ -33,6 +33,9 @@ def test_m2rnn_over_several_pieces(lengths, clip):
         (200, 64, torch.float32, 1e-5),
         (72, 100, torch.float32, 1e-5),
         (72, 256, torch.bfloat16, 2e-2),
+        (200, 64, torch.bfloat16, 2e-2),
+        (72, 100, torch.float16, 1e-2),
+        (64, 128, torch.bfloat16, 2e-2),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])

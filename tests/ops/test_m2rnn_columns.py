@@ -1,4 +1,5 @@
-"""The M2RNN's kernels for states of many columns, on few of them in Triton's interpreter."""
+"""The M2RNN's kernels for states of many columns, on few of them in Triton's interpreter: of so many that the weights
+and their gradient do not fit together, and of those that are transposed forward."""
 
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ def test_many_columns_in_the_interpreter() -> None:
 
 
 @in_the_interpreter
-def test_many_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_many_columns(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = import_module("linnet.ops.cell.launch_m2rnn")
     monkeypatch.setattr(launch, "NARROW", 16)
     monkeypatch.setattr(launch, "STRIP", 16)
+    monkeypatch.setattr(launch, "turned", lambda *given: turned)
     torch.manual_seed(0)
-    lengths, H, K, V = [34, 0, 1], 2, 5, 20
+    lengths, H, K, V = [34, 0, 1], 2, 35 if turned else 5, 20
     T, segments = sum(lengths), Segments.from_lengths(lengths)
     given = [torch.randn(1, T, 1, K), torch.randn(1, T, 1, K), torch.randn(1, T, H, V), -torch.rand(1, T, H)]
     given += [torch.randn(H, V, V) / 4, torch.randn(len(lengths), H, K, V)]

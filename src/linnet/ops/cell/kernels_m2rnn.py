@@ -3,6 +3,9 @@
 The rows of a state never meet but in sums over them (readings, gradients of values and weights), of which a program
 gives its part. Time is the loop, and the inputs of the next AHEAD - 1 tokens are on their way meanwhile.
 
+Forward, a program of many columns has its state transposed (TURNED): a product then has the columns where matrix units
+want 64 of something, so that few rows are enough for one, and a sum over rows stays within a warp.
+
 The backward kernel goes back piece by piece of KEEP tokens. It runs a piece forward from the state that was kept before
 it, leaving the states of its tokens in a scratch of its own, and then back over them. Where columns are many (WIDE),
 the weights, their transpose and the sum of their gradient do not fit on a multiprocessor together. Each then has a
@@ -20,9 +23,9 @@ from .kernels_para import _span
 
 
 @triton.jit
-def _gate(g_ptr, at):
+def _gate(g):
     """The forget gate and what it leaves, both exact."""
-    g = tl.load(g_ptr + at).to(tl.float32)
+    g = g.to(tl.float32)
     f = tl.exp(g)
     near = -g * (1.0 + g * (0.5 + g * (1.0 / 6.0 + g * (1.0 / 24.0))))
     return f, tl.where(g > -0.1, near, 1.0 - f)
@@ -30,13 +33,22 @@ def _gate(g_ptr, at):
 
 @triton.jit
 def _key(ptr, at, head, heads, K, ks, there):
-    """A token's query or key. The compiler does not load such a one ahead: a loop that waits for it does so itself."""
+    """A token's query, key or value. The compiler does not load the first two ahead, and values at the price of
+    barriers: a loop that waits for one does so itself."""
     return tl.load(ptr + (at * heads + head) * K + ks, mask=(ks < K) & there, other=0.0)
 
 
 @triton.jit
-def _inside(S, W, k, v, PRECISION: tl.constexpr):
-    """S W + k v^T."""
+def _along(x, AXIS: tl.constexpr):
+    """A vector as a matrix that has it along one axis."""
+    return x[:, None] if AXIS == 0 else x[None, :]
+
+
+@triton.jit
+def _inside(S, W, k, v, PRECISION: tl.constexpr, TURNED: tl.constexpr = False):
+    """S W + k v^T, or of transposed matrices the transpose of that."""
+    if TURNED:
+        S, W, k, v = W, S.to(W.dtype), v, k
     return tl.dot(S.to(W.dtype), W, input_precision=PRECISION) + k.to(tl.float32)[:, None] * v.to(tl.float32)[None, :]
 
 
@@ -79,6 +91,7 @@ def m2rnn_forward_kernel(
     KEEP: tl.constexpr,
     AHEAD: tl.constexpr,
     EARLY: tl.constexpr,  # queries and keys are loaded a token before
+    TURNED: tl.constexpr,  # the state is transposed; values and gates are loaded a token before
     SAVE: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -86,17 +99,25 @@ def m2rnn_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     part, h, n, first, length, piece = _place(cu_ptr, piece_ptr, T, H, K, BK, KEEP, PACKED)
+    ROW: tl.constexpr = 1 if TURNED else 0
+    COLUMN: tl.constexpr = 0 if TURNED else 1
     ks, vs = part * BK + tl.arange(0, BK), tl.arange(0, BV)
     in_k, in_v = ks < K, vs < V
-    mask = in_k[:, None] & in_v[None, :]
-    W = tl.load(W_ptr + h * V * V + vs[:, None] * V + vs[None, :], mask=in_v[:, None] & in_v[None, :], other=0.0)
-    tile = ks[:, None] * V + vs[None, :]
+    mask = _along(in_k, ROW) & _along(in_v, COLUMN)
+    if TURNED:
+        at_W = W_ptr + h * V * V + vs[:, None] + vs[None, :] * V
+    else:
+        at_W = W_ptr + h * V * V + vs[:, None] * V + vs[None, :]
+    W = tl.load(at_W, mask=in_v[:, None] & in_v[None, :], other=0.0)
+    tile = _along(ks, ROW) * V + _along(vs, COLUMN)
     S = tl.load(S0_ptr + (n * H + h).to(tl.int64) * K * V + tile, mask=mask, other=0.0)
     group = h // (H // HQ)
     y_ptr += part.to(tl.int64) * tokens * H * V
     span = KEEP if SAVE else length
     if EARLY:
         q, k = _key(q_ptr, first, group, HQ, K, ks, length > 0), _key(k_ptr, first, group, HQ, K, ks, length > 0)
+    if TURNED:
+        v, g = _key(v_ptr, first, h, H, V, vs, length > 0), tl.load(g_ptr + first * H + h, mask=length > 0, other=0.0)
     for begin in range(0, length, span):
         if SAVE:
             tl.store(kept_ptr + ((piece + begin // KEEP) * H + h) * K * V + tile, S, mask=mask)
@@ -107,13 +128,20 @@ def m2rnn_forward_kernel(
                 next_k = _key(k_ptr, at + 1, group, HQ, K, ks, t + 1 < length)
             else:
                 q, k = _key(q_ptr, at, group, HQ, K, ks, True), _key(k_ptr, at, group, HQ, K, ks, True)
-            v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
-            f, rest = _gate(g_ptr, at * H + h)
-            S = f * S + rest * _tanh(_inside(S, W, k, v, PRECISION), EXACT, FAST)
-            y = tl.sum(S * q.to(tl.float32)[:, None], 0)
+            if TURNED:
+                next_v = _key(v_ptr, at + 1, h, H, V, vs, t + 1 < length)
+                next_g = tl.load(g_ptr + (at + 1) * H + h, mask=t + 1 < length, other=0.0)
+            else:
+                v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
+                g = tl.load(g_ptr + (at * H + h))
+            f, rest = _gate(g)
+            S = f * S + rest * _tanh(_inside(S, W, k, v, PRECISION, TURNED), EXACT, FAST)
+            y = tl.sum(S * _along(q.to(tl.float32), ROW), ROW)
             tl.store(y_ptr + (at * H + h) * V + vs, y.to(y_ptr.dtype.element_ty), mask=in_v)
             if EARLY:
                 q, k = next_q, next_k
+            if TURNED:
+                v, g = next_v, next_g
     tl.store(S1_ptr + (n * H + h).to(tl.int64) * K * V + tile, S, mask=mask)
 
 
@@ -199,7 +227,7 @@ def m2rnn_backward_kernel(
                 k = _key(k_ptr, at, group, HQ, K, ks, True)
             tl.store(scratch_ptr + (own + i * (BK * BV)) + place, S.to(scratch_ptr.dtype.element_ty))
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
-            f, rest = _gate(g_ptr, at * H + h)
+            f, rest = _gate(tl.load(g_ptr + (at * H + h)))
             inside = _inside(S, W, k, v, PRECISION)
             if WIDE:
                 tl.store(inside_ptr + (own + i * (BK * BV)) + place, inside)
@@ -224,7 +252,7 @@ def m2rnn_backward_kernel(
             old = tl.load(scratch_ptr + (own + i * (BK * BV)) + place)
             v = tl.load(v_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0)
             dy = tl.load(dy_ptr + (at * H + h) * V + vs, mask=in_v, other=0.0).to(tl.float32)
-            f, rest = _gate(g_ptr, at * H + h)
+            f, rest = _gate(tl.load(g_ptr + (at * H + h)))
             if WIDE:
                 inside = tl.load(inside_ptr + (own + i * (BK * BV)) + place)
             else:
