@@ -186,6 +186,9 @@ def test_channels_that_fill_no_tile(K: int, V: int, T: int, device: torch.device
         o, (last, _) = decay(q, k, v, g, state=DecayState(S), backend=backend)
         found = torch.autograd.grad(o.double().sin().sum() + last.double().sin().sum(), [q, k, v, g, S])
         results.append([y.double() for y in (o, last, *found)])
-    for exact, rough, got in zip(*results, strict=True):
-        eps = torch.finfo(torch.bfloat16).eps  # of operands; what came out wrong was off by as much as there is
-        assert (got - exact).norm() <= 4 * (rough - exact).norm() + 4 * eps * exact.norm()
+    # Operands rounded to 16 bits, the rest exact, cost half an eps at most; a gate's gradient, in which sums over all
+    # tokens cancel, up to 2.5 eps for these inputs.
+    eps = torch.finfo(torch.bfloat16).eps
+    for name, exact, rough, got in zip(("o", "last", "dq", "dk", "dv", "dg", "dS"), *results, strict=True):
+        share = (4 if name == "dg" else 0.5) * eps
+        assert (got - exact).norm() <= 4 * (rough - exact).norm() + share * exact.norm(), name
