@@ -1,4 +1,4 @@
-"""Sums of gates on which kernels rely to the last bit, in Triton's interpreter."""
+"""What later gates must not change, to the last bit, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from interpreted import INTERPRETED, in_the_interpreter, run_interpreted, starts_the_interpreter
+from linnet.ops import decay
 
 if INTERPRETED:
     import triton
@@ -44,3 +45,20 @@ def test_later_gates_do_not_change_earlier_decays() -> None:
         kernel[(1,)](changed, other, C=C)
         assert torch.equal(parts[:, : C // 2], other[:, : C // 2])
         torch.testing.assert_close(parts.double().sum(0), g.double().cumsum(0), rtol=0, atol=C * 2.0**-29)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("name", ["g", "gv"])
+def test_later_gates_do_not_change_earlier_readings(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    T, K, V, t = 16, 8, 8, 5
+
+    def gates(tokens: int) -> torch.Tensor:
+        return -0.3 * torch.rand(1, tokens, 1, K, generator=generator)
+
+    for _ in range(4):
+        q, k, v = (torch.randn(1, T, 1, D, generator=generator) for D in (K, K, V))
+        g = gates(T)
+        changed = torch.cat([g[:, :t], gates(T - t)], 1)
+        o, other = (decay(q, k, v, **{name: x}, backend="triton")[0] for x in (g, changed))
+        assert torch.equal(o[:, :t], other[:, :t])
