@@ -76,8 +76,9 @@ def test_retnet_decays() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lightning_forgets_less_with_depth_and_not_in_head_0(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)  # of weights with which nothing that is written is nearly zero
     x = torch.zeros(1, 5, 16, dtype=dtype)
-    x[:, 0] = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = torch.randn(16)
     for layer in range(3):
         mixer: Any = build_mixer("lightning(num_heads=4)", 16, layer=layer, num_layers=3).to(dtype)
         first, last = mixer(x[:, :1])[1].S, mixer(x)[1].S  # no writes after the first token: silu(0) = 0
