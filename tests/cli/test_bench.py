@@ -39,7 +39,7 @@ def test_measures_and_shows(tmp_path):
     [
         (
             ["--suite", "dacay"],
-            "--suite: expected one of decay, mlstm, delta, scan, cell, attention, length, decode, train",
+            "--suite: expected one of decay, mlstm, delta, scan, conv, cell, attention, length, decode, train",
         ),
         (["--grid", "huge"], "grid: expected one of"),
         (["--suite", "decode", "--grid", "wide"], "grid: expected one of main, tiny"),
