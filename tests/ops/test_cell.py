@@ -35,6 +35,7 @@ def test_m2rnn_over_several_pieces(lengths, clip):
         (72, 256, torch.bfloat16, 2e-2),
         (200, 64, torch.bfloat16, 2e-2),
         (72, 100, torch.float16, 1e-2),
+        (64, 64, torch.bfloat16, 2e-2),
         (64, 128, torch.bfloat16, 2e-2),
     ],
 )
