@@ -218,12 +218,11 @@ def test_other_paths_slow_requests_and_metrics(served):
 def test_a_full_queue_a_time_limit_and_a_failing_turn():
     model = decoder(["gla(num_heads=2)"])
     with torch.no_grad():
-        model.lm_head.weight[END] = 0  # never the end of a document
-        model.norm.weight.abs_()
+        model.lm_head.weight[END] = 0  # never the end of a document: of 256 others one is always above zero
     server = Served(model, slots=1, waiting=0, seconds=100, new_tokens=10**6)
     patient = server.engine.limits
     try:
-        with server.complete("x", max_tokens=10**6, stream=True) as endless:
+        with server.complete("x", max_tokens=10**6, temperature=0, stream=True) as endless:
             first = iter(endless)
             next(first)
             with pytest.raises(openai.RateLimitError, match="too many requests"):
