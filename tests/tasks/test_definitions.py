@@ -116,6 +116,28 @@ class TestRecall:
             scored = targets != IGNORE
             assert (tokens == targets)[scored].double().mean() < 0.2
 
+    def test_palindromes_read_the_same_both_ways(self) -> None:
+        tokens, targets, _ = TaskData(build_task("palindrome(vocab_size=9)"), length=32, batch_size=4).sample(0)
+        assert (tokens[:, 16] == 8).all()
+        assert torch.equal(tokens[:, 17:], targets[:, 16:-1])
+        assert torch.equal(targets[:, 16:].flip(1), tokens[:, :16])
+        assert (targets[:, :16] == IGNORE).all()
+
+    def test_stacks_are_spread_and_popped_when_they_hold_something(self) -> None:
+        task = build_task("stacks(stacks=4, elements=8)")
+        tokens, targets, _ = TaskData(task, length=302, batch_size=64).sample(0)
+        kinds, stacks = tokens[:, 0::3], tokens[:, 1::3]
+        assert ((kinds == 12) | (kinds == 13)).all()
+        assert ((stacks >= 8) & (stacks < 12)).all()
+        pops = kinds == 13
+        assert 0.4 < pops.double().mean() < 0.5
+        assert torch.equal(targets[:, 1::3] != IGNORE, pops)
+        assert (targets[:, 0::3] == IGNORE).all()
+        assert (targets[:, 2::3] == IGNORE).all()
+        for stack in range(8, 12):
+            change = torch.where(stacks == stack, 1 - 2 * pops.long(), 0)
+            assert change.cumsum(1).min() == 0
+
     def test_memorization_has_one_dictionary(self) -> None:
         task = build_task("mad_memorize")
         for split in ("train", "test"):

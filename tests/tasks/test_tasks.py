@@ -105,6 +105,9 @@ def test_guessing_is_at_chance(task: Task) -> None:
         ("flipflop(p_write=0.7, p_read=0.4)", "p_write, p_read: expected probabilities"),
         ("mqar(vocab_size=8)", "vocab_size: expected an even number above 8"),
         ("mqar(tokens_per_pair=2)", "tokens_per_pair: expected at least 4"),
+        ("palindrome(vocab_size=2)", "vocab_size: expected at least 3"),
+        ("stacks(stacks=0)", "stacks: expected at least 1"),
+        ("stacks(elements=1)", "elements: expected at least 2"),
         ("selectivbench(gap='x')", "gap: expected a number of blanks"),
         ("selectivbench(distractors=0.1)", "distractors: expected gap='0'"),
         ("group(", "task spec: expected"),
@@ -134,8 +137,19 @@ def test_batches() -> None:
         TaskData(task, length=8, batch_size=8).batch(0, 0, 3)
     data = TaskData(task, length=[4, 8], batch_size=2)
     assert [data.batch(i).tokens.shape[1] for i in range(4)] == [4, 8, 4, 8]
-    with pytest.raises(ValueError, match="length: expected at least"):
-        TaskData(build_task("mqar"), length=8).sample(0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "length", "message"),
+    [
+        ("mqar", 8, "length: expected at least 16"),
+        ("palindrome", 9, "length: expected an even number"),
+        ("stacks", 4, "length: expected at least 5"),
+    ],
+)
+def test_lengths_that_a_task_has_no_rows_of(spec: str, length: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaskData(build_task(spec), length=length).sample(0)
 
 
 def test_a_name_is_taken_once() -> None:

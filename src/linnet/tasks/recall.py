@@ -1,4 +1,4 @@
-"""Recall: multi-query associative recall, recall with overwriting, induction heads, selective copying, latching."""
+"""Recall: multi-query associative recall, overwriting, induction heads, copying, palindromes, stacks, latching."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import IGNORE, Sample, Task, register_task
 
-__all__ = ["MQAR", "InductionHeads", "Latching", "Recall", "SelectiveCopy", "distinct"]
+__all__ = ["MQAR", "InductionHeads", "Latching", "Palindrome", "Recall", "SelectiveCopy", "Stacks", "distinct"]
 
 
 def distinct(rows: int, count: int, high: int, generator: torch.Generator) -> Tensor:
@@ -242,6 +242,93 @@ class SelectiveCopy(Task):
         answers = torch.zeros_like(tokens)
         for row, found in zip(tokens, answers, strict=True):
             found[-self.copies :] = row[row < self.vocab_size - 2]
+        return answers
+
+
+@register_task("palindrome", "Kimi Team 2025, Kimi Linear (arXiv 2510.26692): random tokens, then the same backwards")
+class Palindrome(Task):
+    """Random tokens, a separator (the last id), and the tokens in reverse, of which each next one is due.
+
+    A row of T positions, T even, holds T / 2 tokens, the separator and all of the reversed tokens but the last.
+
+    Args:
+        vocab_size: ids, the separator included. The paper gives no number.
+    """
+
+    lengths = (64, 128, 256, 512)
+
+    def __init__(self, *, vocab_size: int = 33):
+        self.expect(vocab_size >= 3, "vocab_size", "at least 3", vocab_size)
+        self.vocab_size, self.chance = vocab_size, 1 / (vocab_size - 1)
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        self.expect(length % 2 == 0, "length", "an even number", length)
+        content = torch.randint(self.vocab_size - 1, (rows, length // 2), generator=generator)
+        back = content.flip(1)
+        separator = torch.full((rows, 1), self.vocab_size - 1)
+        tokens = torch.cat([content, separator, back[:, :-1]], 1)
+        return Sample(tokens, torch.cat([torch.full_like(content, IGNORE), back], 1))
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        answers = torch.zeros_like(tokens)
+        for row, found in zip(tokens, answers, strict=True):
+            at = row.tolist().index(self.vocab_size - 1) if (row == self.vocab_size - 1).any() else len(row)
+            found[at:] = row[:at].flip(0)[: len(row) - at]
+        return answers
+
+
+@register_task("stacks", "Kimi Team 2025, Kimi Linear (arXiv 2510.26692): last in, first out, in many stacks at once")
+class Stacks(Task):
+    """Operations of three tokens: push, a stack, an element; or pop, a stack, the element that it gives.
+
+    The element of a pop is due after the stack's id. Half of the operations pop, from a stack that holds something,
+    as far as there is one. Ids: elements, stacks, push, pop. The last operation of a row may be cut off.
+
+    Args:
+        stacks: how many there are; 64 in the paper.
+        elements: how many there are; the paper gives no number.
+    """
+
+    lengths = (96, 192, 384)
+    examples = ({}, {"stacks": 4, "elements": 8})
+
+    def __init__(self, *, stacks: int = 64, elements: int = 32):
+        self.expect(stacks >= 1, "stacks", "at least 1", stacks)
+        self.expect(elements >= 2, "elements", "at least 2", elements)
+        self.stacks, self.elements = stacks, elements
+        self.vocab_size, self.chance = elements + stacks + 2, 1 / elements
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        self.expect(length >= 5, "length", "at least 5", length)  # a push, and a pop up to what is due
+        steps, row = -(-length // 3), torch.arange(rows)
+        content = torch.randint(self.elements, (steps, rows), generator=generator)
+        pops = torch.rand(steps, rows, generator=generator) < 0.5
+        pops[1] = True  # a row without a question is no row
+        chosen = torch.rand(steps, rows, self.stacks, generator=generator)
+        held, height = torch.zeros(rows, self.stacks, steps + 1, dtype=torch.int64), torch.zeros(rows, self.stacks)
+        found = []
+        for element, pop, rank in zip(content, pops, chosen, strict=True):
+            pop = pop & (height > 0).any(1)
+            stack = torch.where(pop.unsqueeze(1) & (height == 0), -1.0, rank).argmax(1)
+            top = height[row, stack].long()
+            element = torch.where(pop, held[row, stack, top - 1], element)
+            held[row, stack, top - pop.long()] = element  # a pop leaves what it read
+            height[row, stack] += torch.where(pop, -1.0, 1.0)
+            found.append(torch.stack([self.vocab_size - 2 + pop.long(), self.elements + stack, element], 1))
+        tokens = torch.cat(found, 1)
+        asked = (tokens[:, 0::3] == self.vocab_size - 1).repeat_interleave(3, 1)
+        asked &= torch.arange(3 * steps) % 3 == 1
+        return Sample(tokens[:, :length], torch.where(asked, tokens.roll(-1, 1), IGNORE)[:, :length])
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        answers = torch.zeros_like(tokens)
+        for row, found in zip(tokens.tolist(), answers, strict=True):
+            memory: dict[int, list[int]] = {}
+            for t in range(1, len(row), 3):
+                if row[t - 1] == self.vocab_size - 1:
+                    found[t] = memory[row[t]].pop()
+                elif t + 1 < len(row):
+                    memory.setdefault(row[t], []).append(row[t + 1])
         return answers
 
 
