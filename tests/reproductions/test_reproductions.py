@@ -7,12 +7,14 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from linnet.reproductions import Bar, reproduce, reproductions
+from linnet.reproductions import Bar, Experiment, kimi_tasks, reproduce, reproductions
 from linnet.reproductions.tfla import gains, half_gain
+from linnet.training import Cell
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "reproductions" / "results").glob("*.json"))
@@ -38,6 +40,31 @@ def test_quick(name: str, tmp_path: Path) -> None:
     assert all(len(points) > 1 for points in result["plot"]["curves"].values())
     with pytest.raises(FileExistsError, match="nothing in it is overwritten"):
         reproduce(name, folder=tmp_path / name, quick=True)
+
+
+class Smaller(Experiment):
+    """Two rows a step, in fp32."""
+
+    def compare(self, name: str, /, **options: Any) -> list[Cell]:
+        training = {**options["training"], "precision": "no"}
+        return super().compare(name, **{**options, "batch_size": 2, "training": training})
+
+
+@pytest.mark.slow
+def test_quick_on_a_cpu_what_is_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a few tokens in place of 256: the tasks fit, figures and curves come out."""
+    monkeypatch.setattr(kimi_tasks, "LENGTH", 24)
+    outcome = kimi_tasks.run(Smaller(tmp_path, "gpu", quick=True))
+    assert all(bar.known for bar in outcome.bars)
+    assert {bar.bar() for bar in outcome.bars} == {"≥ 0.9", "≥ -0.01", "≥ 0"}
+    assert set(outcome.curves) == {
+        f"{task}, {mixer}" for task in kimi_tasks.TASKS for mixer in ("kda", "gated_deltanet")
+    }
+
+
+def test_what_has_been_run_is_recorded() -> None:
+    known = reproductions(missing=True)
+    assert sorted(name for name, about in known.items() if about.recorded) == [file.stem for file in RESULTS]
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)

@@ -77,9 +77,10 @@ def reproduce(
 def _list(known: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE_HEAD, title=f"{len(known)} reproductions", title_justify="left")
     for column in ("name", "claim", "budgets"):
-        table.add_column(column, style="bold" if column == "name" else "", no_wrap=column == "name")
+        table.add_column(column, style="bold" if column == "name" else "", no_wrap=column != "claim")
     for name, about in known.items():
-        table.add_row(name, escape(about.claim), ", ".join(about.budgets))
+        budgets = ", ".join(about.budgets)
+        table.add_row(name, escape(about.claim), budgets if about.recorded else f"{budgets}; not run yet")
     console().print(table)
 
 
