@@ -32,8 +32,8 @@ class Preset:
         paper: title and year; empty for a configuration of linnet's own.
         arxiv: arXiv id of the paper; empty likewise.
         published_parameters: the size as its authors print it ("340M"); empty when there is none.
-        counted: what that figure counts: "all" parameters, or each token table "once" (the head of an untied model is
-            left out).
+        counted: what that figure counts: "all" parameters, each token table "once" (the head of an untied model is
+            left out), or "none" of them.
         notes: why the figure and the model agree or differ, and what the configuration changes.
         config: fields of :class:`~linnet.models.DecoderConfig`.
         choices: what of it can be chosen, by the name of the choice and of its values, the default first: further
