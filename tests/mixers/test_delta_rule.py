@@ -88,13 +88,15 @@ def test_initial_matrices() -> None:
         if name.endswith("proj.weight"):
             assert float(p.abs().max()) == pytest.approx(2**-2.5 * (6 / sum(p.shape)) ** 0.5, rel=0.02), name
     assert float(plain.q_proj.weight.std()) == pytest.approx(0.02, rel=0.05)  # type: ignore[union-attr, operator]
-    bounded = build_mixer("kda(num_heads=2, head_dim=4, gate_bound=5.0)", 16)
-    assert not bounded.A_log.any()  # type: ignore[operator]
+    for name in ("kda", "gated_deltanet2"):
+        bounded = build_mixer(f"{name}(num_heads=2, head_dim=4, gate_bound=5.0)", 16)
+        assert not bounded.A_log.any()  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("name", ["kda", "gated_deltanet2"])
 @pytest.mark.parametrize("options", [{}, {"gate_bound": 5.0}])
-def test_saturated_gates_have_finite_gradients(options: dict[str, float]) -> None:
-    mixer = build_mixer({"name": "kda", "num_heads": 2, "head_dim": 4, **options}, 16)
+def test_saturated_gates_have_finite_gradients(name: str, options: dict[str, float]) -> None:
+    mixer = build_mixer({"name": name, "num_heads": 2, "head_dim": 4, **options}, 16)
     torch.nn.init.constant_(mixer.A_log, 20.0)  # type: ignore[arg-type]
     for f in (-50.0, 50.0):
         torch.nn.init.constant_(mixer.dt_bias, f)  # type: ignore[arg-type]
@@ -105,8 +107,9 @@ def test_saturated_gates_have_finite_gradients(options: dict[str, float]) -> Non
 
 
 @torch.no_grad()
-def test_bounded_gate_stays_in_its_bounds() -> None:
-    mixer: Any = random_mixer(torch.Generator().manual_seed(0), "kda", 16, num_heads=2, head_dim=4, gate_bound=5.0)
+@pytest.mark.parametrize("name", ["kda", "gated_deltanet2"])
+def test_bounded_gate_stays_in_its_bounds(name: str) -> None:
+    mixer: Any = random_mixer(torch.Generator().manual_seed(0), name, 16, num_heads=2, head_dim=4, gate_bound=5.0)
     g = mixer.strengths(100 * torch.randn(1, 50, 16, dtype=torch.float64)).g
     assert -5 <= g.min() < -4.9 and -0.1 < g.max() <= 0
 
@@ -155,3 +158,47 @@ def test_partial_rotation_leaves_the_other_channels() -> None:
     assert torch.equal(y[..., 2:], x[..., 2:]) and not torch.equal(y[:, 1:, :, :2], x[:, 1:, :, :2])
     with pytest.raises(ValueError, match="rope_fraction"):
         build_mixer("attention(num_heads=2, rope_fraction=0.2)", 16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["kda", "gated_deltanet2", "deltaproduct"])
+def test_value_heads_that_share_a_key_equal_repeated_keys(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"deltaproduct": {"gate": True, "num_steps": 3}}.get(name, {})
+    shared: Any = random_mixer(generator, name, 16, num_heads=2, num_v_heads=4, head_dim=4, **options)
+    full: Any = random_mixer(generator, name, 16, num_heads=4, head_dim=4, **options)
+    of_keys = {"q_proj.weight", "k_proj.weight"}
+    if name == "gated_deltanet2":  # erase and forget gates go with the key
+        of_keys |= {"b_proj.weight", "f_proj.1.weight", "dt_bias", "A_log"}
+    for key, p in full.named_parameters():
+        source = shared.get_parameter(key)
+        if key == "conv.weight":
+            n = full.substeps
+            q, k, v = source.split([8, 8 * n, 16 * n])
+            q, k = (y.unflatten(0, (-1, 2, 4)).repeat_interleave(2, 1).flatten(0, 2) for y in (q, k))
+            source = torch.cat([q, k, v])
+        elif key in of_keys:
+            rows = (-1, 2) if key == "A_log" else (-1, 2, 4)
+            source = source.unflatten(0, rows).repeat_interleave(2, 1).flatten(0, len(rows) - 1)
+        p.copy_(source)
+    x = torch.randn(2, 9, 16, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(shared(x)[0], full(x)[0], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("neg_eigval", "least", "worst"), [(False, 0.144, 2 / 3**0.5), (True, 0.347, 2**0.5)])
+def test_least_decay_makes_the_channelwise_transition_a_contraction(
+    neg_eigval: bool, least: float, worst: float
+) -> None:
+    """Over erase gates of 0 and their largest value, for keys that spread over two channels: the worst there are."""
+    mixer: Any = random_mixer(
+        torch.Generator().manual_seed(0), "gated_deltanet2", 16, num_heads=2, neg_eigval=neg_eigval, least_decay=least
+    )
+    strengths = mixer.strengths(100 * torch.randn(1, 200, 16, dtype=torch.float64))
+    assert strengths.g.max() <= -least
+    angle = torch.linspace(0, torch.pi / 2, 1000, dtype=torch.float64)
+    k = torch.stack([angle.cos(), angle.sin()], -1)
+    erase = torch.tensor([0.0, strengths.beta.max().ceil()])
+    norms = torch.linalg.matrix_norm(torch.eye(2) - k[:, :, None] * (erase * k)[:, None, :], 2)
+    assert norms.max() == pytest.approx(worst, rel=1e-4)
+    assert norms.max() * math.exp(-least) <= 1

@@ -186,10 +186,11 @@ def check_tensor_parallel(group):
     mixers = [
         "gated_deltanet(num_heads=2, num_v_heads=4, head_dim=4)", "gla(num_heads=4, num_kv_heads=2, conv_size=3)",
         "attention(num_heads=4, num_kv_heads=2, qkv_bias=True, o_bias=True, qk_norm=True, output_gate=True)",
-        "mamba2(head_dim=4, state_dim=3, num_groups=2)", "mlstm(num_heads=2)", "kda(num_heads=2, head_dim=4)",
-        "deltaproduct(num_heads=2, gate=True, output_gate=True)", "rglru(num_heads=2)", "simple_gla(num_heads=2)",
-        "mla(num_heads=2, kv_rank=4, q_rank=6, nope_dim=4, rope_dim=2, v_dim=6)", "linear_attention(num_heads=2)",
-        "gated_deltanet2(num_heads=2, head_dim=4)", "deltanet(num_heads=2)",
+        "mamba2(head_dim=4, state_dim=3, num_groups=2)", "mlstm(num_heads=2)", "rglru(num_heads=2)",
+        "kda(num_heads=2, num_v_heads=4, head_dim=4)", "simple_gla(num_heads=2)", "linear_attention(num_heads=2)",
+        "deltaproduct(num_heads=2, num_v_heads=4, gate=True, output_gate=True)", "deltanet(num_heads=2)",
+        "mla(num_heads=2, kv_rank=4, q_rank=6, nope_dim=4, rope_dim=2, v_dim=6)",
+        "gated_deltanet2(num_heads=2, num_v_heads=4, head_dim=4)",
     ]  # fmt: skip
     shape = {"vocab_size": 11, "d_model": 16, "num_layers": len(mixers), "mlp_hidden": 12, "init_std": 0.3}
     moe = {"num_experts": 3, "shared_experts": 1, "shared_gate": True, "expert_hidden": 4}

@@ -41,12 +41,14 @@ def _is_deltanet(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         " (arXiv 2502.10297)",
         recurrence="S_t0 = a_t S_{t-1}; S_tj = (I - b_tj k_tj k_tj^T) S_t(j-1) + b_tj k_tj v_tj^T, j = 1..n;"
         " o_t = K^-1/2 S_tn^T q_t",
-        state="H·K·V (+ (W-1)·(H·K + n·H·K + n·H·V) with a convolution of W taps)",
+        state="H·K·V (+ (W-1)·(H·K + n·H·K + n·H·V) with a convolution of W taps), H the value heads in H·V and in the"
+        " memory",
         engine="delta",
         expressivity="beyond TC0: n Householder matrices a token track any permutation of n + 1 elements",
         examples=(
             {"d_model": 16, "num_heads": 2, "num_steps": 3},
             {"d_model": 16, "num_heads": 2, "head_dim": 6, "gate": True, "neg_eigval": False, "output_gate": True},
+            {"d_model": 16, "num_heads": 1, "num_v_heads": 2, "head_dim": 4, "gate": True},
         ),
         identities=(
             Identity("is gated_deltanet with one step and a gate", _is_gated_deltanet),
@@ -60,10 +62,12 @@ class DeltaProduct(DeltaRule):
 
     Args:
         d_model: width.
-        num_heads: heads H.
+        num_heads: heads H of queries and keys.
         num_steps: n, keys, values and strengths of a token.
         head_dim: K channels of a query and key head; d_model / H when None.
         expand_v: V = expand_v * K channels of a value head.
+        num_v_heads: heads of values, each with a memory and strengths of its own; num_v_heads / H of them share a query
+            and key head. H when None.
         gate: forget by a data-dependent factor per head (Gated DeltaProduct).
         neg_eigval: strengths in (0, 2) in place of (0, 1), so that a step can reflect.
         output_gate: multiply the normalised reading by SiLU(W x).
@@ -82,6 +86,7 @@ class DeltaProduct(DeltaRule):
         num_steps: int = 2,
         head_dim: int | None = None,
         expand_v: float = 1.0,
+        num_v_heads: int | None = None,
         gate: bool = False,
         neg_eigval: bool = True,
         output_gate: bool = False,
@@ -91,13 +96,13 @@ class DeltaProduct(DeltaRule):
         parts.check_count(num_steps=num_steps)
         head_dim = parts.check_divisor("num_heads", num_heads, d_model, "d_model") if head_dim is None else head_dim
         options = {"neg_eigval": neg_eigval, "conv_size": conv_size, "norm_eps": norm_eps}
-        super().__init__(d_model, num_heads, head_dim, expand_v, substeps=num_steps, **options)
-        self.b_proj = parts.GateLinear(d_model, num_steps * num_heads, bias=False)
+        super().__init__(d_model, num_heads, head_dim, expand_v, num_v_heads=num_v_heads, substeps=num_steps, **options)
+        self.b_proj = parts.GateLinear(d_model, num_steps * self.num_v_heads, bias=False)
         self.gate = gate
         if gate:
-            self.a_proj = parts.GateLinear(d_model, num_heads, bias=False)
-            self.A_log = nn.Parameter(torch.empty(num_heads))
-            self.dt_bias = nn.Parameter(torch.empty(num_heads))
+            self.a_proj = parts.GateLinear(d_model, self.num_v_heads, bias=False)
+            self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
+            self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads))
         if output_gate:
             self.g_proj = nn.Linear(d_model, self.values, bias=False)
         self.reset_parameters()
@@ -109,5 +114,5 @@ class DeltaProduct(DeltaRule):
             parts.reset_softplus_decay(self.A_log, self.dt_bias, lowest=0.0)
 
     def strengths(self, x: Tensor) -> Strengths:
-        beta = self.reach * torch.sigmoid(self.rows(self.b_proj(x), self.num_heads)[..., 0])
+        beta = self.reach * torch.sigmoid(self.rows(self.b_proj(x), self.num_v_heads)[..., 0])
         return Strengths(beta, parts.softplus_decay(self.a_proj(x), self.A_log, self.dt_bias) if self.gate else None)

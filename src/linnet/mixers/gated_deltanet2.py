@@ -33,19 +33,21 @@ def _reads_what_kda_reads(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         " (arXiv 2605.22791)",
         recurrence="S_t = (I - k_t (b_t * k_t)^T) diag(a_t) S_{t-1} + k_t (w_t * v_t)^T, b_t, w_t sigmoid gates per key"
         " and value channel; o_t = K^-1/2 S_t^T q_t",
-        state="H·K·V + (W-1)·(2·H·K + H·V)",
+        state="H·K·V + (W-1)·(2·H·K + H·V), H the value heads in H·V and in the memory",
         engine="delta",
         expressivity="beyond TC0 with negative eigenvalues (parity, swaps): diagonal plus rank one",
         examples=(
             {"d_model": 16, "num_heads": 2, "head_dim": 8},
             {"d_model": 16, "num_heads": 2, "head_dim": 4, "neg_eigval": True, "gate_activation": "sigmoid"},
+            {"d_model": 16, "num_heads": 1, "num_v_heads": 2, "head_dim": 6, "gate_bound": 5.0, "least_decay": 0.15},
         ),
         identities=(
             Identity("reads what kda reads when the two gates are one scalar per head", _reads_what_kda_reads),
         ),
         notes=(
             "The map to the forget gate has the rank of a head, as in the released code; the paper writes a full one.",
-            "The transition is no contraction: its norm reaches 1.155, and 1.414 with neg_eigval.",
+            "The transition is no contraction: its norm reaches 1.155, and 1.414 with neg_eigval. The paper has"
+            " neither least_decay, which can make it one, nor gate_bound.",
         ),
     ),
 )
@@ -54,15 +56,21 @@ class GatedDeltaNet2(DeltaRule):
 
     Args:
         d_model: width.
-        num_heads: heads H.
+        num_heads: heads H of queries and keys, which also have the erase and the forget gates.
         head_dim: K = V channels of a head, and the rank of the maps to the forget and the output gate.
+        num_v_heads: heads of values, each with a memory and a write gate of its own; num_v_heads / H of them share what
+            a query and key head has. H when None.
         neg_eigval: erase strengths in (0, 2) in place of (0, 1), so that a transition can reflect.
+        gate_bound: keep log-decays in an interval of this length, by a sigmoid in place of the softplus, as in `kda`;
+            unbounded when None.
+        least_decay: what every channel forgets at each token, as a log-decay; from 0.144 on (with neg_eigval 0.347) no
+            transition makes a state larger.
         gate_activation: of the output gate, "silu" as in the paper or "sigmoid".
         conv_size: taps of the short convolution over queries, keys and values; 0 for none (SiLU alone).
         norm_eps: of the RMSNorm.
 
     Raises:
-        ValueError: naming the option, for sizes that are out of range.
+        ValueError: naming the option, for sizes that do not divide, or values out of range.
     """
 
     def __init__(
@@ -71,15 +79,22 @@ class GatedDeltaNet2(DeltaRule):
         *,
         num_heads: int = 16,
         head_dim: int = 128,
+        num_v_heads: int | None = None,
         neg_eigval: bool = False,
+        gate_bound: float | None = None,
+        least_decay: float = 0.0,
         gate_activation: str = "silu",
         conv_size: int = 4,
         norm_eps: float = 1e-5,
     ):
         parts.check_choice("gate_activation", gate_activation, ("silu", "sigmoid"))
+        if gate_bound is not None:
+            parts.check_positive(gate_bound=gate_bound)
+        if not 0 <= least_decay < float("inf"):
+            raise ValueError(f"least_decay: expected a number of at least 0, got {least_decay}")
         options = {"neg_eigval": neg_eigval, "conv_size": conv_size, "norm_eps": norm_eps}
-        super().__init__(d_model, num_heads, head_dim, 1.0, **options)
-        self.gate_activation = gate_activation
+        super().__init__(d_model, num_heads, head_dim, 1.0, num_v_heads=num_v_heads, **options)
+        self.gate_activation, self.gate_bound, self.least_decay = gate_activation, gate_bound, least_decay
         self.b_proj = parts.GateLinear(d_model, num_heads * head_dim, bias=False)
         self.w_proj = parts.GateLinear(d_model, self.values, bias=False)
         self.f_proj = parts.low_rank(d_model, head_dim, num_heads * head_dim, gate=True)
@@ -89,14 +104,22 @@ class GatedDeltaNet2(DeltaRule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """exp(A) uniform in [1, 16]; the rest as in the family."""
+        """exp(A) uniform in [1, 16], 1 with a bounded gate; the rest as in the family."""
         super().reset_parameters()
         parts.reset_softplus_decay(self.A_log, self.dt_bias)
+        if self.gate_bound is not None:
+            nn.init.zeros_(self.A_log)
 
     def open_output(self, gate: Tensor) -> Tensor:
         return F.silu(gate) if self.gate_activation == "silu" else torch.sigmoid(gate)
 
     def strengths(self, x: Tensor) -> Strengths:
-        erase, write, f = (parts.heads(p(x), self.num_heads) for p in (self.b_proj, self.w_proj, self.f_proj))
-        g = parts.softplus_decay(f, self.A_log, self.dt_bias)
-        return Strengths(self.reach * torch.sigmoid(erase), g, torch.sigmoid(write))
+        erase, f = (parts.heads(p(x), self.num_heads) for p in (self.b_proj, self.f_proj))
+        if self.gate_bound is None:
+            g = parts.softplus_decay(f, self.A_log, self.dt_bias)
+        else:
+            g = parts.bounded_decay(f, self.A_log, self.dt_bias, self.gate_bound)
+        erase, g = self.reach * torch.sigmoid(erase), g - self.least_decay if self.least_decay else g
+        if self.num_v_heads > self.num_heads:
+            erase, g = (y.repeat_interleave(self.num_v_heads // self.num_heads, 2) for y in (erase, g))
+        return Strengths(erase, g, torch.sigmoid(parts.heads(self.w_proj(x), self.num_v_heads)))

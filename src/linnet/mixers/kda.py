@@ -34,12 +34,13 @@ def _reads_what_gated_deltanet_reads(generator: torch.Generator) -> tuple[Tensor
         paper="Kimi Team 2025, Kimi Linear: An Expressive, Efficient Attention Architecture (arXiv 2510.26692)",
         recurrence="S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T,"
         " a_t = exp(-exp(A) softplus(W2 W1 x_t + c)) per key channel; o_t = K^-1/2 S_t^T q_t",
-        state="H·K·V + (W-1)·(2·H·K + H·V)",
+        state="H·K·V + (W-1)·(2·H·K + H·V), H the value heads in H·V and in the memory",
         engine="delta",
         expressivity="beyond TC0 with negative eigenvalues (parity, swaps): diagonal plus rank one",
         examples=(
             {"d_model": 16, "num_heads": 2, "head_dim": 8},
             {"d_model": 16, "num_heads": 2, "head_dim": 4, "neg_eigval": True, "gate_bound": 5.0},
+            {"d_model": 16, "num_heads": 1, "num_v_heads": 2, "head_dim": 6},
         ),
         identities=(
             Identity(
@@ -55,8 +56,10 @@ class KDA(DeltaRule):
 
     Args:
         d_model: width.
-        num_heads: heads H.
+        num_heads: heads H of queries and keys.
         head_dim: K = V channels of a head, and the rank of the maps to the forget and the output gate.
+        num_v_heads: heads of values, each with a memory, a strength and forget gates of its own; num_v_heads / H of
+            them share a query and key head. H when None.
         neg_eigval: strengths in (0, 2) in place of (0, 1), so that a transition can reflect.
         gate_bound: keep log-decays in (-gate_bound, 0), by a sigmoid in place of the softplus (5 in later Kimi models);
             unbounded when None.
@@ -64,7 +67,7 @@ class KDA(DeltaRule):
         norm_eps: of the RMSNorm.
 
     Raises:
-        ValueError: naming the option, for sizes or a bound out of range.
+        ValueError: naming the option, for sizes that do not divide, or sizes or a bound out of range.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class KDA(DeltaRule):
         *,
         num_heads: int = 4,
         head_dim: int = 128,
+        num_v_heads: int | None = None,
         neg_eigval: bool = False,
         gate_bound: float | None = None,
         conv_size: int = 4,
@@ -81,12 +85,12 @@ class KDA(DeltaRule):
         if gate_bound is not None:
             parts.check_positive(gate_bound=gate_bound)
         options = {"neg_eigval": neg_eigval, "conv_size": conv_size, "norm_eps": norm_eps}
-        super().__init__(d_model, num_heads, head_dim, 1.0, **options)
+        super().__init__(d_model, num_heads, head_dim, 1.0, num_v_heads=num_v_heads, **options)
         self.gate_bound = gate_bound
-        self.b_proj = parts.GateLinear(d_model, num_heads, bias=False)
-        self.f_proj = parts.low_rank(d_model, head_dim, num_heads * head_dim, gate=True)
-        self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(num_heads * head_dim))
+        self.b_proj = parts.GateLinear(d_model, self.num_v_heads, bias=False)
+        self.f_proj = parts.low_rank(d_model, head_dim, self.num_v_heads * head_dim, gate=True)
+        self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads * head_dim))
         self.g_proj = parts.low_rank(d_model, head_dim, self.values, bias=True)
         self.reset_parameters()
 
@@ -101,8 +105,7 @@ class KDA(DeltaRule):
         return torch.sigmoid(gate)
 
     def strengths(self, x: Tensor) -> Strengths:
-        beta, f = self.reach * torch.sigmoid(self.b_proj(x)), parts.heads(self.f_proj(x), self.num_heads)
+        beta, f = self.reach * torch.sigmoid(self.b_proj(x)), parts.heads(self.f_proj(x), self.num_v_heads)
         if self.gate_bound is None:
             return Strengths(beta, parts.softplus_decay(f, self.A_log, self.dt_bias))
-        slope, bias = parts.fp32(self.A_log).exp()[:, None], parts.fp32(self.dt_bias).view(f.shape[2:])
-        return Strengths(beta, -self.gate_bound * torch.sigmoid(slope * (f + bias)))
+        return Strengths(beta, parts.bounded_decay(f, self.A_log, self.dt_bias, self.gate_bound))

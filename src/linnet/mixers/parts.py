@@ -25,6 +25,7 @@ __all__ = [
     "ScanConvState",
     "ShortConv",
     "assign",
+    "bounded_decay",
     "check_choice",
     "check_conv_size",
     "check_count",
@@ -241,6 +242,13 @@ def softplus_decay(x: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     if x.dim() == 4:
         rate, bias = rate[:, None], bias.view(x.shape[2:])
     return -rate * F.softplus(fp32(x) + bias)
+
+
+def bounded_decay(x: Tensor, A_log: Tensor, dt_bias: Tensor, bound: float) -> Tensor:
+    """The log-decay ``-bound sigmoid(exp(A_log) (x + dt_bias))``, never below ``-bound``; arguments as in
+    :func:`softplus_decay`, ``x`` with a key channel axis."""
+    slope, bias = fp32(A_log).exp()[:, None], fp32(dt_bias).view(x.shape[2:])
+    return -bound * torch.sigmoid(slope * (fp32(x) + bias))
 
 
 @torch.no_grad()

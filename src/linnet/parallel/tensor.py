@@ -40,7 +40,7 @@ def _gla_streams(m: Any) -> dict[str, tuple[int, ...]]:
 
 def _delta_streams(m: Any) -> dict[str, tuple[int, ...]]:
     keys, n = m.num_heads * m.head_k, m.substeps
-    several = {"k_proj.weight": (keys,) * n, "v_proj.weight": (m.values,) * n, "b_proj.weight": (m.num_heads,) * n}
+    several = {"k_proj.weight": (keys,) * n, "v_proj.weight": (m.values,) * n, "b_proj.weight": (m.num_v_heads,) * n}
     return {"conv.weight": (keys,) * (1 + n) + (m.values,) * n, **(several if n > 1 else {})}
 
 
