@@ -257,6 +257,25 @@ def test_initial_weights():
         assert weight.std().item() == pytest.approx(std, rel=0.05)
 
 
+@pytest.mark.parametrize(("mlp", "branches"), [("swiglu", 6), ("none", 3), (["none", "swiglu"], 4)])
+def test_initial_output_projections_shrink_with_depth(mlp, branches):
+    """Those of mixers as those of MLPs, on construction and whenever the parameters are drawn again."""
+    mixers = ["gla(num_heads=2)", "mamba", "mlstm_block(num_heads=2)"]
+    models = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        models.append(Decoder(config(num_layers=3, mixers=mixers, mlp=mlp, scale_residual_init=scaled)))
+    for again in (False, True):
+        if again:
+            for model in models:
+                torch.manual_seed(1)
+                model.reset_parameters()
+        plain, scaled = (dict(model.named_parameters()) for model in models)
+        for name, p in plain.items():
+            ends = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
+            torch.testing.assert_close(scaled[name], p * branches**-0.5 if ends else p, msg=name)
+
+
 def test_layers_follow_the_pattern():
     model = decoder(num_layers=7)
     assert [layer.mixer.name for layer in model.layers] == ["gla", "mamba2", "attention"] * 2 + ["gla"]

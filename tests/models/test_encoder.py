@@ -159,3 +159,13 @@ def test_rows_of_a_state_can_be_chosen():
     inputs = tokens(2, 3, seed=5)
     picked = model.decoder(inputs, select_rows(state, order)).logits
     torch.testing.assert_close(picked, model(source[order], inputs).logits, **EXACT)
+
+
+def test_initial_output_projections_of_both_ends_shrink_with_depth():
+    models = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        models.append(Encoder(config(mixers=["gru(num_heads=2)"], num_layers=2, scale_residual_init=scaled)))
+    plain, scaled = (model.layers[1].mixer for model in models)
+    for end in ("ahead", "back"):
+        torch.testing.assert_close(getattr(scaled, end).o_proj.weight, getattr(plain, end).o_proj.weight / 2)

@@ -43,7 +43,7 @@ def _is_loop(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             {"d_model": 8, "expand": 1, "state_dim": 3, "dt_rank": 2, "normalize": True, "conv_size": 2},
         ),
         identities=(Identity("is the loop h = exp(-A dt) h + dt u B, y = h C + D u", _is_loop),),
-        notes=("The output projection is not rescaled by depth; that belongs to the model's initialisation.",),
+        notes=("The output projection is rescaled by depth as published when the model has scale_residual_init.",),
     ),
 )
 class Mamba(Mixer):

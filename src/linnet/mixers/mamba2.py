@@ -45,7 +45,7 @@ def _is_ssd(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             {"d_model": 8, "head_dim": 4, "state_dim": 3, "num_groups": 2, "conv_size": 2},
         ),
         identities=(Identity("is the SSD matrix form: (L * C B^T) dt x with L = exp(segsum(-A dt))", _is_ssd),),
-        notes=("The output projection is not rescaled by depth; that belongs to the model's initialisation.",),
+        notes=("The output projection is rescaled by depth as published when the model has scale_residual_init.",),
     ),
 )
 class Mamba2(Mixer):

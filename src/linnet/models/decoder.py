@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from linnet.mixers import build_mixer
+from linnet.mixers import Mixer, build_mixer
 from linnet.mixers.base import parse_spec
 from linnet.ops import Segments
 from linnet.ops.core import check_segments
@@ -60,7 +60,8 @@ class DecoderConfig:
         embed_scale: factor of the embeddings on their way into the first layer.
         logit_soft_cap: c in ``c * tanh(logits / c)``; None has no cap.
         init_std: standard deviation of the initial embedding, head and MLP weights. Mixers initialise themselves.
-        scale_residual_init: divide the initial output weights of the MLPs by ``sqrt(2 * num_layers)``.
+        scale_residual_init: divide the initial weights of the output projections of mixers and MLPs by the root of how
+            many there are, so that the residual stream does not grow with depth (GPT-2; Mamba, M2RNN).
     """
 
     vocab_size: int
@@ -151,9 +152,17 @@ class DecoderConfig:
         places = (self.norm_position,) if isinstance(self.norm_position, str) else self.norm_position
         return places[layer % len(places)] == "post"
 
+    @property
+    def residual_scale(self) -> float:
+        """Factor of the initial weights that end a branch of the residual stream: 1 without ``scale_residual_init``."""
+        if not self.scale_residual_init:
+            return 1.0
+        kinds = (self.mlp,) if isinstance(self.mlp, str) else self.mlp
+        return (self.num_layers + sum(kinds[i % len(kinds)] != "none" for i in range(self.num_layers))) ** -0.5
+
     def build_mlp(self, layer: int) -> SwiGLU | MixtureOfExperts | None:
         """The MLP of a layer."""
-        std = self.init_std / math.sqrt(2 * self.num_layers) if self.scale_residual_init else self.init_std
+        std = self.init_std * self.residual_scale
         kind = self.mlp if isinstance(self.mlp, str) else self.mlp[layer % len(self.mlp)]
         if kind == "none":
             return None
@@ -216,6 +225,18 @@ def _reset(module: nn.Module) -> None:
     reset = getattr(module, "reset_parameters", None)
     if reset is not None:
         reset()
+
+
+@torch.no_grad()
+def shrink_outputs(layers: nn.ModuleList, config: DecoderConfig) -> None:
+    """What ``scale_residual_init`` does to mixers, which draw their weights knowing nothing of it; MLPs draw theirs
+    accordingly."""
+    if not config.scale_residual_init:
+        return
+    for mixer in layers.modules():
+        for name in ("o_proj", "out_proj", "down_proj") if isinstance(mixer, Mixer) else ():
+            if isinstance(projection := getattr(mixer, name, None), nn.Linear):
+                projection.weight.mul_(config.residual_scale)
 
 
 def _is_int(x: Any) -> bool:
@@ -304,6 +325,7 @@ class Decoder(nn.Module):
             return cls(config)
 
     def _reset_own_parameters(self) -> None:
+        shrink_outputs(self.layers, self.config)
         nn.init.normal_(self.embed_tokens.weight, std=self.config.init_std)
         self.norm.reset_parameters()
         if self.lm_head is not None:

@@ -11,7 +11,7 @@ from linnet.mixers import Mixer, build_mixer
 from linnet.ops import Segments
 from linnet.ops.core import check_segments
 
-from .decoder import DecoderConfig, DecoderLayer
+from .decoder import DecoderConfig, DecoderLayer, shrink_outputs
 
 __all__ = ["Bidirectional", "Encoder", "EncoderOutput", "reverse"]
 
@@ -82,6 +82,7 @@ class Encoder(nn.Module):
                 second = build_mixer(config.mixer_spec(i), width, layer=i, num_layers=count)
                 layer.mixer = Bidirectional(layer.mixer, second)  # type: ignore[arg-type]
         self.norm = nn.RMSNorm(width, eps=config.norm_eps)
+        shrink_outputs(self.layers, config)
         nn.init.normal_(self.embed_tokens.weight, std=config.init_std)
 
     def forward(
