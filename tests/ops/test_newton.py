@@ -59,6 +59,23 @@ def test_equals_the_tokens_one_by_one(kind, lengths):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("within", [True, False], ids=["within", "from"])
+@pytest.mark.parametrize("kind", ["diagonal", "block", "dense"])
+def test_inference_mode(kind, within):
+    """Neither the mode nor tensors from it are in the way of the derivatives the method takes for itself."""
+    step, x, state, params = draw(kind, None)
+    params = tuple(p.clone().requires_grad_() for p in params)
+    exact, last = unroll(step, x, state, params)
+    with torch.inference_mode():
+        x, state = tuple(2 * y / 2 for y in x) if isinstance(x, tuple) else 2 * x / 2, 2 * state / 2
+        found = newton(step, x, state, params, jacobian=kind)
+    if not within:
+        found = newton(step, x, state, params, jacobian=kind)
+        assert torch.autograd.grad(found.h.sum(), params[0])[0].any()
+    assert found.iterations > 0 and found.h.requires_grad != within
+    torch.testing.assert_close((found.h, found.state), (exact, last), rtol=1e-11, atol=1e-12)
+
+
 def test_gradients_by_finite_differences():
     step, x, state, params = draw("block", None)
     leaves = [t.requires_grad_() for t in (x[:1, :4].clone(), state[:1].clone(), *params)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -104,8 +105,13 @@ def newton(
         raise ValueError(f"state: expected shape {wanted} for jacobian={jacobian!r}, got {list(state.shape)}")
     host = None if segments is None else segments.cu_seqlens_host
     call = _Call(step, isinstance(x, tuple), len(inputs), jacobian, iterations, tolerance, on_failure, host)
-    with no_autocast(state):
-        h, last = _Newton.apply(call, state, *inputs, *params)  # type: ignore[misc]
+    with ExitStack() as modes:
+        modes.enter_context(no_autocast(state))
+        if torch.is_inference_mode_enabled():  # the derivatives that the method itself needs are not to be had in it
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+        tensors = (y.clone() if y.is_inference() else y for y in (state, *inputs, *params))
+        h, last = _Newton.apply(call, *tensors)  # type: ignore[misc]
     return NewtonResult(h, last, call.residual, call.solves)
 
 
