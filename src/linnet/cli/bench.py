@@ -22,8 +22,8 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="`decay`, `mlstm`, `delta`, `scan`, `cell`, `attention`: ops beside their peers. `length`: ops beside "
-            "softmax attention. `decode`, `train`: whole models, recurrent beside softmax attention.",
+            help="`decay`, `mlstm`, `delta`, `scan`, `conv`, `cell`, `attention`: ops beside their peers. `length`: "
+            "ops beside softmax attention. `decode`, `train`: whole models, recurrent beside softmax attention.",
             rich_help_panel=_WHAT,
         ),
     ] = "decay",
