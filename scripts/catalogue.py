@@ -65,8 +65,11 @@ def catalogue() -> str:
     """docs/mixers.md."""
     head = (
         "# Mixers\n\nMade from the cards in `src/linnet/mixers` by `scripts/catalogue.py`; edit those. `linnet list`"
-        " and `linnet inspect NAME` print the same. H: heads, K and V: channels of a key and a value head, W: taps of a"
-        " short convolution."
+        " and `linnet inspect NAME` print the same. H: heads (Hq of queries, Hkv of keys and values), K and V: channels"
+        " of a key and a value head, T: tokens read, W: taps of a short convolution, or the window of `attention`.\n\n"
+        "The last column bounds what a layer can express. TC0 is what circuits of constant depth that count can"
+        " compute, and softmax attention is in it; to follow permutations of five elements is believed to lie beyond"
+        " it. What layers do learn to follow is [measured](reproductions.md#what-layers-learn-to-track)."
     )
     listed = '<div class="filter" markdown>\n\n' + table("") + "\n\n</div>"
     return "\n\n".join([head, listed, *(entry(name) for name in mixers())]) + "\n"

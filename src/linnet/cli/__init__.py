@@ -1,4 +1,4 @@
-"""The command line: `linnet train | generate | list | inspect | env`."""
+"""The command line, `linnet`."""
 
 from .app import app, main
 

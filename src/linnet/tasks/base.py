@@ -24,6 +24,8 @@ from .text import Batch
 __all__ = ["IGNORE", "Sample", "Task", "TaskData", "build_task", "get_task", "register_task", "seeded", "tasks"]
 
 IGNORE = -100
+"""The target of a position that no loss and no score counts."""
+
 T = TypeVar("T", bound="Task")
 _tasks: dict[str, type[Task]] = {}
 

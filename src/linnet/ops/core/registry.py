@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = ["BACKENDS", "Case", "Cost", "Identity", "Op", "backend", "get_op", "ops", "register_op", "resolve_backend"]
 
 BACKENDS = ("reference", "chunked", "triton")
+"""The ways to run an op, the plainest first."""
 _forced: str | None = None
 _ops: dict[str, Op] = {}
 
