@@ -123,6 +123,26 @@ class TestRecall:
         assert torch.equal(targets[:, 16:].flip(1), tokens[:, :16])
         assert (targets[:, :16] == IGNORE).all()
 
+    def test_copies_repeat_in_order(self) -> None:
+        tokens, targets, _ = TaskData(build_task("copy(vocab_size=9)"), length=32, batch_size=4).sample(0)
+        assert torch.equal(targets[:, 16:], tokens[:, :16])
+        assert torch.equal(tokens[:, 17:], tokens[:, :15])
+        assert build_task("copy").vocab_size == 27
+
+    def test_hops_follow_the_latest_occurrence(self) -> None:
+        row = torch.tensor([[0, 1, 0, 0, 2, 1, 0]])
+        one, two = (build_task(f"k_hop(hops={k}, tokens=3)").solve(row)[0].tolist() for k in (1, 2))
+        assert one == [3, 3, 1, 0, 3, 0, 2]
+        assert two == [3, 3, 3, 0, 3, 1, 3]
+        task = build_task("k_hop(hops=3, tokens=4)")
+        tokens, targets, _ = TaskData(task, length=60, batch_size=8).sample(0)
+        assert torch.equal(task.solve(tokens), targets)
+
+    def test_one_place_of_a_row_is_kept(self) -> None:
+        tokens, targets, _ = TaskData(build_task("keep_nth"), length=40, batch_size=8).sample(0)
+        assert torch.equal(targets[:, -1], tokens[:, 4])
+        assert (targets[:, :-1] == IGNORE).all()
+
     def test_stacks_are_spread_and_popped_when_they_hold_something(self) -> None:
         task = build_task("stacks(stacks=4, elements=8)")
         tokens, targets, _ = TaskData(task, length=302, batch_size=64).sample(0)

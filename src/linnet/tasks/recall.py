@@ -1,4 +1,5 @@
-"""Recall: multi-query associative recall, overwriting, induction heads, copying, palindromes, stacks, latching."""
+"""Recall: multi-query associative recall, overwriting, induction heads and their hops, copying, palindromes, stacks,
+latching, one position of a row."""
 
 from __future__ import annotations
 
@@ -8,7 +9,19 @@ from torch import Tensor
 
 from .base import IGNORE, Sample, Task, register_task
 
-__all__ = ["MQAR", "InductionHeads", "Latching", "Palindrome", "Recall", "SelectiveCopy", "Stacks", "distinct"]
+__all__ = [
+    "MQAR",
+    "Copy",
+    "Hops",
+    "InductionHeads",
+    "KeepNth",
+    "Latching",
+    "Palindrome",
+    "Recall",
+    "SelectiveCopy",
+    "Stacks",
+    "distinct",
+]
 
 
 def distinct(rows: int, count: int, high: int, generator: torch.Generator) -> Tensor:
@@ -264,17 +277,114 @@ class Palindrome(Task):
     def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
         self.expect(length % 2 == 0, "length", "an even number", length)
         content = torch.randint(self.vocab_size - 1, (rows, length // 2), generator=generator)
-        back = content.flip(1)
+        back = self.repeat(content)
         separator = torch.full((rows, 1), self.vocab_size - 1)
         tokens = torch.cat([content, separator, back[:, :-1]], 1)
         return Sample(tokens, torch.cat([torch.full_like(content, IGNORE), back], 1))
+
+    def repeat(self, content: Tensor) -> Tensor:
+        """What is due after ``content`` ``[B, n]``."""
+        return content.flip(1)
 
     def solve(self, tokens: Tensor) -> Tensor:
         answers = torch.zeros_like(tokens)
         for row, found in zip(tokens, answers, strict=True):
             at = row.tolist().index(self.vocab_size - 1) if (row == self.vocab_size - 1).any() else len(row)
-            found[at:] = row[:at].flip(0)[: len(row) - at]
+            found[at:] = self.repeat(row[None, :at])[0, : len(row) - at]
         return answers
+
+
+@register_task("copy", "Jelassi et al. 2024, Repeat After Me (arXiv 2402.01032): random tokens, then the same again")
+class Copy(Palindrome):
+    """Random tokens, a separator (the last id), and the tokens again, of which each next one is due.
+
+    A row of T positions, T even, holds T / 2 tokens, the separator and all of the repeated tokens but the last.
+
+    Args:
+        vocab_size: ids, the separator included; the paper has the 26 letters.
+    """
+
+    def __init__(self, *, vocab_size: int = 27):
+        super().__init__(vocab_size=vocab_size)
+
+    def repeat(self, content: Tensor) -> Tensor:
+        return content
+
+
+@register_task(
+    "k_hop",
+    "Sanford, Hsu & Telgarsky 2024, Transformers, parallel computation, and logarithmic depth (arXiv 2402.09268)",
+)
+class Hops(Task):
+    """Random tokens. One hop goes from a token to the one that followed its latest earlier occurrence; due at every
+    position is where ``hops`` of them lead, or the last id when one of them leads nowhere.
+
+    One hop is the induction head. ParaRNN (arXiv 2510.21450) has one hop over 10 tokens and two over 5.
+
+    Args:
+        hops: k.
+        tokens: how many there are; ids and answers are one more.
+    """
+
+    lengths = (100, 200, 400)
+    examples = ({}, {"hops": 1, "tokens": 10})
+
+    def __init__(self, *, hops: int = 2, tokens: int = 5):
+        self.expect(hops >= 1 and tokens >= 2, "hops, tokens", "at least 1 and 2", (hops, tokens))
+        self.hops, self.vocab_size, self.chance = hops, tokens + 1, 1 / tokens
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        tokens = torch.randint(self.vocab_size - 1, (rows, length), generator=generator)
+        # Position `length` stands for nowhere: it leads to itself and holds the last id.
+        after, leads = torch.full((rows, self.vocab_size - 1), length), []
+        for t, token in enumerate(tokens.unbind(1)):
+            leads.append(after.gather(1, token[:, None]))
+            after = after.scatter(1, token[:, None], t + 1)
+        nowhere = torch.full((rows, 1), length)
+        lead = torch.cat([*leads, nowhere], 1)
+        place = lead
+        for _ in range(self.hops - 1):
+            place = lead.gather(1, place)
+        held = torch.cat([tokens, torch.full_like(nowhere, self.vocab_size - 1)], 1)
+        return Sample(tokens, held.gather(1, place[:, :length]))
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        answers = torch.full_like(tokens, self.vocab_size - 1)
+        for row, found in zip(tokens.tolist(), answers, strict=True):
+            for t in range(len(row)):
+                at: int | None = t
+                for _ in range(self.hops):
+                    if at is not None:
+                        at = next((j + 1 for j in range(at - 1, -1, -1) if row[j] == row[at]), None)
+                if at is not None:
+                    found[t] = row[at]
+        return answers
+
+
+@register_task("keep_nth", "Danieli et al. 2025, ParaRNN (arXiv 2510.21450): at the end, the n-th token")
+class KeepNth(Task):
+    """Random tokens; after the last one, the one at place ``n``. A model has to count, or to be told where it is.
+
+    Args:
+        n: counted from 1.
+        vocab_size: ids.
+    """
+
+    lengths = (100, 200, 400)
+
+    def __init__(self, *, n: int = 5, vocab_size: int = 128):
+        self.expect(n >= 1 and vocab_size >= 2, "n, vocab_size", "at least 1 and 2", (n, vocab_size))
+        self.n, self.vocab_size, self.chance = n, vocab_size, 1 / vocab_size
+
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
+        self.expect(length >= self.n, "length", f"at least n = {self.n}", length)
+        tokens = torch.randint(self.vocab_size, (rows, length), generator=generator)
+        targets = torch.full_like(tokens, IGNORE)
+        targets[:, -1] = tokens[:, self.n - 1]
+        return Sample(tokens, targets)
+
+    def solve(self, tokens: Tensor) -> Tensor:
+        return tokens[:, min(self.n, tokens.shape[1]) - 1 :][:, :1].expand_as(tokens)
 
 
 @register_task("stacks", "Kimi Team 2025, Kimi Linear (arXiv 2510.26692): last in, first out, in many stacks at once")
