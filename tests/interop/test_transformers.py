@@ -153,7 +153,7 @@ def test_padding_and_packing_are_segments():
 
 
 def test_the_loss_is_the_decoders():
-    lm = model(HYBRID, mlp="moe", num_experts=4, expert_hidden=8).train()
+    lm = model(HYBRID, mlp="moe", num_experts=4, expert_hidden=8, z_loss=0.01).train()
     ids = torch.randint(1, VOCAB, (2, 7), generator=torch.Generator().manual_seed(5))
     loss = lm(ids, labels=ids).loss
     torch.testing.assert_close(

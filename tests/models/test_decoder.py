@@ -146,7 +146,7 @@ def test_loss_of_packed_rows_is_that_of_the_sequences():
 
 
 def test_loss_in_parts_is_the_loss(monkeypatch):
-    model, ids = decoder().train(), tokens(2, 9)
+    model, ids = decoder(z_loss=0.01).train(), tokens(2, 9)
     targets = tokens(2, 9, seed=2)
     targets[1, 3:] = -100
     whole = model.loss(ids, targets)
@@ -156,6 +156,17 @@ def test_loss_in_parts_is_the_loss(monkeypatch):
     torch.testing.assert_close(parts, whole, **EXACT)
     for a, b in zip(torch.autograd.grad(parts, list(model.parameters())), expected, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_z_loss_is_the_mean_square_of_the_normaliser_in_training_only():
+    model, ids = decoder(z_loss=0.1, logit_soft_cap=3.0), tokens(2, 9)
+    targets = tokens(2, 9, seed=2)
+    targets[0, :4] = -100
+    squares = model(ids).logits.exp().sum(-1).log().square()
+    evaluated = model.loss(ids, targets)
+    torch.testing.assert_close(evaluated, decoder(logit_soft_cap=3.0).loss(ids, targets), **EXACT)
+    expected = evaluated + 0.1 * squares[targets != -100].mean()
+    torch.testing.assert_close(model.train().loss(ids, targets), expected, **EXACT)
 
 
 def test_auxiliary_loss_counts_in_training_only():
@@ -339,6 +350,7 @@ def test_default_mlp_width():
         {"logit_soft_cap": 0},
         {"init_std": float("inf")},
         {"scale_residual_init": "yes"},
+        {"z_loss": -1e-4},
     ],
 )
 def test_bad_fields_are_named(options):

@@ -71,6 +71,8 @@ class LinnetModel(Decoder, BaseModel):
                     )
             if "moe" in ({shape.mlp} if isinstance(shape.mlp, str) else {*shape.mlp}):
                 raise ValueError("decoder.mlp: expected no 'moe', torchtitan's loss does not see what balances experts")
+            if shape.z_loss:
+                raise ValueError(f"decoder.z_loss: expected 0, torchtitan's loss has no such term, got {shape.z_loss}")
             if type(config.loss).__qualname__.startswith("Chunked") and (shape.tie_embeddings or shape.logit_soft_cap):
                 raise ValueError("loss: expected no chunks for a model with a tied head or a soft cap of its logits")
             if not config.training.disable_cuda_graphs:

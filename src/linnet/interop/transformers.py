@@ -39,6 +39,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from linnet.mixers.parts import GateLinear
 from linnet.models import Decoder, DecoderConfig, MixtureOfExperts
 from linnet.models.io import FORMAT_VERSION, MODEL_TYPE
+from linnet.models.mlp import at_least_fp32
 from linnet.ops import Segments
 from linnet.ops.core import map_state, repeat_rows, select_rows
 from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
@@ -419,8 +420,13 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.model.config.vocab_size, **kwargs)
             if self.training:
                 count = kwargs.get("num_items_in_batch")  # of a whole step: each part adds its share
-                share = 1.0 if count is None else (labels[:, 1:] != -100).sum() / count
+                goals = labels[:, 1:]
+                own = (goals != -100).sum()
+                share = 1.0 if count is None else own / count
                 loss = loss + share * out.aux_loss
+                if self.model.config.z_loss:
+                    total = self.model.z_loss(at_least_fp32(logits[:, :-1]), goals)
+                    loss = loss + total / (own if count is None else count)
         held: dict[str, Any] = {_CACHE: cache if use_cache else None}
         result = CausalLMOutputWithPast(loss=loss, logits=logits, **held)
         return result.to_tuple() if return_dict is False else result

@@ -50,6 +50,8 @@ class DecoderConfig:
         dense_layers: so many first layers have a SwiGLU in place of the experts.
         experts_every: of the others, every so many-th layer has experts, the rest a SwiGLU.
         balance_loss, router_z_loss: coefficients of the auxiliary losses of the router.
+        z_loss: coefficient of the mean squared log-sum-exp of the logits, which keeps them from drifting (PaLM, 2022);
+            in training, as those of the router.
         router: scores of the experts, "softmax" or "sigmoid".
         router_scale: factor of the experts' output.
         router_bias_rate: step of the bias that balances the choice of experts without a loss; 0 has none.
@@ -81,6 +83,7 @@ class DecoderConfig:
     experts_every: int = 1
     balance_loss: float = 0.01
     router_z_loss: float = 0.0
+    z_loss: float = 0.0
     router: str = "softmax"
     router_scale: float = 1.0
     router_bias_rate: float = 0.0
@@ -101,7 +104,7 @@ class DecoderConfig:
             self._expect(name, "an integer >= 1 or None", lambda x: x is None or (_is_int(x) and x >= 1))
         for name in ("mlp_ratio", "norm_eps", "init_std", "router_scale", "embed_scale"):
             self._expect(name, "a number > 0", lambda x: _is_number(x) and x > 0)
-        for name in ("balance_loss", "router_z_loss", "router_bias_rate"):
+        for name in ("balance_loss", "router_z_loss", "z_loss", "router_bias_rate"):
             self._expect(name, "a number >= 0", lambda x: _is_number(x) and x >= 0)
         for name in ("tie_embeddings", "scale_residual_init", "shared_gate", "mlp_bias"):
             self._expect(name, "true or false", lambda x: isinstance(x, bool))
@@ -463,7 +466,14 @@ class Decoder(nn.Module):
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         logits = self._soft_cap(at_least_fp32(self._project(x)))
-        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        return loss + self.z_loss(logits, targets) if self.training and self.config.z_loss else loss
+
+    def z_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The squared log-sum-exp of fp32 ``logits`` ``[..., V]``, summed over counted ``targets`` ``[...]``, times the
+        coefficient in the config."""
+        squares = logits.logsumexp(-1).square()
+        return self.config.z_loss * torch.where(targets == -100, 0.0, squares).sum()
 
     def init_state(self, rows: int) -> tuple[Any, ...]:
         """The state before the first token for ``rows`` sequences."""
