@@ -24,3 +24,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
             x = torch.ones(2, 2, device=device, requires_grad=True)
             (x @ x).sum().backward()
     return device
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The models are tiny: more threads only get into each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 from linnet.cli import app
@@ -15,14 +14,7 @@ from linnet.tasks import tasks
 
 runner = CliRunner()
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: more threads only get into each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def call(*line: object) -> Result:

@@ -23,14 +23,7 @@ SMALL = ["--mixers", "gla(num_heads=2), attention(num_heads=2, window=8)", "--d-
 SMALL += ["--set", "mlp_hidden=16", "--context", "16", "--batch-size", "64", "--steps", "6", "--device", "cpu"]
 SMALL += ["--evaluate-every", "3", "--save-every", "3"]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: more threads only get into each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

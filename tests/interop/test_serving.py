@@ -108,13 +108,10 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def served(one_thread):
     server = Served(decoder(), slots=8, waiting=60, prompt_tokens=300, new_tokens=200, turn_tokens=32, body_seconds=2)
     yield server
     server.stop()
-    torch.set_num_threads(threads)
 
 
 def test_answers_are_those_of_offline_generation(served):

@@ -18,7 +18,10 @@ from linnet.ops.core import state_bytes
 from linnet.tasks import ByteTokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs linnet[hf]")
-pytestmark = pytest.mark.filterwarnings("default")  # libraries that are not ours warn about themselves
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("default"),  # libraries that are not ours warn about themselves
+]
 
 VOCAB = 40
 PURE = [
@@ -30,14 +33,6 @@ PURE = [
 HYBRID = ["kda(num_heads=2, head_dim=8)", "attention(num_heads=2)", "attention(num_heads=2, window=5)"]
 MLA = ["mla(num_heads=2, kv_rank=8, nope_dim=4, rope_dim=2, v_dim=6, rope=True)", "retnet(num_heads=2)"]
 PATTERNS = {"pure": PURE, "hybrid": HYBRID, "mla": MLA}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(pattern, **options):

@@ -19,14 +19,7 @@ from linnet.training import Cell
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "reproductions" / "results").glob("*.json"))
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: more threads only get into each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.slow

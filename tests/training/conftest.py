@@ -12,13 +12,9 @@ from linnet.tasks import ByteTokenizer, Corpus, TextData
 from linnet.training import TrainingConfig, train
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: more threads only get into each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True, scope="module")
+def _tiny_models(one_thread):
+    """All tests of this folder take one thread."""
 
 
 def make_data(packing="concatenate"):
