@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from linnet.reproductions import Bar, Experiment, kimi_tasks, reproduce, reproductions
+from linnet.reproductions import Bar, Experiment, kimi_tasks, reproduce, reproductions, s5
 from linnet.reproductions.tfla import gains, half_gain
 from linnet.training import Cell
 
@@ -53,6 +53,15 @@ def test_quick_on_a_cpu_what_is_for_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(outcome.curves) == {
         f"{task}, {mixer}" for task in kimi_tasks.TASKS for mixer in ("kda", "gated_deltanet")
     }
+
+
+@pytest.mark.slow
+def test_s5_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s5, "LENGTH", 8)
+    monkeypatch.setattr(s5, "TESTS", {name: n // 16 for name, n in s5.TESTS.items()})
+    outcome = s5.run(Smaller(tmp_path, "gpu", quick=True))
+    assert [bar.measured for bar in outcome.bars] == [0.0] * 5
+    assert list(outcome.curves) == ["4 reflections", "3 reflections", "2 reflections"]
 
 
 def test_what_has_been_run_is_recorded() -> None:
