@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from linnet.evaluation import plot_loss_curve, plot_speed
+from linnet.evaluation import plot_curves, plot_loss_curve, plot_speed, plots
 
 
 def records(unit):
@@ -49,3 +49,21 @@ def timed(impl, ms, **more):
 def test_draws_times(tmp_path, rows):
     plot_speed(tmp_path / "speed.png", rows)
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("at", "labels"), [([1, 2, 3], "1 2 3"), ([16, 48, 32], "16 32 48"), ([1, 2, 100], None), ([7], None)]
+)
+def test_few_points_have_the_ticks(tmp_path, monkeypatch, at, labels):
+    """A tick at every point where there is room, as on a logarithmic axis; else the usual ones."""
+    shown = []
+    canvas = plots._canvas
+
+    def kept(*words):
+        shown.append(canvas(*words)[1])
+        return shown[0].figure, shown[0]
+
+    monkeypatch.setattr(plots, "_canvas", kept)
+    plot_curves(tmp_path / "curves.png", {"a": [(x, 0.5) for x in at]}, x="x", y="y")
+    found = " ".join(label.get_text() for label in shown[0].get_xticklabels())
+    assert (found == labels) == (labels is not None)

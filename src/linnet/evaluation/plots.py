@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def plot_curves(
         title: shown above.
         bands: label to the (lowest, highest) y at each point of its curve.
         levels: label to a height, drawn as a dashed line.
-        log_x: logarithmic x axis, base 2, with a tick at every point.
+        log_x: logarithmic x axis, base 2, with a tick at every point; a linear one has them where points are few.
         limits: lowest and highest y shown (default: what the curves need).
     """
     figure, axes = _canvas(x, y, title)
@@ -107,9 +108,10 @@ def plot_curves(
             label, (1, value), xycoords=axes.get_yaxis_transform(), xytext=(-2, 3), textcoords="offset points",
             ha="right", va="bottom", fontsize=8.5, color=_MUTED,
         )  # fmt: skip
-    if log_x and any(curves.values()):
+    ticks = sorted({point[0] for points in curves.values() for point in points})
+    if log_x and ticks:
         axes.set_xscale("log", base=2)
-        ticks = sorted({point[0] for points in curves.values() for point in points})
+    if ticks and (log_x or _apart(ticks)):
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
     if limits is not None:
@@ -119,6 +121,11 @@ def plot_curves(
         figure.set_figheight(figure.get_figheight() + 0.2 * max(0, len(curves) // columns - 4))
         figure.legend(frameon=False, labelcolor=_INK, loc="outside lower left", ncols=columns, fontsize=8.5)
     figure.savefig(path)
+
+
+def _apart(places: list[float]) -> bool:
+    """Whether the labels of all places find room on a linear axis."""
+    return min((b - a for a, b in pairwise(places)), default=0) * 12 >= places[-1] - places[0] > 0
 
 
 def plot_dissection(path: str | Path, parts: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
