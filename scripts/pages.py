@@ -1,6 +1,7 @@
 """What mkdocs does besides: references in docstrings become links, and every public name must be on a page.
 
-A hook in mkdocs.yml. It reads the sources without importing them, so that the pages build without PyTorch.
+A hook of mkdocs, and an extension of what reads the docstrings, both named in mkdocs.yml. The sources are not imported,
+so that the pages build without PyTorch.
 """
 
 from __future__ import annotations
@@ -11,15 +12,33 @@ import re
 from pathlib import Path
 from typing import Any
 
+from griffe import Extension
+
 ROOT = Path(__file__).parents[1]
 MODULES = (
     "linnet", "linnet.evaluation", "linnet.interop.convert", "linnet.interop.torchtitan", "linnet.interop.transformers",
     "linnet.mixers", "linnet.models", "linnet.ops", "linnet.ops.core", "linnet.ops.lti", "linnet.parallel",
     "linnet.parallel.ops", "linnet.presets", "linnet.reproductions", "linnet.tasks", "linnet.training",
 )  # fmt: skip
+SECTION = re.compile(r"^(?:Args|Attributes):\n(?:(?: .*)?\n?)+", re.MULTILINE)
+SHARED = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):<code>(~?)([\w.]+)</code>")
 
 log = logging.getLogger("mkdocs.hooks.pages")
+
+
+class Docstrings(Extension):
+    """Docstrings as the pages understand them."""
+
+    def on_object(self, *, obj: Any, **_: Any) -> None:
+        """One entry for each of the names that share one, and no mark in front of literal blocks."""
+        if obj.docstring is not None:
+            text = re.sub(r" ?::$", ":", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = SECTION.sub(lambda found: SHARED.sub(_apart, found[0]), text)
+
+
+def _apart(found: re.Match[str]) -> str:
+    return "\n".join(f"{found[1]}{name}: {found[3]}" for name in found[2].split(", "))
 
 
 def on_page_content(html: str, **_: Any) -> str:

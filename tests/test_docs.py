@@ -21,7 +21,9 @@ import typer
 from linnet.benchmarks.models import MODEL_SUITES
 from linnet.benchmarks.workloads import GRIDS, SUITES
 from linnet.cli.app import _COMMANDS, _load, app
+from linnet.interop.layouts import LAYOUTS
 from linnet.mixers import get_mixer, parse_spec, split_specs
+from linnet.parallel.tensor import _HEADS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
@@ -189,3 +191,14 @@ def test_speeds_of_the_readme_are_those_of_the_results() -> None:
         row = rf"^\| {ops[name]} \| fwdbwd \| 4, 8192, 16, 128, 128 \|.*\| (\d+\.\d+)x \|"
         (measured,) = re.findall(row, TEXTS["docs/benchmarks.md"], re.MULTILINE)
         assert abs(float(times) - float(measured)) <= 0.0501, f"{name}: {times} for {measured}"
+
+
+def test_names_of_the_bridges() -> None:
+    """The page on other tools lists the layouts that are converted, and the mixers that are spread by heads."""
+    text = TEXTS["docs/interop.md"]
+    table = re.findall(
+        r"^\| (`\w+`.*?) \|", text[text.index("| layout |") : text.index("The last row is")], re.MULTILINE
+    )
+    assert re.findall(r"`(\w+)`", " ".join(table)) == list(LAYOUTS)
+    spread = text[text.index("It knows `attention`") : text.index("a decoder with another mixer")]
+    assert set(re.findall(r"`(\w+)`", spread)) == set(_HEADS)
