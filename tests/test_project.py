@@ -72,6 +72,12 @@ def test_public_names() -> None:
         linnet.nonsense  # noqa: B018
 
 
+def test_types_are_seen_by_users() -> None:
+    """The package says that it is typed, and has the mark without which type checkers do not look."""
+    assert "Typing :: Typed" in metadata("linnet").get_all("Classifier", [])
+    assert (Path(linnet.__file__).parent / "py.typed").is_file()
+
+
 def test_rooms_stay_modules() -> None:
     """Importing a room never turns its name into something else."""
     python(
