@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from textwrap import shorten
 
 from linnet.benchmarks.results import overview, read, summary
 from linnet.benchmarks.workloads import GRIDS
@@ -64,9 +65,11 @@ def entry(name: str) -> str:
 def catalogue() -> str:
     """docs/mixers.md."""
     head = (
-        "# Mixers\n\nMade from the cards in `src/linnet/mixers` by `scripts/catalogue.py`; edit those. `linnet list`"
-        " and `linnet inspect NAME` print the same. H: heads (Hq of queries, Hkv of keys and values), K and V: channels"
-        " of a key and a value head, T: tokens read, W: taps of a short convolution, or the window of `attention`.\n\n"
+        "# Mixers\n\nThe layers, under the names that `linnet.build_mixer`, decoders and the command line take, with"
+        " any of their options: `gla(num_heads=8)`. `linnet list` and `linnet inspect NAME` print the same. (Made from the"
+        " cards in `src/linnet/mixers` by `scripts/catalogue.py`; edit those.)\n\nH: heads (Hq of queries, Hkv of keys"
+        " and values), K and V: channels of a key and a value head, T: tokens read, W: taps of a short convolution, or"
+        " the window of `attention`.\n\n"
         "The last column bounds what a layer can express. TC0 is what circuits of constant depth that count can"
         " compute, and softmax attention is in it; to follow permutations of five elements is believed to lie beyond"
         " it. What layers do learn to follow is [measured](reproductions.md#what-layers-learn-to-track)."
@@ -189,7 +192,9 @@ def beside_peers(rows: list[dict[str, str]]) -> list[str]:
             ]
         )
     lines = grid((*heads, *(["first call"] if first else [])), body)
-    failed = dict.fromkeys(f"{e['op']}, {e['pass']}: {cell(why)}" for e in shown for why in e["failed"])
+    failed = dict.fromkeys(
+        f"{e['op']}, {e['pass']}: {shorten(cell(why), 150, placeholder=' …')}" for e in shown for why in e["failed"]
+    )
     if failed:
         lines += ["", "Without a time there:", "", *(f"- {line}" for line in failed)]
     if not few:

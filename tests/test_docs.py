@@ -18,6 +18,7 @@ import pytest
 import torch
 import typer
 
+import linnet
 from linnet.benchmarks.models import MODEL_SUITES
 from linnet.benchmarks.workloads import GRIDS, SUITES
 from linnet.cli.app import _COMMANDS, _load, app
@@ -127,6 +128,23 @@ def test_every_option_that_is_named_exists() -> None:
         for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
             for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", code):
                 assert option in known | others, f"{page}: {option} in `{code}`"
+
+
+@pages
+def test_names_of_linnet_exist(page: str) -> None:
+    """`linnet.room.name` in the texts; `linnet.interop` has modules that need what may not be installed."""
+    for name in set(re.findall(r"(?<!`)`(linnet(?:\.\w+)+)", TEXTS[page])):
+        found, parts = linnet, name.split(".")[1:]
+        for i, part in enumerate(parts, 1):
+            path = ".".join(["linnet", *parts[:i]])
+            if not hasattr(found, part) and find_spec(path) is not None:
+                try:
+                    import_module(path)
+                except ModuleNotFoundError as error:
+                    assert not str(error.name).startswith("linnet"), f"{page}: {name}"
+                    break
+            assert hasattr(found, part), f"{page}: {name}"
+            found = getattr(found, part)
 
 
 def anchors(text: str) -> set[str]:
