@@ -15,7 +15,7 @@ TESTS = (16, 64, 256)
     paper="Mishra et al. 2026, M2RNN: Non-Linear RNNs with Matrix-Valued States for Scalable Language Modeling (arXiv"
     " 2603.14360)",
     claim="One layer with a nonlinear matrix state tracks the group S3 and parity at lengths never seen in training,"
-    " where a gated linear recurrence fails at the trained length already.",
+    " where a gated linear recurrence is near chance.",
     published="S3, trained at length 128 and tested up to 512: M2RNN above 99.5%, Gated DeltaNet fails.",
     setup="One layer of width 64 with an MLP of 128, trained on rows of 16 elements and tested on 16, 64 and 256; S3"
     " from two generators; share of right answers over all positions. M2RNN has 8 heads of 4 by 16, no convolution,"
@@ -45,6 +45,7 @@ def run(experiment: Experiment) -> Outcome:
         bars += [
             Bar(f"{name}, M2RNN at 16 times the trained length", track["256"]["answers"], 0.995, published="> 99.5%"),
             Bar(f"{name}, Gated DeltaNet there", linear["256"]["answers"], at_most=chance + 0.1, published="fails"),
+            Bar(f"{name}, Gated DeltaNet at the trained length", linear["16"]["answers"]),
         ]
         for mixer, label in ((TRACK, "M2RNN"), (LINEAR, "Gated DeltaNet")):
             curves |= by_test([cells[name, mixer]], {mixer: f"{name}, {label}"}, places, "answers")
