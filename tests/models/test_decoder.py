@@ -358,6 +358,14 @@ def test_bad_fields_are_named(options):
         config(**options)
 
 
+def test_a_layer_without_norms_adds_what_its_mixer_and_mlp_return():
+    model = decoder(norm_position="none", num_layers=1, mixers=["minmax_block(state_dim=6)"])
+    layer, x = model.layers[0], torch.randn(2, 5, 16, dtype=torch.float64)
+    h = x + layer.mixer(x)[0]
+    torch.testing.assert_close(layer(x)[0], h + layer.mlp(h)[0], **EXACT)
+    assert [name for name, _ in model.named_parameters() if name.endswith("_norm.weight")] == []
+
+
 def test_norms_behind_the_mixer_and_the_mlp():
     model = decoder(norm_position="post", num_layers=1, mixers=["gla(num_heads=2)"])
     layer, x = model.layers[0], torch.randn(2, 5, 16, dtype=torch.float64)

@@ -65,7 +65,7 @@ def _holds(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         ),
         notes=(
             "The published layer has a feed-forward net between mixing and neuron, each with a norm of its own; in a"
-            " decoder the MLP behind the mixer takes its place.",
+            " decoder the MLP behind the mixer takes its place. `minmax_block` is the published layer.",
             "The lower bound's bias starts at 1 (the paper's asymmetric option): where 0 lies between the bounds, a"
             " cell that starts at 0 is never written.",
         ),
@@ -109,16 +109,28 @@ class MinMax(Mixer):
     ) -> tuple[Tensor, MinMaxState]:
         parts.check_input(x, self.d_model, segments)
         memory, previous = parts.unpack(state, MinMaxState)
+        x, previous = self.blend(x, previous, segments)
+        y, memory = self.cells(x, memory, segments)
+        return y, MinMaxState(memory, previous)
+
+    def blend(
+        self, x: Tensor, previous: ConvState | None, segments: Segments | None
+    ) -> tuple[Tensor, ConvState | None]:
+        """The mix of each token with the one before it."""
+        if self.mix_proj is None and self.mix is None:
+            return x, previous
+        before, previous = parts.token_shift(x, previous, segments)
         if self.mix_proj is not None:
-            before, previous = parts.token_shift(x, previous, segments)
-            x = self.mix_proj(torch.cat([before, x], -1))
-        elif self.mix is not None:
-            before, previous = parts.token_shift(x, previous, segments)
-            x = x + torch.sigmoid(self.mix).to(x.dtype) * (before - x)
+            return self.mix_proj(torch.cat([before, x], -1)), previous
+        assert self.mix is not None
+        return x + torch.sigmoid(self.mix).to(x.dtype) * (before - x), previous
+
+    def cells(self, x: Tensor, memory: ScanState | None, segments: Segments | None) -> tuple[Tensor, ScanState]:
+        """What the cells hold after each token, read through gate and output projection."""
         h, memory = minmax_scan(self.r_proj(x), self.s_proj(x), state=memory, segments=segments)
         if self.g_proj is not None:
             h = h * torch.sigmoid(self.g_proj(x))
-        return self.o_proj(h), MinMaxState(memory, previous)
+        return self.o_proj(h), memory
 
     def init_state(self, rows: int) -> MinMaxState:
         like, previous = self.o_proj.weight, None

@@ -28,6 +28,9 @@ __all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "DecoderOutput"]
 _LOSS_LOGITS = 1 << 26
 
 
+NORM_POSITIONS = ("pre", "post", "none")
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """Shape of a :class:`Decoder`. Fields that make no sense raise a ValueError that names them.
@@ -55,8 +58,8 @@ class DecoderConfig:
         router: scores of the experts, "softmax" or "sigmoid".
         router_scale: factor of the experts' output.
         router_bias_rate: step of the bias that balances the choice of experts without a loss; 0 has none.
-        norm_position: "pre" normalises the input of every mixer and MLP, "post" their output; a list of these is
-            repeated over the layers like ``mixers``.
+        norm_position: "pre" normalises the input of every mixer and MLP, "post" their output, "none" neither (for
+            mixers with norms of their own); a list of these is repeated over the layers like ``mixers``.
         norm_eps: epsilon of the RMS norms.
         tie_embeddings: the head shares the weight of the embedding; there is then no ``lm_head``.
         embed_scale: factor of the embeddings on their way into the first layer.
@@ -120,8 +123,8 @@ class DecoderConfig:
             object.__setattr__(self, "norm_position", tuple(self.norm_position))
         self._expect(
             "norm_position",
-            "'pre', 'post' or a list of these, not empty",
-            lambda x: x in ("pre", "post") or (isinstance(x, tuple) and x and set(x) <= {"pre", "post"}),
+            "'pre', 'post', 'none' or a list of these, not empty",
+            lambda x: x in NORM_POSITIONS or (isinstance(x, tuple) and x and set(x) <= {*NORM_POSITIONS}),
         )
         self._expect("experts_per_token", f"at most num_experts={self.num_experts}", lambda x: x <= self.num_experts)
         self._expect(
@@ -150,10 +153,10 @@ class DecoderConfig:
         """The mixer spec of a layer, counted from 0."""
         return self.mixers[layer % len(self.mixers)]
 
-    def norm_after(self, layer: int) -> bool:
-        """Whether the norms of a layer stand behind its mixer and MLP."""
+    def norm_place(self, layer: int) -> str:
+        """Where the norms of a layer stand: "pre", "post" or "none"."""
         places = (self.norm_position,) if isinstance(self.norm_position, str) else self.norm_position
-        return places[layer % len(places)] == "post"
+        return places[layer % len(places)]
 
     @property
     def residual_scale(self) -> float:
@@ -275,15 +278,21 @@ def _compute(x: Tensor) -> Tensor:
 
 class DecoderLayer(nn.Module):
     """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; norms behind (``norm_position``) ``x + norm(mixer(x))``,
-    then ``x + norm(mlp(x))``. The unit that FSDP shards and checkpointing recomputes."""
+    then ``x + norm(mlp(x))``; without norms both are identities. The unit that FSDP shards and checkpointing
+    recomputes."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        width, eps, self.post = config.d_model, config.norm_eps, config.norm_after(layer)
-        self.mixer_norm = nn.RMSNorm(width, eps=eps)
+        width, place = config.d_model, config.norm_place(layer)
+        self.post = place == "post"
+
+        def norm() -> nn.Module:
+            return nn.Identity() if place == "none" else nn.RMSNorm(width, eps=config.norm_eps)
+
+        self.mixer_norm = norm()
         self.mixer = build_mixer(config.mixer_spec(layer), width, layer=layer, num_layers=config.num_layers)
         self.mlp = config.build_mlp(layer)
-        self.mlp_norm = None if self.mlp is None else nn.RMSNorm(width, eps=eps)
+        self.mlp_norm = None if self.mlp is None else norm()
 
     def forward(
         self, x: Tensor, state: Any = None, segments: Segments | None = None

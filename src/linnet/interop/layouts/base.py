@@ -206,7 +206,7 @@ class Shape:
             found |= {
                 f"layer {i}, {key}": value for key, value in options.items() if key not in ("layer", "num_layers")
             }
-            found |= {f"layer {i}, norm behind": c.norm_after(i), f"layer {i}, mlp": self.mlps[i]}
+            found |= {f"layer {i}, norm_position": c.norm_place(i), f"layer {i}, mlp": self.mlps[i]}
         names = ["vocab_size", "d_model", "num_layers", "norm_eps", "tie_embeddings", "embed_scale"]
         names += ["logit_soft_cap"]
         if "moe" in self.mlps:
