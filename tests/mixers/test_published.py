@@ -194,3 +194,19 @@ def test_mlstm_gates_transfer_alike_behind_the_norm() -> None:
     for bias in (-14.0, -8.0, 0.0):
         assert abs(gains["exp", bias] - gains["sigmoid", bias]) < 0.02
     assert gains["exp", -14.0] < 0.05 < 0.4 < gains["exp", -8.0] < 0.95 < gains["exp", 0.0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("coupled", [False, True])
+def test_lstm_starts_with_memories_up_to_the_expected_one(coupled: bool) -> None:
+    torch.manual_seed(0)
+    mixer: Any = build_mixer(f"lstm(num_heads=4, memory=100, coupled={coupled})", 512)
+    gates = mixer.bias.view(4, mixer.gates, 128)
+    times = gates[:, -3].exp()  # sigmoid(log t) keeps 1 - 1 / (1 + t) a token
+    assert 1 <= times.min() < 3 and 97 < times.max() <= 99
+    assert float(times.mean()) == pytest.approx(50, rel=0.06)
+    assert not gates[:, -2:].any()
+    if not coupled:
+        assert torch.equal(gates[:, 0], -gates[:, 1])
+    with pytest.raises(ValueError, match=r"^memory: expected at least 3 tokens or None, got 2"):
+        build_mixer("lstm(num_heads=4, memory=2)", 512)
