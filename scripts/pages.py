@@ -22,6 +22,7 @@ MODULES = (
 )  # fmt: skip
 SECTION = re.compile(r"^(?:Args|Attributes):\n(?:(?: .*)?\n?)+", re.MULTILINE)
 SHARED = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
+SESSION = re.compile(r"^( *)>>> .*(?:\n\1\S.*)*", re.MULTILINE)
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):<code>(~?)([\w.]+)</code>")
 
 log = logging.getLogger("mkdocs.hooks.pages")
@@ -31,9 +32,10 @@ class Docstrings(Extension):
     """Docstrings as the pages understand them."""
 
     def on_object(self, *, obj: Any, **_: Any) -> None:
-        """One entry for each of the names that share one, and no mark in front of literal blocks."""
+        """One entry for each of the names that share one, no mark in front of literal blocks, sessions as code."""
         if obj.docstring is not None:
             text = re.sub(r" ?::$", ":", obj.docstring.value, flags=re.MULTILINE)
+            text = SESSION.sub(r"\1```pycon\n\g<0>\n\1```", text)
             obj.docstring.value = SECTION.sub(lambda found: SHARED.sub(_apart, found[0]), text)
 
 
