@@ -99,7 +99,7 @@ def test_version_agrees_everywhere() -> None:
 def test_metadata() -> None:
     about = metadata("linnet")
     assert about["License-Expression"] == "Apache-2.0"
-    extras = {"hf", "torchtitan", "serve", "vllm", "eval", "graph", "bench", "docs", "dev"}
+    extras = {"hf", "torchtitan", "serve", "vllm", "eval", "bench", "docs", "dev"}
     assert set(about.get_all("Provides-Extra") or ()) == extras
 
 
