@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -622,6 +623,45 @@ def test_bad_input(op: Op, case: Case, device: torch.device) -> None:
             op, packed.call("auto", segments=two), packed.inputs, packed.state, parts, "one state row for two segments"
         )
     _refuses(op, sample.call("fastest"), inputs, state, ["backend"], "an unknown backend")
+
+
+@every_case
+def test_other_derivatives_are_right_or_refused(op: Op, case: Case) -> None:
+    """Those of `torch.func`, those of a derivative and those forward are never silently something else."""
+    backend = "chunked" if "chunked" in (case.backends or op.backends) else "reference"
+    sample = Sample(op, case, torch.device("cpu"), torch.float64, 7)
+    moving = {name: x for name, x in sample.inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+
+    def loss(backend: str, *given: Tensor) -> Tensor:
+        call = sample.call(backend)
+        out, _ = call(sample.inputs | dict(zip(moving, given, strict=True)), sample.state)
+        return (out if isinstance(out, Tensor) else out[0]).sum()
+
+    def gradients(backend: str, **options: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        given = [x.clone().requires_grad_() for x in moving.values()]
+        return given, torch.autograd.grad(loss(backend, *given), given, materialize_grads=True, **options)
+
+    first = torch.func.grad(partial(loss, backend), argnums=tuple(range(len(moving))))(*moving.values())
+    torch.testing.assert_close(first, gradients(backend)[1])
+
+    def second(backend: str) -> list[Tensor]:
+        given, grads = gradients(backend, create_graph=True)
+        total = sum(g.square().sum() for g in grads) + 0 * sum(x.sum() for x in given)
+        return [torch.zeros_like(g) if g is None else g for g in torch.autograd.grad(total, given, allow_unused=True)]
+
+    try:
+        found = second(backend)
+    except RuntimeError as error:
+        assert "can be differentiated once" in str(error)
+    else:
+        torch.testing.assert_close(found, second("reference"))
+
+    tangents = tuple(torch.ones_like(x) for x in moving.values())
+    try:
+        _, along = torch.func.jvp(partial(loss, backend), tuple(moving.values()), tangents)
+    except NotImplementedError:
+        return
+    torch.testing.assert_close(along, sum(g.sum() for g in first))
 
 
 def _widens_the_output(call: Program, inputs: dict[str, Any], longer: dict[str, Any], state: Any) -> bool:

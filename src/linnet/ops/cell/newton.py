@@ -309,7 +309,7 @@ class _Call:
 
 class _Newton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, state: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(call: _Call, state: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         inputs, params = tensors[: call.count], tensors[call.count :]
 
         def linearise(prev: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,12 +333,19 @@ class _Newton(torch.autograd.Function):
                 bounds = None if call.cu_host is None else call.cu_host.tolist()
                 h, _ = _unroll(call.step, inputs, call.several, state, params, bounds)
                 call.residual, call.solves = 0.0, -1
-        ctx.call = call
-        ctx.save_for_backward(h, state, *tensors)
         return h, after_last(h, state, call.cu_host)
 
     @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(output[0], *tensors)
+
+    @staticmethod
     def backward(ctx, dh: Tensor, dlast: Tensor):
+        return once("newton", ctx, lambda: _Newton.gradients(ctx, dh, dlast))
+
+    @staticmethod
+    def gradients(ctx, dh: Tensor, dlast: Tensor):
         call, (h, state, *tensors) = ctx.call, ctx.saved_tensors
         w, rest = add_at_last(dh, dlast, call.cu_host)
         with torch.enable_grad():

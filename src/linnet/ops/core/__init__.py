@@ -10,7 +10,7 @@ from .checks import (
     no_autocast,
     value_checks,
 )
-from .differentiable import differentiable
+from .differentiable import differentiable, once
 from .registry import BACKENDS, Case, Cost, Identity, Op, backend, get_op, ops, register_op, resolve_backend
 from .segments import Segments, chunk_table, uploaded
 from .state import (
@@ -50,6 +50,7 @@ __all__ = [
     "map_state",
     "named_tensors",
     "no_autocast",
+    "once",
     "ops",
     "overwriting_states",
     "register_op",

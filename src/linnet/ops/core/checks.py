@@ -128,7 +128,8 @@ def check_not_negative(name: str, x: Tensor) -> None:
 
 def _largest(x: Tensor) -> float:
     """The largest entry, 0 where values are not to be read."""
-    if torch.compiler.is_compiling() or not (_value_checks or x.device.type == "cpu") or x.numel() == 0:
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # vmap has many at once
+    if hidden or not (_value_checks or x.device.type == "cpu") or x.numel() == 0:
         return 0.0
     return float(x.detach().max())
 

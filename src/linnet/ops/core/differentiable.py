@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,37 @@ from torch import Tensor
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["differentiable"]
+__all__ = ["differentiable", "once"]
+
+
+class _Once(torch.autograd.Function):
+    """``count`` gradients as they are; what they depend on follows, and no derivative goes there."""
+
+    @staticmethod
+    def forward(name: str, count: int, *tensors: Tensor | None) -> Any:
+        return tuple(None if g is None else g.view_as(g) for g in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: this form can be differentiated once; for a second derivative take the plain recurrence "
+            "(backend='reference'; unroll for newton)"
+        )
+
+
+def once(name: str, ctx: Any, find: Callable[[], Sequence[Tensor | None]]) -> Any:
+    """The gradients that the hand-written backward of ``name`` finds, for it to return. With ``create_graph`` a second
+    backward pass through them raises. Behind PyTorch's ``once_differentiable`` it passes, and takes them for constants,
+    where the gradient that comes in is one, as that of a sum."""
+    if not torch.is_grad_enabled():
+        return find()
+    with torch.no_grad():
+        grads = find()
+    return _Once.apply(name, len(grads), *grads, *ctx.saved_tensors)
 
 
 def _recorded() -> bool:
@@ -60,11 +90,17 @@ def differentiable(
             return output
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
-            return gradients(backward, ctx, *grads)
+            return once(name, ctx, lambda: gradients(backward, ctx, *grads))
+
+    # What `torch.func` wants to see. An op of `torch.library` has no gradient there, and under its jvp none of the
+    # tangents, silently.
+    functional = {"forward": staticmethod(forward), "setup_context": staticmethod(setup), "backward": Eager.backward}
+    Functional: Any = type(name, (torch.autograd.Function,), functional)
 
     def call(x: Tensor, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return Functional.apply(x, *args)
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta" or _recorded():
             return op(x, *args)
         return Eager.apply(x, *args)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conv.wide import toeplitz
-from ..core import Segments
+from ..core import Segments, differentiable
 
 __all__ = ["System", "chunked", "dense_system", "diagonal_system", "powers"]
 
@@ -113,7 +113,7 @@ def chunked(u: Tensor, system: System, x: Tensor, segments: Segments | None, acc
         inputs = tokens.new_zeros((length // size + rows) * size, D).index_copy(0, place, tokens)
     inputs = inputs.T.contiguous().unflatten(1, (-1, size))  # [D, chunks, C]
     host = None if segments is None else segments.cu_seqlens_host
-    starts = carry(inputs @ system.write, system.jump, x.transpose(0, 1).contiguous(), host, size)
+    starts = _carry_op(inputs @ system.write, system.jump, x.transpose(0, 1).contiguous(), host, size)
     y = torch.baddbmm(starts @ system.read, inputs, toeplitz(system.kernel).flatten(1, 2).transpose(1, 2))
     y = y.unflatten(2, (M, size)).permute(1, 3, 0, 2).flatten(0, 1)  # [chunks * C, D, M]
     if place is None:
@@ -153,8 +153,7 @@ def _steps(rows: int, chunks: int, cu_host: Tensor | None, size: int, device: to
     return found
 
 
-@torch.library.custom_op("linnet::lti_carry", mutates_args=())
-def carry(wrote: Tensor, jump: Tensor, x: Tensor, cu_host: Tensor | None, size: int) -> Tensor:
+def _carry(wrote: Tensor, jump: Tensor, x: Tensor, cu_host: Tensor | None, size: int) -> Tensor:
     """States ``[D, chunks, S]`` at which the chunks begin, from what each adds (``wrote``) and the rows' initial states
     ``x [D, N, S]``; chunks that belong to no row are zero."""
     starts, x = torch.zeros_like(wrote, memory_format=torch.contiguous_format), x.clone()
@@ -165,12 +164,10 @@ def carry(wrote: Tensor, jump: Tensor, x: Tensor, cu_host: Tensor | None, size: 
     return starts
 
 
-@carry.register_fake
-def _(wrote, jump, x, cu_host, size):
+def _carry_fake(wrote, jump, x, cu_host, size):
     return torch.empty_like(wrote, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("linnet::lti_carry_backward", mutates_args=())
 def _carry_backward(
     jump: Tensor, starts: Tensor, cu_host: Tensor | None, size: int, rows: int, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,8 +184,7 @@ def _carry_backward(
     return d_wrote, _times(after, before * sign).sum(1), dx
 
 
-@_carry_backward.register_fake
-def _(jump, starts, cu_host, size, rows, grad):
+def _carry_backward_fake(jump, starts, cu_host, size, rows, grad):
     return torch.empty_like(grad), torch.empty_like(jump), grad.new_empty(grad.shape[0], rows, grad.shape[2])
 
 
@@ -198,9 +194,17 @@ def _setup(ctx, inputs, output):
     ctx.size, ctx.rows = size, x.shape[1]
 
 
-def _backward(ctx, grad):
+def _gradients(run, ctx, grad):
     jump, starts, cu_host = ctx.saved_tensors
-    return *_carry_backward(jump, starts, cu_host, ctx.size, ctx.rows, grad.contiguous()), None, None
+    return *run(jump, starts, cu_host, ctx.size, ctx.rows, grad.contiguous()), None, None
 
 
-carry.register_autograd(_backward, setup_context=_setup)
+_carry_op = differentiable(
+    "lti_carry",
+    _carry,
+    _carry_backward,
+    forward_fake=_carry_fake,
+    backward_fake=_carry_backward_fake,
+    setup=_setup,
+    gradients=_gradients,
+)
