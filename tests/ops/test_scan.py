@@ -72,3 +72,10 @@ def test_selective_scan_keeps_no_states_of_tokens() -> None:
     y.sum().backward()
     inputs = sum(y.numel() for y in (x, delta, *maps))
     assert sum(kept) - inputs <= 2 * B * D * S * T // 64 and x.grad is not None and delta.grad is not None
+
+
+def test_conjugated_inputs_are_read_as_they_are():
+    a, b, h = (torch.randn(2, n, 3, dtype=torch.complex128) for n in (5, 5, 1))
+    lazy = scan(a.conj(), b.conj(), state=ScanState(h[:, 0].conj()))
+    plain = scan(*(x.conj().resolve_conj() for x in (a, b)), state=ScanState(h[:, 0].conj().resolve_conj()))
+    torch.testing.assert_close(lazy, plain, rtol=0, atol=0)

@@ -62,7 +62,7 @@ def diagonal_system(g: Tensor, theta: Tensor, B: Tensor, C: Tensor, size: int) -
     """``B [D, P, 2]``, ``C [D, M, P, 2]``."""
     a = powers(g, theta, torch.arange(size + 1, device=g.device))  # [D, P, size + 1, 2]
     write = _times(a[:, :, :-1], B[:, :, None]).transpose(1, 2).flatten(2)  # [D, size, P * 2]
-    sign = C.new_tensor([1.0, -1.0])  # Re(c x) = Re c Re x - Im c Im x
+    sign = torch.tensor([1.0, -1.0], dtype=C.dtype, device=C.device)  # Re(c x) = Re c Re x - Im c Im x
     read = _times(a[:, None, :, 1:], C[:, :, :, None]) * sign  # [D, M, P, size, 2]
     read = read.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
     kernel = (C * sign).flatten(2) @ write.transpose(1, 2)

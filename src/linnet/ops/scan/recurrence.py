@@ -67,9 +67,9 @@ def scan(
     (2510.21450).
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.is_complex() or b.is_complex()):
-        pairs = [torch.view_as_real(x if x.is_complex() else torch.complex(x, torch.zeros_like(x))) for x in (a, b)]
-        if state is not None and isinstance(state, ScanState) and state.h.is_complex():
-            state = ScanState(torch.view_as_real(state.h))
+        pairs = [_as_pairs(x if x.is_complex() else torch.complex(x, torch.zeros_like(x))) for x in (a, b)]
+        if isinstance(state, ScanState) and isinstance(state.h, Tensor) and state.h.is_complex():
+            state = ScanState(_as_pairs(state.h))
         h, after = scan(*pairs, reverse=reverse, state=state, segments=segments, chunk_size=chunk_size,
                         backend=backend)  # fmt: skip
         return torch.view_as_complex(h), ScanState(torch.view_as_complex(after.h))
@@ -123,6 +123,10 @@ def minmax_scan(
     shapes("s", s, "B T D")
     r, s = common_dtype(r=r, s=s)
     return _run("minmax", r, s, False, state, segments, chunk_size, backend)
+
+
+def _as_pairs(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj())
 
 
 def _run(
