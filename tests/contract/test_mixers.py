@@ -532,6 +532,21 @@ def test_bad_input(kind: type[Mixer], options: dict[str, Any], device: torch.dev
 
 
 @each
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_built_under_a_default_dtype(kind: type[Mixer], default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        mixer = kind(**kind.card.examples[-1])
+        y, state = mixer(torch.randn(B, 9, mixer.d_model))
+        start = mixer.init_state(B)
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in mixer.parameters()} == {default} and y.dtype == default and _finite(y)
+    _same_structure(state, start, shapes=kind.card.constant_state)
+
+
+@each
 def test_bad_options(kind: type[Mixer]) -> None:
     """Every number below its range is refused by name."""
     options = {key: value for key, value in kind.card.examples[0].items() if key != "d_model"}

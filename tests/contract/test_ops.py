@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -623,6 +624,26 @@ def test_bad_input(op: Op, case: Case, device: torch.device) -> None:
             op, packed.call("auto", segments=two), packed.inputs, packed.state, parts, "one state row for two segments"
         )
     _refuses(op, sample.call("fastest"), inputs, state, ["backend"], "an unknown backend")
+
+
+@every_case
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_defaults_of_torch_do_not_matter(op: Op, case: Case, default: Any) -> None:
+    """Neither the default dtype nor the default device reaches into a call, packed or not."""
+    device, segments = torch.device("cpu"), Segments.from_lengths([9, 0, 1, 13])
+    samples = [Sample(op, case, device, torch.float32, 23, rows) for rows in (B, 1)]
+    for sample, options in zip(samples, ({}, {"segments": segments}), strict=True):
+        inputs, state = sample.inputs, None if options else sample.state
+        want = sample.call("auto", **options)(inputs, state)
+        before = torch.get_default_dtype()
+        try:
+            if isinstance(default, torch.dtype):
+                torch.set_default_dtype(default)
+            with torch.device(default) if isinstance(default, str) else nullcontext():
+                got = sample.call("auto", **options)(inputs, state)
+        finally:
+            torch.set_default_dtype(before)
+        torch.testing.assert_close(named("out", got), named("out", want), rtol=0, atol=0)
 
 
 @every_case

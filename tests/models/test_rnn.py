@@ -13,6 +13,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 PAIRS = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
 
 
+def test_packed_under_another_default_device():
+    ours, theirs = linnet.GRU(5, 6), nn.GRU(5, 6)
+    ours.load_state_dict(theirs.state_dict())
+    packed = pack_padded_sequence(torch.randn(4, 3, 5), torch.tensor([4, 2, 3]), enforce_sorted=False)
+    with torch.device("meta"):
+        found, _ = ours(packed)
+    torch.testing.assert_close(found.data, theirs(packed)[0].data)
+
+
 def twins(name: str, **options):
     theirs = PAIRS[name](5, 6, **options)
     ours = getattr(linnet, name)(5, 6, **options)

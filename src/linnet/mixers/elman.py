@@ -89,7 +89,8 @@ class Elman(Mixer):
         if self.kind == "relu":
             blocks = torch.eye(D, device=self.R.device).expand(self.num_heads, self.gates, D, D)
         else:
-            blocks = torch.linalg.qr(torch.randn(self.num_heads, self.gates, D, D, device=self.R.device))[0]
+            new = {"dtype": parts.state_dtype(self.R), "device": self.R.device}  # no QR in half precision
+            blocks = torch.linalg.qr(torch.randn(self.num_heads, self.gates, D, D, **new))[0]
         parts.assign(self.R, blocks.transpose(1, 2).flatten(2))
         nn.init.zeros_(self.bias)
 

@@ -127,8 +127,9 @@ class _Recurrent(nn.Module):
         """Places in ``packed.data`` (ordered by time) of the tokens in order of sequence, the sequences, the tokens."""
         sizes = packed.batch_sizes
         begin = sizes.cumsum(0) - sizes
-        running = torch.arange(int(sizes[0]))[:, None] < sizes[None, :]  # [sequences, positions]
-        rows = (begin[None, :] + torch.arange(int(sizes[0]))[:, None])[running].to(packed.data.device)
+        sequence = torch.arange(int(sizes[0]), device="cpu")[:, None]  # where sizes are, whatever the default device
+        running = sequence < sizes[None, :]  # [sequences, positions]
+        rows = (begin[None, :] + sequence)[running].to(packed.data.device)
         segments = Segments.from_lengths(running.sum(1).tolist(), packed.data.device)
         return rows, segments, packed.data.index_select(0, rows)[None]
 

@@ -37,8 +37,8 @@ def make_plan(batch: int, length: int, cu_host: Tensor | None, device: torch.dev
         return _Plan([batch] * length, None, None)
     lengths = cu_host.diff().long()
     lengths, order = lengths.sort(descending=True, stable=True)
-    running = lengths[None, :] > torch.arange(int(lengths.max()))[:, None]  # [positions, N]
-    tokens = cu_host.long()[:-1][order][None, :] + torch.arange(running.shape[0])[:, None]
+    running = lengths[None, :] > torch.arange(int(lengths.max()), device="cpu")[:, None]  # [positions, N]
+    tokens = cu_host.long()[:-1][order][None, :] + torch.arange(running.shape[0], device="cpu")[:, None]
     return _Plan(running.sum(1).tolist(), order.to(device), tokens[running].to(device))
 
 

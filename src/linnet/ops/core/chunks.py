@@ -55,9 +55,9 @@ def make_plan(batch: int, length: int, chunk: int, cu_host: Tensor | None, devic
         return Plan(batch, length, chunk, None, None, [(rows, rows * count + c) for c in range(count)])
     table = chunk_table(cu_host, chunk, "cpu").long()
     start = cu_host.long()[table[:, 0]] + table[:, 1] * chunk
-    slots = start[:, None] + torch.arange(chunk)
+    slots = start[:, None] + torch.arange(chunk, device="cpu")
     gather = torch.where(slots < cu_host.long()[table[:, 0] + 1][:, None], slots, length).flatten()
-    scatter = torch.empty(length, dtype=torch.long)
+    scatter = torch.empty(length, dtype=torch.long, device="cpu")
     used = gather < length
     scatter[gather[used]] = used.nonzero().flatten()
     steps = []
@@ -124,7 +124,8 @@ def segment_decay(g: Tensor, exclusive: bool) -> Tensor:
     if exclusive:
         sums = torch.cat([torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1]], 2)
         return torch.where(below, sums.exp(), 0.0)
-    return torch.where(below, sums, torch.where(torch.eye(C, dtype=torch.bool, device=g.device), 0.0, -torch.inf)).exp()
+    own = torch.eye(C, dtype=torch.bool, device=g.device)
+    return torch.where(below, sums, -torch.inf).masked_fill(own, 0.0).exp()
 
 
 def tokens_up_to(x: Tensor, exclusive: bool) -> Tensor:

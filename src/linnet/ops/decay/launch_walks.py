@@ -95,7 +95,7 @@ class Call:
             self.rows, self.per_row, self.longest = len(lengths), 0, int(lengths.max())
             self.table = chunk_table(cu_host, piece, q.device)
             self.pieces = len(self.table)
-            counts = torch.zeros(len(cu_host), dtype=torch.int32)
+            counts = torch.zeros(len(cu_host), dtype=torch.int32, device="cpu")
             counts[1:] = (-(-lengths // piece)).cumsum(0)
             self.cu, self.first = uploaded(cu_host, q.device), uploaded(counts, q.device)
         self.slow: Tensor | None = None
