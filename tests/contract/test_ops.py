@@ -41,6 +41,12 @@ CHUNK = 16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILE: dict[str, Any] = {"fullgraph": True, "backend": "aot_eager"}
 LOW = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BAD_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "scale": (float("nan"), float("inf"), "1", True, torch.ones(())),  # no gradient would reach a tensor
+    "eps": (-1e-6, float("nan"), "0", None),
+    "chunk_size": (0, -8, 2.5, "64", True),
+    "kind": (["lstm"], "lstn"),
+}
 
 
 def _grid(*, reference: bool = True, hostile: bool = True) -> list[Any]:
@@ -624,6 +630,14 @@ def test_bad_input(op: Op, case: Case, device: torch.device) -> None:
             op, packed.call("auto", segments=two), packed.inputs, packed.state, parts, "one state row for two segments"
         )
     _refuses(op, sample.call("fastest"), inputs, state, ["backend"], "an unknown backend")
+    known = inspect.signature(op.function).parameters
+    for option, values in BAD_OPTIONS.items():
+        for bad in values if option in known else ():
+            given = {name: x for name, x in inputs.items() if name != option}
+            _refuses(op, sample.call("auto", **{option: bad}), given, state, [option], f"{option}={bad!r}")
+    if "q" in tensors:
+        none = {name: x[..., :0, :] if x.dim() == 4 else x[..., :0] for name, x in tensors.items() if x.dim() > 1}
+        _refuses(op, call, inputs | none, None, ["q"], "no heads")
 
 
 @every_case

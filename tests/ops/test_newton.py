@@ -134,15 +134,23 @@ def test_clipped_paragru_converges_in_three_steps_at_any_length(T):
 
 def test_bad_arguments_are_named():
     step, x, state, params = draw("diagonal", None)
-    cases = {
-        "jacobian": lambda: newton(step, x, state, params, jacobian="full"),
-        "on_failure": lambda: newton(step, x, state, params, on_failure="ignore"),
-        "iterations": lambda: newton(step, x, state, params, iterations=0),
-        "state": lambda: newton(step, x, state[:1], params),
-        "x": lambda: unroll(step, x[:, 0, 0], state, params),
-        "step": lambda: newton(lambda h, x: h[..., :1], x, state),
-    }
-    for name, call in cases.items():
+    cases = [
+        ("jacobian", lambda: newton(step, x, state, params, jacobian="full")),
+        ("on_failure", lambda: newton(step, x, state, params, on_failure="ignore")),
+        ("iterations", lambda: newton(step, x, state, params, iterations=0)),
+        ("state", lambda: newton(step, x, state[:1], params)),
+        ("x", lambda: unroll(step, x[:, 0, 0], state, params)),
+        ("step", lambda: newton(lambda h, x: h[..., :1], x, state)),
+        ("iterations", lambda: newton(step, x, state, params, iterations=1.5)),
+        ("tolerance", lambda: newton(step, x, state, params, tolerance=-1.0)),
+        ("x", lambda: newton(step, (), state, params)),
+        ("state", lambda: newton(step, x, None, params)),
+        ("params", lambda: newton(step, x, state, torch.ones(3))),
+        ("params", lambda: newton(step, x, state, (0.5,))),
+        (r"params\[0\]", lambda: newton(step, x, state, (torch.ones(3, device="meta"),))),
+        ("step", lambda: newton(lambda h, x: (h, h), x, state)),
+    ]
+    for name, call in cases:
         with pytest.raises(ValueError, match=rf"^{name}: expected .* got "):
             call()
     with pytest.raises(ValueError, match=r"^state: expected shape \[N, D, 2\]"):
@@ -172,3 +180,17 @@ def test_what_is_wrong_with_a_cell_is_said():
     x, state = torch.randn(2, 5, 3), torch.zeros(2, 3)
     with pytest.raises(AssertionError, match=r"gradient of x\[0\]: newton and token by token differ by"):
         check_step(lambda h, x: Halved.apply(h, x), x, state)
+
+
+def test_a_step_may_ignore_the_state():
+    x, state, (a,) = torch.randn(2, 5, 3, dtype=torch.float64), torch.zeros(2, 3), (torch.rand(3, dtype=torch.float64),)
+    found = newton(lambda h, x, a: torch.tanh(a * x), x, state.double(), (a,))
+    torch.testing.assert_close(found.h, torch.tanh(a * x))
+
+
+def test_a_second_derivative_is_refused():
+    step, x, state, params = draw("diagonal", None)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(newton(step, x, state, params).h.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        first.square().sum().backward()

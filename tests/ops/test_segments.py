@@ -21,6 +21,22 @@ def test_the_host_part_is_on_the_host_under_any_default_device():
     assert table.tolist() == [[0, 0], [2, 0], [2, 1]]
 
 
+@pytest.mark.parametrize(
+    ("build", "bad", "name"),
+    [
+        *(
+            (Segments.from_lengths, bad, "lengths")
+            for bad in ([1.5], [-1], [], [[1]], 3, None, torch.tensor([1.0, 2.0]))
+        ),
+        *((Segments.from_cu_seqlens, bad, "cu_seqlens") for bad in ([0, 3], torch.tensor([0.0, 3.0]))),
+        (Segments.from_document_ids, [0, 0, 1], "ids"),
+    ],
+)
+def test_bad_boundaries_are_named(build, bad, name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .* got "):
+        build(bad)
+
+
 def test_integers_are_uploaded_once(device):
     host = torch.tensor([0, 3, 7])
     first = uploaded(host, device)

@@ -11,7 +11,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..core import Cost, Segments, Shapes, check_segments, common_dtype, no_autocast, resolve_backend
+from ..core import Cost, Segments, Shapes, check_number, check_segments, common_dtype, no_autocast, resolve_backend
 from .chunked import attention_chunked
 from .merge import merge
 from .reference import attention_reference
@@ -114,7 +114,7 @@ def attention(
         tensors = {"q": q, "k": k, "v": v, "state.k": state.k, "state.v": state.v}
         q, k, v, *cache = common_dtype(**tensors)  # type: ignore[assignment]
         state = AttentionState(*cache, state.length)  # type: ignore[arg-type]
-    scale = float(shapes["K"] ** -0.5 if scale is None else scale)
+    scale = check_number("scale", shapes["K"] ** -0.5 if scale is None else scale)
     name = resolve_backend(backend, BACKENDS, q)
     with no_autocast(q):
         if name == "reference":

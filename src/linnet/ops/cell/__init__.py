@@ -21,7 +21,7 @@ from ..core import (
 )
 from ..core.chunks import accumulate_dtype
 from . import chunked, reference
-from .cells import CELLS
+from .cells import CELLS, Cell
 from .m2rnn import M2RNNState, m2rnn
 from .newton import NewtonResult, check_step, newton, unroll
 from .para import ParaState, paragru, paralstm
@@ -110,7 +110,13 @@ def cell(
 def cell_state(kind: str, rows: int, H: int, D: int, *, dtype: torch.dtype | None = None, device=None) -> CellState:
     """The state before the first token, zeros, of ``rows`` sequences (fp32 unless ``dtype`` says otherwise)."""
     zeros = torch.zeros(rows, H, D, dtype=dtype or torch.float32, device=device)
-    return CellState(*(zeros.clone() for _ in CELLS[kind].states))
+    return CellState(*(zeros.clone() for _ in _kind(kind).states))
+
+
+def _kind(name: str) -> Cell:
+    if not isinstance(name, str) or name not in CELLS:
+        raise ValueError(f"kind: expected one of {', '.join(CELLS)}; got {name!r}")
+    return CELLS[name]
 
 
 def kernels_cover(x: Tensor, R: Tensor) -> bool:
@@ -122,9 +128,7 @@ def kernels_cover(x: Tensor, R: Tensor) -> bool:
 
 def _check(x, R, b, p, kind, state, segments):
     """Shapes and dtypes; the parts of the initial state as a tuple."""
-    if kind not in CELLS:
-        raise ValueError(f"kind: expected one of {', '.join(CELLS)}; got {kind!r}")
-    kinds, shapes = CELLS[kind], Shapes()
+    kinds, shapes = _kind(kind), Shapes()
     shapes("x", x, "B T H GD")
     shapes("R", R, "H D GD")
     H, D = R.shape[:2]

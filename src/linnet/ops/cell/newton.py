@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import Segments, check_floating, check_segments, no_autocast
+from ..core import Segments, check_floating, check_number, check_segments, no_autocast, once
 from ..core.chunks import accumulate_dtype
 from ..scan import scan
 from .state import add_at_last, after_last, at_first, before
@@ -97,8 +97,9 @@ def newton(
         raise ValueError(f"jacobian: expected one of {', '.join(JACOBIANS)}; got {jacobian!r}")
     if on_failure not in ("sequential", "warn", "error"):
         raise ValueError(f"on_failure: expected 'sequential', 'warn' or 'error', got {on_failure!r}")
-    if iterations < 1:
-        raise ValueError(f"iterations: expected at least 1, got {iterations}")
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations: expected a whole number of at least 1, got {iterations!r}")
+    tolerance = None if tolerance is None else check_number("tolerance", tolerance, 0.0)
     inputs, state, params = _check(x, state, params, segments)
     if state.dim() != 3 if jacobian == "block" else jacobian == "dense" and state.dim() != 2:
         wanted = "[N, D, 2]" if jacobian == "block" else "[N, D]"
@@ -185,23 +186,31 @@ def check_step(
 def _check(x: Any, state: Tensor, params: tuple[Tensor, ...], segments: Segments | None):
     """The inputs as a tuple, everything in the dtype of states."""
     inputs = x if isinstance(x, tuple) else (x,)
+    if not inputs:
+        raise ValueError("x: expected a tensor [B >= 1, T >= 1, ...] or several in a tuple, got none")
     for y in inputs:
         if not isinstance(y, Tensor) or y.dim() < 2 or 0 in y.shape[:2] or y.shape[:2] != inputs[0].shape[:2]:
             got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"x: expected tensors of one shape [B >= 1, T >= 1, ...], got {got}")
         check_floating("x", y, inputs[0].device)
     rows = check_segments(segments, inputs[0])
+    if not isinstance(state, Tensor) or state.dim() < 2 or state.shape[0] != rows:
+        got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+        raise ValueError(f"state: expected shape [N={rows}, D, ...], got {got}")
     check_floating("state", state, inputs[0].device)
-    if state.dim() < 2 or state.shape[0] != rows:
-        raise ValueError(f"state: expected shape [N={rows}, D, ...], got {list(state.shape)}")
+    if not isinstance(params, (tuple, list)) or not all(isinstance(p, Tensor) for p in params):
+        raise ValueError(f"params: expected a tuple of tensors, got {type(params).__name__}")
+    for i, p in enumerate(params):
+        check_floating(f"params[{i}]", p, inputs[0].device)
     acc = accumulate_dtype(inputs[0])
     return tuple(y.to(acc) for y in inputs), state.to(acc), tuple(p.to(acc) for p in params)
 
 
 def _evaluate(step: Step, h: Tensor, inputs: tuple[Tensor, ...], several: bool, params: tuple[Tensor, ...]) -> Tensor:
     f = step(h, inputs if several else inputs[0], *params)
-    if f.shape != h.shape:
-        raise ValueError(f"step: expected a state shaped like h, {list(h.shape)}, got {list(f.shape)}")
+    if not isinstance(f, Tensor) or f.shape != h.shape:
+        got = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
+        raise ValueError(f"step: expected a state shaped like h, {list(h.shape)}, got {got}")
     return f
 
 
@@ -304,6 +313,8 @@ class _Call:
 
     @staticmethod
     def _gradient(f: Tensor, h: Tensor, cotangent: Tensor) -> Tensor:
+        if not f.requires_grad:  # a step that does not look at the state
+            return torch.zeros_like(h)
         return torch.autograd.grad(f, h, cotangent, retain_graph=True, materialize_grads=True)[0]
 
 

@@ -108,10 +108,11 @@ def _para(kind, x, A, C, state, segments, backend):
         raise ValueError(f"x: expected shape [B, T, 3, D], got {list(x.shape) if isinstance(x, Tensor) else type(x)}")
     shapes("x", x, "B T G D")
     (x,) = common_dtype(x=x)
-    for name, weight, layout in (("A", A, "G D"), ("C", C, "P D")):
-        if weight is not None:
-            (shapes if name == "A" else Shapes(P=2, D=shapes["D"]))(name, weight, layout)
-            check_floating(name, weight, x.device)
+    shapes("A", A, "G D")
+    check_floating("A", A, x.device)
+    if kind == "paralstm":
+        Shapes(P=2, D=shapes["D"])("C", C, "P D")
+        check_floating("C", C, x.device)
     rows, acc = check_segments(segments, x), accumulate_dtype(x)
     if state is None:
         zeros = torch.zeros(rows, 2, x.shape[-1], dtype=acc, device=x.device).unbind(1)

@@ -2,9 +2,11 @@
 
 from .checks import (
     Shapes,
+    check_chunk_size,
     check_floating,
     check_log_decay,
     check_not_negative,
+    check_number,
     check_segments,
     common_dtype,
     no_autocast,
@@ -36,9 +38,11 @@ __all__ = [
     "Segments",
     "Shapes",
     "backend",
+    "check_chunk_size",
     "check_floating",
     "check_log_decay",
     "check_not_negative",
+    "check_number",
     "check_segments",
     "chunk_table",
     "common_dtype",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from .segments import Segments
 
 __all__ = [
     "Shapes",
+    "check_chunk_size",
     "check_floating",
     "check_log_decay",
     "check_not_negative",
+    "check_number",
     "check_segments",
     "common_dtype",
     "no_autocast",
@@ -23,11 +27,12 @@ __all__ = [
 ]
 
 _value_checks = False
+_AT_LEAST_ONE = {"B": "sequence", "T": "token", "H": "head", "Hq": "head", "Hkv": "head", "K": "channel of a key"}
 
 
 class Shapes:
     """Checks shapes given as letters: the first use of a letter fixes its size, later uses must agree. There is at
-    least one sequence (B) and one token (T).
+    least one sequence (B), one token (T), one head (H, Hq, Hkv) and one channel of a key (K).
 
     >>> shapes = Shapes()
     >>> shapes("q", torch.zeros(2, 8, 4, 16), "B T H K")
@@ -47,8 +52,9 @@ class Shapes:
                 self.sizes.get(c, n) == n for c, n in zip(letters, x.shape, strict=True)
             ):
                 self.sizes.update(zip(letters, x.shape, strict=True))
-                if 0 in (self.sizes.get("B"), self.sizes.get("T")):
-                    raise ValueError(f"{name}: expected at least one sequence and one token, got shape {list(x.shape)}")
+                for letter, what in _AT_LEAST_ONE.items():
+                    if letter in letters and self.sizes[letter] == 0:
+                        raise ValueError(f"{name}: expected at least one {what}, got shape {list(x.shape)}")
                 return layout
         raise ValueError(f"{name}: expected shape {self._show(layouts)}, got {list(x.shape)}")
 
@@ -91,6 +97,27 @@ def check_floating(name: str, x: Tensor, device: torch.device) -> None:
     """Refuse integers and other devices, where any floating dtype will do (states, gates)."""
     if not x.is_floating_point() or x.device != device:
         raise ValueError(f"{name}: expected a floating tensor on {device}, got {x.dtype} on {x.device}")
+
+
+def check_number(name: str, value: Any, least: float = -math.inf) -> float:
+    """An option that is a finite number of at least ``least``. A tensor is refused: no gradient would reach it."""
+    if not torch.compiler.is_compiling():
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or float(value) < least:
+            limits = "" if least == -math.inf else f" of at least {least:g}"
+            raise ValueError(f"{name}: expected a finite number{limits}, got {value!r}")
+    return float(value)
+
+
+def check_chunk_size(chunk_size: Any, default: int, *, power_of_two: bool = True) -> int:
+    """``chunk_size``, ``default`` when None."""
+    if chunk_size is None:
+        return default
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
+    if not whole or (power_of_two and chunk_size & (chunk_size - 1)):
+        wanted = "a power of two" if power_of_two else "an integer of at least 1"
+        raise ValueError(f"chunk_size: expected {wanted}, got {chunk_size!r}")
+    return chunk_size
 
 
 def check_segments(segments: Segments | None, x: Tensor) -> int:

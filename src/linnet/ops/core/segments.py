@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from operator import index
 
 import torch
 from torch import Tensor
@@ -41,10 +42,14 @@ class Segments:
         if isinstance(lengths, Tensor):
             device = lengths.device if device is None else device
             lengths = lengths.tolist()
+        try:
+            whole = [index(n) for n in lengths]
+        except TypeError as error:
+            raise ValueError(f"lengths: expected a list or 1-D tensor of whole numbers, got {lengths!r}") from error
         # The host's part says so: a caller may have set another default device.
-        sizes = torch.tensor([int(n) for n in lengths], dtype=torch.int64, device="cpu")
+        sizes = torch.tensor(whole, dtype=torch.int64, device="cpu")
         if sizes.numel() == 0 or int(sizes.min()) < 0:
-            raise ValueError(f"lengths: expected at least one length, none negative, got {list(lengths)[:8]}")
+            raise ValueError(f"lengths: expected at least one length, none negative, got {whole[:8]}")
         host = torch.zeros(sizes.numel() + 1, dtype=torch.int32, device="cpu")
         host[1:] = sizes.cumsum(0)
         ids = torch.repeat_interleave(torch.arange(sizes.numel(), dtype=torch.int32, device="cpu"), sizes)
@@ -54,6 +59,9 @@ class Segments:
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> Segments:
         """From cumulative lengths ``[N + 1]`` that start at 0 and never fall."""
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_floating_point():
+            got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            raise ValueError(f"cu_seqlens: expected a tensor of integers [N+1], got {got}")
         host = cu_seqlens.detach().to("cpu", torch.int64)
         if host.dim() != 1 or host.numel() < 2 or int(host[0]) != 0 or bool((host.diff() < 0).any()):
             raise ValueError(
@@ -66,8 +74,9 @@ class Segments:
     def from_document_ids(cls, ids: Tensor) -> Segments:
         """From a document id per token, ``[total]`` or ``[B, T]``: a new sequence starts wherever the id changes, and
         at every row (rows are laid end to end, so pass activations reshaped to ``[1, B*T, ...]``)."""
-        if ids.dim() not in (1, 2) or ids.numel() == 0:
-            raise ValueError(f"ids: expected a non-empty tensor [total] or [B, T], got shape {list(ids.shape)}")
+        if not isinstance(ids, Tensor) or ids.dim() not in (1, 2) or ids.numel() == 0:
+            got = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"ids: expected a non-empty tensor [total] or [B, T], got {got}")
         rows = ids.detach().to("cpu").reshape(-1, ids.shape[-1])
         starts = torch.ones_like(rows, dtype=torch.bool)
         starts[:, 1:] = rows[:, 1:] != rows[:, :-1]

@@ -39,7 +39,7 @@ def map_state(fn: Callable[[Tensor], Tensor], state: Any) -> Any:
     if isinstance(state, tuple):
         parts = [map_state(fn, part) for part in state]
         return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
-    raise TypeError(f"state: expected tensors in (named) tuples, got {type(state).__name__}")
+    raise ValueError(f"state: expected tensors in (named) tuples, got {type(state).__name__}")
 
 
 def state_tensors(state: Any) -> list[Tensor]:

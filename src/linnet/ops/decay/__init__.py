@@ -13,8 +13,10 @@ from ..core import (
     Cost,
     Segments,
     Shapes,
+    check_chunk_size,
     check_floating,
     check_log_decay,
+    check_number,
     check_segments,
     common_dtype,
     differentiable,
@@ -85,6 +87,7 @@ def decay(
     if normalize and gv is not None:
         raise ValueError("normalize: expected False with gv (a value-side decay has no matching key sum), got True")
     q, k, v, g, gv, u, w, S, z, scale = _check(q, k, v, g, gv, u, w, scale, normalize, state, segments)
+    eps = check_number("eps", eps, 0.0)
     o, S, z = run(q, k, v, g, gv, u, w, S, z, None, segments, scale, eps, chunk_size, backend)
     return o, DecayState(S, z)
 
@@ -122,9 +125,7 @@ def run(
         bounds = None if segments is None else segments.cu_seqlens_host.tolist()
         o, x, S, z = reference.recurrent(q, k, v, g, gv, u, w, scale, S, z, bounds)
         return o if x is None else (o / _denominator(x, floor, eps)).to(o.dtype), S, z
-    size = 64 if chunk_size is None else chunk_size
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"chunk_size: expected a power of two, got {chunk_size}")
+    size = check_chunk_size(chunk_size, 64)
     vector = u is not None or gv is not None or (g is not None and g.dim() == 4)
     if name == "triton" and w is not None and vector:  # those kernels know no write weight
         k, w = (k.unflatten(2, (-1, 1)) * w.to(k.dtype).unflatten(2, (k.shape[2], -1))[..., None]).flatten(2, 3), None
@@ -206,7 +207,7 @@ def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):
             state_shapes("state.z", state.z, "N H K")
             check_floating("state.z", state.z, q.device)
             z = state.z.to(acc)
-    return q, k, v, g, gv, u, w, S, z, float(K**-0.5 if scale is None else scale)
+    return q, k, v, g, gv, u, w, S, z, check_number("scale", K**-0.5 if scale is None else scale)
 
 
 # The registered op. Optional tensors cannot be returned, so an absent one is an empty tensor.

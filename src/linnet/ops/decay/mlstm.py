@@ -17,6 +17,7 @@ from ..core import (
     Segments,
     Shapes,
     check_floating,
+    check_number,
     check_segments,
     common_dtype,
     differentiable,
@@ -88,7 +89,7 @@ def mlstm(
     kernel = resolve_backend(backend, BACKENDS if kernels_cover(q, v, True) else BACKENDS[:2], q) == "triton"
     packing = (None,) * 3 if segments is None else (segments.cu_seqlens, segments.ids, segments.cu_seqlens_host)
     g, w, floor, m = _gates(i.to(acc), f.to(acc), state.m.detach().to(acc), *packing, kernel)
-    inner = DecayState(state.S, state.z)
+    inner, eps = DecayState(state.S, state.z), check_number("eps", eps, 0.0)
     q, k, v, g, _, _, w, S, z, scale = _check(q, k, v, g, None, None, w, scale, True, inner, segments)
     h, S, z = run(q, k, v, g, None, None, w, S, z, floor, segments, scale, eps, chunk_size, backend)
     return h, MLSTMState(S, z, m)  # type: ignore[arg-type]

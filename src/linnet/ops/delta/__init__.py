@@ -15,6 +15,7 @@ from ..core import (
     Shapes,
     check_floating,
     check_log_decay,
+    check_number,
     check_segments,
     common_dtype,
     differentiable,
@@ -191,7 +192,7 @@ def _check(q, k, v, beta, g, w, scale, substeps, state, segments):
         if g.dim() == 1:
             g = g.expand(q.shape[0], q.shape[1], -1)
     S = initial_state(state, rows, v.shape[2], q.shape[3], v.shape[3], q)
-    return q, k, v, beta, g, w, S, float(q.shape[3] ** -0.5 if scale is None else scale)
+    return q, k, v, beta, g, w, S, check_number("scale", q.shape[3] ** -0.5 if scale is None else scale)
 
 
 # The registered op. `matrices` and `rows` are what the kernels keep of every chunk for the backward pass; the chunked

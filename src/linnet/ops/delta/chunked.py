@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core import check_chunk_size
 from ..core.chunks import (
     Factors,
     Plan,
@@ -46,9 +47,7 @@ from .reference import NORM_EPS
 
 def chunk_length(requested: int | None, length: int, substeps: int, backend: str) -> int:
     """Tokens of a chunk: a power of two, by default so many that a chunk has 64 rows (but 16 tokens)."""
-    size = max(64 >> (substeps - 1).bit_length(), 16) if requested is None else requested
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"chunk_size: expected a power of two, got {requested}")
+    size = check_chunk_size(requested, max(64 >> (substeps - 1).bit_length(), 16))
     if backend == "chunked" and not torch.compiler.is_compiling():  # there T may be a symbol, which this would fix
         size = min(size, 1 << (length - 1).bit_length())
     return size

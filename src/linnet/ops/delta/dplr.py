@@ -11,6 +11,7 @@ from ..core import (
     Shapes,
     check_floating,
     check_log_decay,
+    check_number,
     check_segments,
     common_dtype,
     differentiable,
@@ -65,20 +66,21 @@ def dplr(
     Source: RWKV-7 (arXiv 2503.14456) eqs. 15-17; the name and the general form: DeltaNet (2406.06484), section 5.1.
     """
     q, k, v, a, b, S = _check(q, k, v, a, b, g, state, segments)
+    scale = check_number("scale", scale)
     name = resolve_backend(backend, BACKENDS if kernels_cover(q) else BACKENDS[:2], q)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, a, b, g, S))
     if name == "triton" and q.shape[1] == 1 and segments is None and not training and not torch.compiler.is_compiling():
         from . import launch
 
-        o, S = launch.step(q, k, v, None, g, None, S, float(scale), False, 1, (a, b))
+        o, S = launch.step(q, k, v, None, g, None, S, scale, False, 1, (a, b))
         return o, DeltaState(S)
     if name == "reference" or (q.shape[1] == 1 and segments is None and backend == "auto"):
         bounds = None if segments is None else segments.cu_seqlens_host.tolist()
-        o, S = reference.recurrent_untied(q, k, v, a, b, g, S, bounds, float(scale))
+        o, S = reference.recurrent_untied(q, k, v, a, b, g, S, bounds, scale)
     else:
         size = chunked.chunk_length(chunk_size, q.shape[1], 1, name)
         host = None if segments is None else segments.cu_seqlens_host
-        o, S, *_ = _dplr(q, k, v, a, b, g, S, host, float(scale), size, name, training)
+        o, S, *_ = _dplr(q, k, v, a, b, g, S, host, scale, size, name, training)
     return o, DeltaState(S)
 
 

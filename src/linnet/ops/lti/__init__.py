@@ -15,6 +15,7 @@ from ..core import (
     Cost,
     Segments,
     Shapes,
+    check_chunk_size,
     check_floating,
     check_log_decay,
     check_segments,
@@ -179,9 +180,7 @@ def _run(
             step = reference.dense_step(*given) if dense else reference.diagonal_step(*given)
             y, x = reference.recurrent(step, u, x, None if segments is None else segments.cu_seqlens_host.tolist())
         else:
-            size = 64 if chunk_size is None else chunk_size
-            if size < 1 or size & (size - 1):
-                raise ValueError(f"chunk_size: expected a power of two, got {chunk_size}")
+            size = check_chunk_size(chunk_size, 64)
             if not torch.compiler.is_compiling():  # there T may be a symbol, which this would fix
                 size = min(size, 1 << (u.shape[1] - 1).bit_length())
             system = chunked.dense_system(*given, size=size) if dense else chunked.diagonal_system(*given, size=size)

@@ -9,6 +9,7 @@ from ..core import (
     Cost,
     Segments,
     Shapes,
+    check_chunk_size,
     check_floating,
     check_segments,
     common_dtype,
@@ -20,7 +21,7 @@ from ..core.chunks import accumulate_dtype
 from . import chunked, reference
 from .state import ScanState
 
-__all__ = ["BACKENDS", "backends", "check_chunk", "check_state", "cost", "is_step", "minmax_scan", "scan"]
+__all__ = ["BACKENDS", "backends", "check_state", "cost", "is_step", "minmax_scan", "scan"]
 
 BACKENDS = ("reference", "chunked", "triton")
 
@@ -153,7 +154,8 @@ def _run(
         return y, ScanState(h)
     where = (None, None) if segments is None else (segments.cu_seqlens_host, segments.ids)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, h))
-    y, h, _ = _scan(a, b, h, *where, algebra, reverse, check_chunk(chunk_size), name, training)
+    size = check_chunk_size(chunk_size, 0, power_of_two=False)  # 0 leaves the choice to the backend
+    y, h, _ = _scan(a, b, h, *where, algebra, reverse, size, name, training)
     return y, ScanState(h)
 
 
@@ -170,13 +172,6 @@ def check_state(state: object, rows: int, tail: tuple[int, ...], device: torch.d
     Shapes(**dict(zip(letters, (rows, *tail), strict=True)))("state.h", state.h, " ".join(letters))
     check_floating("state.h", state.h, device)
     return state.h
-
-
-def check_chunk(chunk_size: int | None) -> int:
-    """0 leaves the choice to the backend."""
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    return chunk_size or 0
 
 
 # The registered op. What a minmax cell took (the kernels' note for the backward pass) is an empty tensor otherwise.

@@ -9,6 +9,7 @@ from ..core import (
     Cost,
     Segments,
     Shapes,
+    check_chunk_size,
     check_floating,
     check_log_decay,
     check_not_negative,
@@ -20,7 +21,7 @@ from ..core import (
 )
 from ..core.chunks import accumulate_dtype
 from . import chunked, reference
-from .recurrence import backends, check_chunk, check_state, is_step
+from .recurrence import backends, check_state, is_step
 from .state import ScanState
 
 __all__ = ["cost", "selective_scan"]
@@ -96,7 +97,8 @@ def selective_scan(
             y, h = reference.selective(x, delta, A, B, C, D, h, segments)
         return y, ScanState(h)
     where = (None, None) if segments is None else (segments.cu_seqlens_host, segments.ids)
-    y, h, _ = _selective(x, delta, A, B, C, D, h, *where, check_chunk(chunk_size) or 64, name)
+    size = check_chunk_size(chunk_size, 64, power_of_two=False)
+    y, h, _ = _selective(x, delta, A, B, C, D, h, *where, size, name)
     return y, ScanState(h)
 
 
