@@ -522,11 +522,16 @@ def test_bad_input(kind: type[Mixer], options: dict[str, Any], device: torch.dev
     for bad in (x[..., :-1], x[0], x[:0], x[:, :0], x[..., None]):
         with pytest.raises(ValueError, match=rf"x: expected .*{width}.*got \[{', '.join(map(str, bad.shape))}\]"):
             mixer(bad)
+    for bad in (x.long(), x.to(torch.complex64)):
+        with pytest.raises(ValueError, match=rf"^x: expected a floating dtype, got {bad.dtype}"):
+            mixer(bad)
     for state in (x, (), object()):
         with pytest.raises(ValueError, match="state"):
             mixer(x, state)
     with pytest.raises(ValueError, match="state"):
         mixer(x, mixer.init_state(B + 1))
+    with pytest.raises(ValueError, match="state"):
+        mixer(x, map_state(lambda s: s.to("meta"), _warm(mixer)))
     with pytest.raises(ValueError, match="segments"):
         mixer(x, None, Segments.from_lengths([2, 2], device))
 
@@ -565,6 +570,29 @@ def test_bad_options(kind: type[Mixer]) -> None:
                 assert mixer(torch.zeros(1, 2, d_model))[0].shape == (1, 2, d_model)
     with pytest.raises(ValueError, match=r"unknown option 'no_such_option'; it takes \w+"):
         build_mixer(f"{kind.name}(no_such_option=1)", d_model)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("gla(norm_eps='small')", "mixer 'gla': option norm_eps: expected float, got 'small'"),
+        ("gla(norm_eps=1e999)", "mixer 'gla': option norm_eps: expected float, got inf"),
+        ("gla(num_heads=2.0)", "mixer 'gla': option num_heads: expected int, got 2.0"),
+        ("gla(num_heads=True)", "mixer 'gla': option num_heads: expected int, got True"),
+        ("attention(rope='False')", "mixer 'attention': option rope: expected bool, got 'False'"),
+        ("attention(window='256')", "mixer 'attention': option window: expected int | None, got '256'"),
+        (3, "mixer spec: expected 'name' or 'name(option=value, ...)', got 3"),
+    ],
+)
+def test_options_of_another_type_are_named(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build_mixer(spec, 32)
+
+
+@pytest.mark.parametrize("width", [0, -4, 32.0, True, "32", None])
+def test_bad_widths_are_named(width: Any) -> None:
+    with pytest.raises(ValueError, match=r"^d_model: expected an integer >= 1, got "):
+        build_mixer("gla", width)
 
 
 def _out_of_range(name: str) -> Iterable[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def parse_spec(spec: str | Mapping[str, Any], kind: str = "mixer") -> tuple[str,
             raise ValueError(f"{kind} spec: expected a mapping with a 'name', got {dict(spec)!r}")
         return name, options
     try:
-        node = ast.parse(spec.strip(), mode="eval").body
+        node = ast.parse(spec.strip() if isinstance(spec, str) else "", mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
@@ -155,9 +156,26 @@ def split_specs(text: str, separator: str = ",") -> list[str]:
     return specs
 
 
+def _check_type(what: str, annotation: Any, value: Any) -> None:
+    """Refuse an option that is not of its annotated type: specs come from command lines and JSON, where ``"False"`` is
+    a true string and ``1e999`` a number."""
+    wanted = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    flag = isinstance(value, bool)
+    fits = {
+        "bool": flag,
+        "int": isinstance(value, int) and not flag,
+        "float": isinstance(value, (int, float)) and not flag and math.isfinite(value),
+        "str": isinstance(value, str),
+        "None": value is None,
+    }
+    if not any(fits.get(kind.strip(), True) for kind in wanted.split("|")):
+        raise ValueError(f"{what}: expected {wanted}, got {value!r}")
+
+
 def build_mixer(spec: str | Mapping[str, Any], d_model: int, *, layer: int = 0, num_layers: int = 1) -> Mixer:
     """Construct the mixer that ``spec`` describes; unknown names and options raise a ValueError that lists the
-    known ones. ``layer`` and ``num_layers`` reach only mixers whose initialisation depends on depth."""
+    known ones, as does an option of another type than its annotation. ``layer`` and ``num_layers`` reach only mixers
+    whose initialisation depends on depth."""
     name, options = parse_spec(spec)
     cls = get_mixer(name)
     known = {p.name: p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -166,4 +184,8 @@ def build_mixer(spec: str | Mapping[str, Any], d_model: int, *, layer: int = 0, 
     if unknown:
         choices = ", ".join(sorted(set(known) - {"layer", "num_layers"}))
         raise ValueError(f"mixer {name!r}: unknown option {unknown[0]!r}; it takes {choices}")
+    if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
+        raise ValueError(f"d_model: expected an integer >= 1, got {d_model!r}")
+    for key, value in options.items():
+        _check_type(f"mixer {name!r}: option {key}", known[key].annotation, value)
     return cls(d_model, **{**depth, **options})

@@ -169,10 +169,13 @@ def check_depth(layer: int, num_layers: int) -> None:
 
 
 def check_input(x: Tensor, d_model: int, segments: Segments | None) -> int:
-    """Refuse an empty ``x`` or one not ``[B, T, d_model]``, packed as ``segments`` say; the number of state rows."""
+    """Refuse an empty ``x``, one not ``[B, T, d_model]`` or not floating, packed as ``segments`` say; the number of
+    state rows."""
     if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != d_model or 0 in x.shape[:2]:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: expected shape [B >= 1, T >= 1, d_model={d_model}], got {got}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
     return check_segments(segments, x)
 
 
@@ -375,6 +378,8 @@ def count_positions(x: Tensor, seen: Tensor | None, segments: Segments | None) -
     start = torch.zeros(rows, dtype=torch.int64, device=x.device) if seen is None else seen
     if start.shape != (rows,):
         raise ValueError(f"state.position: expected shape [{rows}], one a sequence, got {list(start.shape)}")
+    if start.device != x.device:
+        raise ValueError(f"state.position: expected device {x.device} like x, got {start.device}")
     if segments is None:
         return start[:, None] + torch.arange(x.shape[1], device=x.device), start + x.shape[1]
     return (segments.positions + start[segments.ids.long()])[None], start + segments.cu_seqlens.diff()
