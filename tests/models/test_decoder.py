@@ -329,6 +329,9 @@ def test_default_mlp_width():
         {"mixers": "gla"},
         {"mixers": [3]},
         {"mlp": "relu"},
+        {"mlp": None},
+        {"mlp": [["moe"]]},
+        {"norm_position": [["pre"]]},
         {"mlp_hidden": 0},
         {"mlp_ratio": 0},
         {"num_experts": 0},
@@ -401,20 +404,25 @@ def test_config_round_trips_through_json():
 
 def test_bad_inputs_are_named():
     model, ids = decoder(), tokens(2, 5)
-    for bad in (ids[0], ids[:, :0], ids.int(), ids.double()):
+    for bad in (ids[0], ids[:, :0], ids.int(), ids.double(), ids.tolist()):
         with pytest.raises(ValueError, match=r"^tokens: "):
             model(bad)
     for bad in (ids - VOCAB, ids + VOCAB):
         with pytest.raises(ValueError, match=f"^tokens: expected ids from 0 to {VOCAB - 1}"):
             model(bad)
-    with pytest.raises(ValueError, match=r"^targets: "):
-        model.loss(ids, ids[:, 1:])
+    for bad in (ids[:, 1:], ids.int(), ids.tolist(), ids - VOCAB, ids + VOCAB):
+        with pytest.raises(ValueError, match=r"^targets: "):
+            model.loss(ids, bad)
+    with pytest.raises(ValueError, match=r"^tokens: "):
+        model.loss(ids.tolist(), ids)
     with pytest.raises(ValueError, match=r"^segments: "):
         model(ids, segments=Segments.from_lengths([4, 6]))
     with pytest.raises(ValueError, match=r"^segments: an empty sequence"):
         model(ids[:1], segments=Segments.from_lengths([0, 5]), last_only=True)
     with pytest.raises(ValueError, match=r"^state: expected 4 layer states, got 3"):
         model(ids, model(ids).state[:3])
+    with pytest.raises(ValueError, match=r"^state: expected 4 layer states, got int"):
+        model(ids, 4)
 
 
 # Saving

@@ -150,12 +150,38 @@ def test_nucleus_with_unsorted_logits():
         ("prompt", {"prompt": torch.zeros(1, 2, 3, dtype=torch.int64)}),
         ("prompt", {"prompt": torch.zeros(1, 2)}),
         ("tokens", {"prompt": [[VOCAB]]}),
+        ("prompt", {"prompt": "text"}),
+        ("prompt", {"prompt": None}),
+        ("prompt", {"prompt": [[1], None]}),
+        ("temperature", {"temperature": "warm"}),
+        ("top_k", {"top_k": True}),
+        ("top_p", {"top_p": "most"}),
+        ("stop", {"stop": None}),
+        ("generator", {"generator": 3}),
+        ("state", {"state": 5}),
+        ("state", {"state": [1, 2]}),
     ],
 )
 def test_bad_arguments_are_named(model, name, options):
     for function in (generate, stream):  # a stream complains at once, not at its first step
         with pytest.raises(ValueError, match=f"^{name}: "):
             function(model, **{"prompt": [[1]], "max_new_tokens": 2, **options})
+    if name in ("temperature", "top_k", "top_p"):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            sample(torch.zeros(1, VOCAB), **options)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(1, 1, VOCAB), torch.zeros(1, VOCAB).long(), [[0.0]]], ids=type)
+def test_bad_logits_are_named(bad):
+    with pytest.raises(ValueError, match=r"^logits: expected floats of shape \[B, V\], got "):
+        sample(bad)
+
+
+def test_options_may_be_integers_of_numpy(model):
+    options = {"max_new_tokens": 3, "top_k": 3, "stop": [2]}
+    want = generate(model, [[1]], generator=rng(), **options)
+    found = generate(model, [[1]], generator=rng(), **options | {"top_k": np.int64(3), "stop": [np.int64(2)]})
+    assert torch.equal(found.tokens, want.tokens)
 
 
 class TestCudaGraph:

@@ -25,6 +25,12 @@ def test_round_trip_and_cast(saved):
     assert torch.equal(tensors["w"], torch.arange(6.0)) and torch.equal(tensors["n"], torch.tensor([7]))
     _, tensors = io.read_checkpoint(saved, dtype=torch.bfloat16)
     assert tensors["w"].dtype == torch.bfloat16 and tensors["n"].dtype == torch.int64
+    _, tensors = io.read_checkpoint(saved, device="meta")
+    assert tensors["w"].is_meta and tensors["w"].shape == (6,)
+    with pytest.raises(ValueError, match=r"^dtype: expected a floating dtype or None, got torch\.int64"):
+        io.read_checkpoint(saved, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^device: expected one that PyTorch knows, got 'gpu'"):
+        io.read_checkpoint(saved, device="gpu")
 
 
 def test_tensors_that_share_memory_are_saved_whole(tmp_path):

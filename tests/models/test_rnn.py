@@ -128,6 +128,10 @@ def test_dropout_between_layers_in_training_only():
         (lambda: linnet.GRU(5, 6)(torch.zeros(3)), "input"),
         (lambda: linnet.GRU(5, 6)(torch.zeros(3, 2, 5), torch.zeros(1, 3, 6)), "hx"),
         (lambda: linnet.LSTM(5, 6)(torch.zeros(3, 2, 5), torch.zeros(1, 2, 6)), "hx"),
+        (lambda: linnet.GRU(5, 6)([[0.0] * 5]), "input"),
+        (lambda: linnet.GRU(5, 6)(torch.zeros(3, 2, 5).long()), "input"),
+        (lambda: linnet.GRU(5, 6, bidirectional=2), "bidirectional"),
+        (lambda: linnet.GRU(5, 6, dropout="a"), "dropout"),
     ],
 )
 def test_bad_arguments_are_named(call, name):

@@ -112,20 +112,16 @@ class DecoderConfig:
         for name in ("tie_embeddings", "scale_residual_init", "shared_gate", "mlp_bias"):
             self._expect(name, "true or false", lambda x: isinstance(x, bool))
         self._expect("logit_soft_cap", "a number > 0 or None", lambda x: x is None or (_is_number(x) and x > 0))
-        kinds = (self.mlp,) if isinstance(self.mlp, str) else tuple(self.mlp)
         allowed = ("swiglu", "geglu", "moe", "none")
         what = f"{', '.join(map(repr, allowed[:-1]))}, 'none' or a list of these"
-        self._expect("mlp", what, lambda _: kinds and set(kinds) <= {*allowed})
+        self._expect("mlp", what, lambda x: _is_one_or_several(x, allowed))
         if not isinstance(self.mlp, str):
-            object.__setattr__(self, "mlp", kinds)
+            object.__setattr__(self, "mlp", tuple(self.mlp))
         self._expect("router", "'softmax' or 'sigmoid'", lambda x: x in ("softmax", "sigmoid"))
-        if not isinstance(self.norm_position, str) and isinstance(self.norm_position, Sequence):
+        what = "'pre', 'post', 'none' or a list of these, not empty"
+        self._expect("norm_position", what, lambda x: _is_one_or_several(x, NORM_POSITIONS))
+        if not isinstance(self.norm_position, str):
             object.__setattr__(self, "norm_position", tuple(self.norm_position))
-        self._expect(
-            "norm_position",
-            "'pre', 'post', 'none' or a list of these, not empty",
-            lambda x: x in NORM_POSITIONS or (isinstance(x, tuple) and x and set(x) <= {*NORM_POSITIONS}),
-        )
         self._expect("experts_per_token", f"at most num_experts={self.num_experts}", lambda x: x <= self.num_experts)
         self._expect(
             "mixers",
@@ -243,6 +239,11 @@ def shrink_outputs(layers: nn.ModuleList, config: DecoderConfig) -> None:
         for name in ("o_proj", "out_proj", "down_proj") if isinstance(mixer, Mixer) else ():
             if isinstance(projection := getattr(mixer, name, None), nn.Linear):
                 projection.weight.mul_(config.residual_scale)
+
+
+def _is_one_or_several(x: Any, allowed: tuple[str, ...]) -> bool:
+    several = [x] if isinstance(x, str) else x
+    return isinstance(several, Sequence) and len(several) > 0 and all(one in allowed for one in several)
 
 
 def _is_int(x: Any) -> bool:
@@ -394,10 +395,11 @@ class Decoder(nn.Module):
             segments: boundaries of packed sequences.
 
         Raises:
-            ValueError: as :meth:`forward`, or ``targets`` has another shape than ``tokens``.
+            ValueError: as :meth:`forward`, or ``targets`` has another shape than ``tokens``, another dtype or (on the
+                CPU) ids outside the vocabulary.
         """
-        if targets.shape != tokens.shape[:2]:
-            raise ValueError(f"targets: expected shape {list(tokens.shape[:2])} like tokens, got {list(targets.shape)}")
+        if isinstance(tokens, Tensor):  # otherwise they are what is wrong
+            self._check_targets(targets, tokens)
         x, _, aux = self._hidden(tokens, None, segments)
         x, targets = x.flatten(0, 1), targets.flatten()
         parts = math.ceil(x.shape[0] * self.config.vocab_size / _LOSS_LOGITS)
@@ -445,6 +447,8 @@ class Decoder(nn.Module):
         return self.norm(x), tuple(states), total
 
     def _check(self, tokens: Tensor, state: tuple[Any, ...] | None, segments: Segments | None) -> None:
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"tokens: expected a tensor of shape [B, T], got {type(tokens).__name__}")
         mixed = tokens.is_floating_point() and tokens.dim() == 3 and tokens.shape[2] <= self.config.vocab_size
         if not (mixed or (tokens.dim() == 2 and tokens.dtype == torch.int64)) or 0 in tokens.shape[:2]:
             raise ValueError(
@@ -452,14 +456,29 @@ class Decoder(nn.Module):
                 f"{self.config.vocab_size}, got {tokens.dtype} of shape {list(tokens.shape)}"
             )
         check_segments(segments, tokens)
-        if state is not None and len(state) != len(self.layers):
-            raise ValueError(f"state: expected {len(self.layers)} layer states, got {len(state)}")
-        if not mixed and tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
-            low, high = (int(t) for t in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"tokens: expected ids from 0 to {self.config.vocab_size - 1}, got {low if low < 0 else high}"
-                )
+        if state is not None and (not isinstance(state, (tuple, list)) or len(state) != len(self.layers)):
+            got = len(state) if isinstance(state, (tuple, list)) else type(state).__name__
+            raise ValueError(f"state: expected {len(self.layers)} layer states, got {got}")
+        if not mixed:
+            self._check_ids("tokens", tokens)
+
+    def _check_targets(self, targets: Tensor, tokens: Tensor) -> None:
+        if not isinstance(targets, Tensor) or targets.shape != tokens.shape[:2] or targets.dtype != torch.int64:
+            given = isinstance(targets, Tensor)
+            got = f"{targets.dtype} of shape {list(targets.shape)}" if given else type(targets).__name__
+            raise ValueError(f"targets: expected int64 of shape {list(tokens.shape[:2])} like tokens, got {got}")
+        self._check_ids("targets", targets)
+
+    def _check_ids(self, name: str, ids: Tensor) -> None:
+        """Refuse ids outside the vocabulary, where looking at them costs no wait for a device."""
+        if ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if name == "targets":
+            ids = ids.where(ids != -100, 0)
+        low, high = (int(t) for t in ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            got = low if low < 0 else high
+            raise ValueError(f"{name}: expected ids from 0 to {self.config.vocab_size - 1}, got {got}")
 
     def _project(self, x: Tensor) -> Tensor:
         if self.lm_head is not None:

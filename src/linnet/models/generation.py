@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +64,20 @@ def sample(
 
     The logits are divided by ``temperature``; then only the ``top_k`` largest stay, and of these the fewest whose
     probabilities add up to at least ``top_p`` (nucleus sampling, arXiv 1904.09751). Temperature 0 takes the largest.
+
+    Raises:
+        ValueError: ``logits`` have another shape, or an option is out of its range (see :func:`generate`).
     """
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
+        got = f"{logits.dtype} of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"logits: expected floats of shape [B, V], got {got}")
+    _check_sampling(temperature, top_k, top_p)
+    return _sample(logits, temperature, top_k, top_p, generator)
+
+
+def _sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -163,7 +177,7 @@ def _begin(
     cuda_graph: bool,
 ) -> tuple[DecodingStep, Iterator[tuple[Tensor, Tensor]]]:
     """Check the arguments and read the prompt: the model's step, and what draws from it."""
-    _check_options(model, max_new_tokens, temperature, top_k, top_p, stop)
+    _check_options(model, max_new_tokens, temperature, top_k, top_p, stop, generator)
     tokens, segments = _pack(prompt, model.embed_tokens.weight.device)
     rows = tokens.shape[0] if segments is None else len(segments)
     if state is not None and any(x.shape[0] != rows for x in state_tensors(state)):
@@ -185,7 +199,7 @@ def _draw(
     tokens: Tensor | None = None
     finished = torch.zeros(step.logits.shape[0], dtype=torch.bool, device=step.logits.device)
     for count in range(1, max_new_tokens + 1):
-        drawn = sample(step.logits[:, -1], **options)
+        drawn = _sample(step.logits[:, -1], **options)
         tokens = drawn if tokens is None else torch.where(finished, tokens, drawn)
         finished = finished | torch.isin(tokens, stops)
         yield tokens, finished
@@ -309,18 +323,26 @@ def _check_options(
     top_k: int | None,
     top_p: float | None,
     stop: Sequence[int],
+    generator: torch.Generator | None,
 ) -> None:
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature: expected a number >= 0 (0 is greedy), got {temperature!r}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k: expected an integer >= 1 or None, got {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1] or None, got {top_p!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    _check_sampling(temperature, top_k, top_p)
     vocab = model.config.vocab_size
-    if isinstance(stop, (int, str)) or not all(isinstance(t, int) and 0 <= t < vocab for t in stop):
+    listed = isinstance(stop, Collection) and not isinstance(stop, str)
+    if not listed or not all(isinstance(t, Integral) and 0 <= t < vocab for t in stop):
         raise ValueError(f"stop: expected a list of token ids from 0 to {vocab - 1}, got {stop!r}")
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not isinstance(temperature, Real) or not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature: expected a number >= 0 (0 is greedy), got {temperature!r}")
+    if top_k is not None and (not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1):
+        raise ValueError(f"top_k: expected an integer >= 1 or None, got {top_k!r}")
+    if top_p is not None and not (isinstance(top_p, Real) and 0 < top_p <= 1):
+        raise ValueError(f"top_p: expected a number in (0, 1] or None, got {top_p!r}")
 
 
 def _pack(prompt: Prompt, device: torch.device) -> tuple[Tensor, Segments | None]:
@@ -329,9 +351,12 @@ def _pack(prompt: Prompt, device: torch.device) -> tuple[Tensor, Segments | None
         rows = prompt.to(device)
         rows = rows.unsqueeze(0) if rows.dim() == 1 else rows
     else:
-        # NumPy makes one dtype of ids of several, such as a tokenizer's beside plain numbers; torch refuses to.
-        plain = (part if isinstance(part, Tensor) else np.asarray(part) for part in prompt)
-        parts = [torch.as_tensor(part, device=device) for part in plain]
+        try:
+            # NumPy makes one dtype of ids of several, such as a tokenizer's beside plain numbers; torch refuses to.
+            plain = (part if isinstance(part, Tensor) else np.asarray(part) for part in prompt)
+            parts = [torch.as_tensor(part, device=device) for part in plain]
+        except (TypeError, ValueError) as error:  # of text, for one
+            raise ValueError(f"prompt: expected sequences of token ids, got {_short(prompt)}") from error
         if not parts or any(part.dim() != 1 or part.numel() == 0 for part in parts):
             raise ValueError(
                 "prompt: expected at least one sequence, each a non-empty list or 1-D tensor of token ids, got shapes "
@@ -345,6 +370,11 @@ def _pack(prompt: Prompt, device: torch.device) -> tuple[Tensor, Segments | None
     if rows.dim() != 2 or rows.numel() == 0:
         raise ValueError(f"prompt: expected shape [B, T] or [T], not empty, got {list(rows.shape)}")
     return _ids(rows), None
+
+
+def _short(x: Any) -> str:
+    text = repr(x)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _ids(tokens: Tensor) -> Tensor:

@@ -151,8 +151,15 @@ def read_checkpoint(
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is corrupt, truncated, or of a newer format; names the file.
+        ValueError: a file is corrupt, truncated, or of a newer format; names the file. ``dtype`` is not floating, or
+            there is no such ``device``.
     """
+    try:
+        place = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected one that PyTorch knows, got {device!r}") from error
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: expected a floating dtype or None, got {dtype!r}")
     folder = recover_folder(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -171,11 +178,11 @@ def read_checkpoint(
     file = folder / WEIGHTS_FILE
     tensors: dict[str, Tensor] = {}
     try:
-        with safe_open(file, "pt", device=str(device or "cpu")) as weights:
+        with safe_open(file, "pt", device="cpu" if place.type == "meta" else str(place)) as weights:
             for name in weights.keys():  # noqa: SIM118 (not a mapping)
                 x = weights.get_tensor(name)
                 # A copy: on the CPU these are windows into the mapped file, at addresses that matmuls run slowly on.
-                tensors[name] = x.to(dtype if x.is_floating_point() else None, copy=True)
+                tensors[name] = x.to(place, dtype if x.is_floating_point() else None, copy=True)
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged or truncated ({error}); restore it from a copy") from error
     return config, tensors

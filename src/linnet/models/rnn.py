@@ -47,8 +47,11 @@ class _Recurrent(nn.Module):
         if proj_size and (heads > 1 or proj_size >= hidden_size):
             limits = f"less than hidden_size = {hidden_size} and heads = 1"
             raise ValueError(f"proj_size: expected {limits}, got {proj_size} and heads = {heads}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: expected a probability, got {dropout}")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: expected a probability, got {dropout!r}")
+        for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name}: expected true or false, got {flag!r}")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, float(dropout), bidirectional
         self.proj_size, self.heads = proj_size, heads
@@ -89,13 +92,16 @@ class _Recurrent(nn.Module):
             rows, segments, x = self._from_packed(input)
             batched, order = True, input.sorted_indices
         else:
+            if not isinstance(input, Tensor) or input.dim() not in (2, 3):
+                got = f"shape {list(input.shape)}" if isinstance(input, Tensor) else type(input).__name__
+                raise ValueError(f"input: expected a tensor of 2 or 3 axes or a PackedSequence, got {got}")
             segments, rows, batched = None, None, input.dim() == 3
-            if input.dim() not in (2, 3):
-                raise ValueError(f"input: expected 2 or 3 axes, got shape {list(input.shape)}")
             x = input if batched else input[None]
             x = x if self.batch_first or not batched else x.transpose(0, 1)
         if x.shape[-1] != self.input_size:
             raise ValueError(f"input: expected input_size={self.input_size} features, got {x.shape[-1]}")
+        if not x.is_floating_point():
+            raise ValueError(f"input: expected a floating dtype, got {x.dtype}")
         count = x.shape[0] if segments is None else len(segments)
         starts = self._initial(hx, count, batched, order)
         ends: list[tuple[Tensor, ...]] = []

@@ -139,13 +139,15 @@ def beam_search(
         Tokens ``[B, width, n]``, best first, finished ones filled with ``stop``; and their scores ``[B, width]``.
 
     Raises:
-        ValueError: ``width`` or ``max_new_tokens`` below 1.
+        ValueError: ``width`` or ``max_new_tokens`` below 1, ``stop`` outside the vocabulary, or as the model's forward.
     """
     for name, value in (("width", width), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    rows, device = prompt.shape[0], prompt.device
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value!r}")
+    if not isinstance(stop, int) or not 0 <= stop < model.config.vocab_size:
+        raise ValueError(f"stop: expected a token id from 0 to {model.config.vocab_size - 1}, got {stop!r}")
     out = model(prompt, state, last_only=True)
+    rows, device = prompt.shape[0], prompt.device
     state = repeat_rows(out.state, width)
     logits = out.logits[:, -1].repeat_interleave(width, 0)
     total = torch.full((rows, width), -torch.inf, device=device)
