@@ -634,7 +634,8 @@ def test_bad_input(op: Op, case: Case, device: torch.device) -> None:
     for option, values in BAD_OPTIONS.items():
         for bad in values if option in known else ():
             given = {name: x for name, x in inputs.items() if name != option}
-            _refuses(op, sample.call("auto", **{option: bad}), given, state, [option], f"{option}={bad!r}")
+            for by in ("auto", "reference"):  # also where the option changes nothing
+                _refuses(op, sample.call(by, **{option: bad}), given, state, [option], f"{by}, {option}={bad!r}")
     if "q" in tensors:
         none = {name: x[..., :0, :] if x.dim() == 4 else x[..., :0] for name, x in tensors.items() if x.dim() > 1}
         _refuses(op, call, inputs | none, None, ["q"], "no heads")

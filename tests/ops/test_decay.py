@@ -71,10 +71,11 @@ def test_chunk_size_is_a_matter_of_speed(chunk_size: int) -> None:
         close(a if isinstance(a, Tensor) else a.S, b if isinstance(b, Tensor) else b.S)
 
 
-def test_chunk_size_must_be_a_power_of_two() -> None:
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_chunk_size_must_be_a_power_of_two(backend: str) -> None:
     q = torch.zeros(1, 4, 1, 4)
     with pytest.raises(ValueError, match=r"chunk_size: expected a power of two, got 48"):
-        decay(q, q, q, chunk_size=48)
+        decay(q, q, q, chunk_size=48, backend=backend)
 
 
 @pytest.mark.parametrize("gate", [-0.01, -5.0])

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_chunk_size
 from .segments import chunk_table
 
 __all__ = [
     "Factors",
     "Plan",
     "accumulate_dtype",
+    "chunk_length",
     "cut",
     "halves",
     "join",
@@ -35,6 +37,15 @@ __all__ = [
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """States and sums are fp32, or float64 when the inputs are."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def chunk_length(chunk_size: int | None, default: int, length: int, backend: str) -> int:
+    """Tokens of a chunk, a power of two: ``default`` when ``chunk_size`` is None; in the chunked form no more than hold
+    ``length`` tokens."""
+    size = check_chunk_size(chunk_size, default)
+    if backend == "chunked" and not torch.compiler.is_compiling():  # there T may be a symbol, which this would fix
+        size = min(size, 1 << (length - 1).bit_length())
+    return size
 
 
 class Plan(NamedTuple):

@@ -13,7 +13,6 @@ from ..core import (
     Cost,
     Segments,
     Shapes,
-    check_chunk_size,
     check_floating,
     check_log_decay,
     check_number,
@@ -22,7 +21,7 @@ from ..core import (
     differentiable,
     resolve_backend,
 )
-from ..core.chunks import accumulate_dtype
+from ..core.chunks import accumulate_dtype, chunk_length
 from . import chunked, reference
 from .mlstm import MLSTMState, mlstm
 from .state import DecayState
@@ -112,6 +111,7 @@ def run(
     """The engine behind :func:`decay` and :func:`mlstm`, on checked inputs. With ``z`` the reading is divided by
     ``x + eps``, or with ``floor`` ``[B, T, H]`` by ``max(|x|, floor) + eps``, where ``x = scale * q.z``."""
     name = resolve_backend(backend, BACKENDS if kernels_cover(q, v, z is not None) else BACKENDS[:2], q)
+    size = chunk_length(chunk_size, 64, q.shape[1], name)
     host = None if segments is None else segments.cu_seqlens_host
     given = (q, k, v, g, gv, u, w, S, z)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
@@ -125,18 +125,13 @@ def run(
         bounds = None if segments is None else segments.cu_seqlens_host.tolist()
         o, x, S, z = reference.recurrent(q, k, v, g, gv, u, w, scale, S, z, bounds)
         return o if x is None else (o / _denominator(x, floor, eps)).to(o.dtype), S, z
-    size = check_chunk_size(chunk_size, 64)
     vector = u is not None or gv is not None or (g is not None and g.dim() == 4)
     if name == "triton" and w is not None and vector:  # those kernels know no write weight
         k, w = (k.unflatten(2, (-1, 1)) * w.to(k.dtype).unflatten(2, (k.shape[2], -1))[..., None]).flatten(2, 3), None
         q = q if q.shape[2] == k.shape[2] else q.repeat_interleave(k.shape[2] // q.shape[2], 2)
-    if (
-        name == "triton" and gv is not None and g is not None and g.dim() == 3
-    ):  # a scalar decays every value channel alike
-        g, gv = None, gv + g[..., None]
+    if name == "triton" and gv is not None and g is not None and g.dim() == 3:
+        g, gv = None, gv + g[..., None]  # a scalar decays every value channel alike
     given = (q, k, v, g, gv, u, w, S, z)
-    if name == "chunked" and not torch.compiler.is_compiling():  # there T may be a symbol, which this would fix
-        size = min(size, _ceil_power(q.shape[1]))
     o, _, S, z_out, *_ = _decay(*given, floor, host, scale, eps, size, name, training)
     return o, S, None if z is None else z_out
 
@@ -163,10 +158,6 @@ def _pieces(q: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, cu_host: 
     while piece > 128 and (B * T // piece) * H * max(1, V // 64) < 264:
         piece //= 2
     return piece, B * -(-T // piece) if cu_host is None else T // piece + cu_host.shape[0] - 1
-
-
-def _ceil_power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def _check(q, k, v, g, gv, u, w, scale, normalize, state, segments):

@@ -21,10 +21,10 @@ from ..core import (
     differentiable,
     resolve_backend,
 )
-from ..core.chunks import accumulate_dtype
+from ..core.chunks import accumulate_dtype, chunk_length
 from . import chunked, reference
 from .dplr import dplr
-from .kept import kept
+from .kept import kept, kernels_cover
 from .state import DeltaState, initial_state
 
 __all__ = ["DeltaState", "cost", "delta", "delta_transition", "dplr"]
@@ -86,8 +86,8 @@ def delta(
     (2502.10297).
     """
     q, k, v, beta, g, w, S, scale = _check(q, k, v, beta, g, w, scale, substeps, state, segments)
-    covered = kernels_cover(q, v, beta, g, w, substeps)
-    name = resolve_backend(backend, BACKENDS if covered else BACKENDS[:2], q)
+    name = resolve_backend(backend, BACKENDS if kernels_cover(q, substeps) else BACKENDS[:2], q)
+    size = chunk_length(chunk_size, chunked.default_chunk(substeps), q.shape[1], name)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, w, S))
     if name == "triton" and q.shape[1] == 1 and segments is None and not training and not torch.compiler.is_compiling():
         from . import launch
@@ -99,7 +99,6 @@ def delta(
         bounds = None if segments is None else segments.cu_seqlens_host.tolist()
         o, S = reference.recurrent(q, k, v, beta, g, w, S, bounds, scale, l2norm, substeps)
         return o, DeltaState(S)
-    size = chunked.chunk_length(chunk_size, q.shape[1], substeps, name)
     host = None if segments is None else segments.cu_seqlens_host
     o, S, *_ = _delta(q, k, v, beta, g, w, S, host, scale, l2norm, substeps, size, name, training)
     return o, DeltaState(S)
@@ -159,11 +158,6 @@ def delta_transition(
         backend=backend,
     )
     return after.S[..., v.shape[-1] :], after.S[..., : v.shape[-1]]
-
-
-def kernels_cover(q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, w: Tensor | None, substeps: int) -> bool:
-    """Whether the Triton kernels have this mode; the chunked PyTorch form takes the others."""
-    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 256 and substeps <= 16
 
 
 def _check(q, k, v, beta, g, w, scale, substeps, state, segments):

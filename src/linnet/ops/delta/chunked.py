@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import check_chunk_size
 from ..core.chunks import (
     Factors,
     Plan,
@@ -45,12 +44,9 @@ from ..core.chunks import (
 from .reference import NORM_EPS
 
 
-def chunk_length(requested: int | None, length: int, substeps: int, backend: str) -> int:
-    """Tokens of a chunk: a power of two, by default so many that a chunk has 64 rows (but 16 tokens)."""
-    size = check_chunk_size(requested, max(64 >> (substeps - 1).bit_length(), 16))
-    if backend == "chunked" and not torch.compiler.is_compiling():  # there T may be a symbol, which this would fix
-        size = min(size, 1 << (length - 1).bit_length())
-    return size
+def default_chunk(substeps: int) -> int:
+    """Tokens of a chunk: a power of two, so many that it has at most 64 rows, but at least 16."""
+    return max(64 >> (substeps - 1).bit_length(), 16)
 
 
 class _Gate(NamedTuple):

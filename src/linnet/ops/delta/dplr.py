@@ -17,8 +17,9 @@ from ..core import (
     differentiable,
     resolve_backend,
 )
+from ..core.chunks import chunk_length
 from . import chunked, reference
-from .kept import kept
+from .kept import kept, kernels_cover
 from .state import DeltaState, initial_state
 
 BACKENDS = ("reference", "chunked", "triton")
@@ -68,6 +69,7 @@ def dplr(
     q, k, v, a, b, S = _check(q, k, v, a, b, g, state, segments)
     scale = check_number("scale", scale)
     name = resolve_backend(backend, BACKENDS if kernels_cover(q) else BACKENDS[:2], q)
+    size = chunk_length(chunk_size, chunked.default_chunk(1), q.shape[1], name)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, a, b, g, S))
     if name == "triton" and q.shape[1] == 1 and segments is None and not training and not torch.compiler.is_compiling():
         from . import launch
@@ -78,15 +80,9 @@ def dplr(
         bounds = None if segments is None else segments.cu_seqlens_host.tolist()
         o, S = reference.recurrent_untied(q, k, v, a, b, g, S, bounds, scale)
     else:
-        size = chunked.chunk_length(chunk_size, q.shape[1], 1, name)
         host = None if segments is None else segments.cu_seqlens_host
         o, S, *_ = _dplr(q, k, v, a, b, g, S, host, scale, size, name, training)
     return o, DeltaState(S)
-
-
-def kernels_cover(q: Tensor) -> bool:
-    """Whether the Triton kernels have this mode; the chunked PyTorch form takes the others."""
-    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 256
 
 
 def _check(q, k, v, a, b, g, state, segments):

@@ -1,9 +1,14 @@
-"""Sizes of what the Triton kernels work on and keep for the backward pass, known without them."""
+"""What the Triton kernels take, and sizes of what they work on and keep for the backward pass, known without them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def kernels_cover(q: Tensor, substeps: int = 1) -> bool:
+    """Whether the Triton kernels take this call; the chunked PyTorch form takes the others."""
+    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 256 and substeps <= 16
 
 
 def chunk_rows(K: int, dtype: torch.dtype) -> int:

@@ -15,7 +15,6 @@ from ..core import (
     Cost,
     Segments,
     Shapes,
-    check_chunk_size,
     check_floating,
     check_log_decay,
     check_segments,
@@ -23,6 +22,7 @@ from ..core import (
     no_autocast,
     resolve_backend,
 )
+from ..core.chunks import chunk_length
 from . import chunked, reference
 from .discretize import bilinear, bilinear_diagonal, zoh, zoh_dense
 from .hippo import hippo, hippo_core, nplr
@@ -174,15 +174,13 @@ def _run(
     given = [p.to(acc) for p in parameters.values()]
     dense = len(given) == 3
     name = resolve_backend(backend, BACKENDS, u)
+    size = chunk_length(chunk_size, 64, u.shape[1], name)
     with no_autocast(u):
         if name == "reference" or (u.shape[1] == 1 and segments is None and backend == "auto"):
             # One token is one step: there are no powers of the transition to prepare.
             step = reference.dense_step(*given) if dense else reference.diagonal_step(*given)
             y, x = reference.recurrent(step, u, x, None if segments is None else segments.cu_seqlens_host.tolist())
         else:
-            size = check_chunk_size(chunk_size, 64)
-            if not torch.compiler.is_compiling():  # there T may be a symbol, which this would fix
-                size = min(size, 1 << (u.shape[1] - 1).bit_length())
             system = chunked.dense_system(*given, size=size) if dense else chunked.diagonal_system(*given, size=size)
             y, after = chunked.chunked(u, system, x.flatten(2), segments, acc)
             x = after.reshape(x.shape)

@@ -148,13 +148,13 @@ def _run(
     else:
         h = check_state(state, rows, b.shape[2:], b.device).to(acc)
     name = resolve_backend(backend, backends(b), b)
+    size = check_chunk_size(chunk_size, 0, power_of_two=False)  # 0 leaves the choice to the backend
     if name == "reference" or is_step(b, segments, backend):
         with no_autocast(b):
             y, h = reference.recurrent(algebra, a, b, h, reverse, segments)
         return y, ScanState(h)
     where = (None, None) if segments is None else (segments.cu_seqlens_host, segments.ids)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, h))
-    size = check_chunk_size(chunk_size, 0, power_of_two=False)  # 0 leaves the choice to the backend
     y, h, _ = _scan(a, b, h, *where, algebra, reverse, size, name, training)
     return y, ScanState(h)
 

@@ -92,12 +92,12 @@ def selective_scan(
     tail = (shapes["D"], shapes["S"])
     h = x.new_zeros(rows, *tail, dtype=acc) if state is None else check_state(state, rows, tail, x.device).to(acc)
     name = resolve_backend(backend, backends(x), x)
+    size = check_chunk_size(chunk_size, 64, power_of_two=False)
     if name == "reference" or is_step(x, segments, backend):
         with no_autocast(x):
             y, h = reference.selective(x, delta, A, B, C, D, h, segments)
         return y, ScanState(h)
     where = (None, None) if segments is None else (segments.cu_seqlens_host, segments.ids)
-    size = check_chunk_size(chunk_size, 64, power_of_two=False)
     y, h, _ = _selective(x, delta, A, B, C, D, h, *where, size, name)
     return y, ScanState(h)
 

@@ -9,6 +9,7 @@ from ..core import (
     Cost,
     Segments,
     Shapes,
+    check_chunk_size,
     check_floating,
     check_segments,
     common_dtype,
@@ -63,6 +64,7 @@ def softmax_scan(
     check_floating("s", s, v.device)
     rows = check_segments(segments, v)
     acc = accumulate_dtype(v)
+    check_chunk_size(chunk_size, 0, power_of_two=False)
     m, u, w = _state(state, rows, v, acc)
     with no_autocast(v):
         if resolve_backend(backend, backends(v), v) == "reference" or is_step(v, segments, backend):
