@@ -635,7 +635,8 @@ def test_bad_input(op: Op, case: Case, device: torch.device) -> None:
         for bad in values if option in known else ():
             given = {name: x for name, x in inputs.items() if name != option}
             for by in ("auto", "reference"):  # also where the option changes nothing
-                _refuses(op, sample.call(by, **{option: bad}), given, state, [option], f"{by}, {option}={bad!r}")
+                plain = partial(_plainly, op, by)
+                _refuses(op, plain, given | {option: bad}, state, [option], f"{by}, {option}={bad!r}")
     if "q" in tensors:
         none = {name: x[..., :0, :] if x.dim() == 4 else x[..., :0] for name, x in tensors.items() if x.dim() > 1}
         _refuses(op, call, inputs | none, None, ["q"], "no heads")
@@ -698,6 +699,10 @@ def test_other_derivatives_are_right_or_refused(op: Op, case: Case) -> None:
     except NotImplementedError:
         return
     torch.testing.assert_close(along, sum(g.sum() for g in first))
+
+
+def _plainly(op: Op, backend: str, inputs: dict[str, Any], state: Any) -> Any:
+    return op.function(**inputs, state=state, backend=backend)
 
 
 def _widens_the_output(call: Program, inputs: dict[str, Any], longer: dict[str, Any], state: Any) -> bool:
