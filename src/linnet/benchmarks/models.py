@@ -23,7 +23,7 @@ from linnet.mixers.attention import Attention
 from linnet.models import Decoder, DecoderConfig, DecodingStep, parameter_groups
 from linnet.ops import backend
 from linnet.ops.attention import cost as attention_cost
-from linnet.ops.core import state_bytes
+from linnet.ops.core import check_choice, state_bytes
 
 from .protocol import Ceilings, Timer, Timing, reason
 
@@ -58,8 +58,7 @@ _PROMPT = 16  # tokens read before a step is timed; the state of a recurrent mod
 
 def cells(suite: str, grid: str) -> tuple[tuple[int, int], ...]:
     """(batch, context) pairs of a grid; "tiny" also shrinks the models, so that a CPU can run them."""
-    if grid not in _CELLS[suite]:
-        raise ValueError(f"grid: expected one of {', '.join(_CELLS[suite])} with the suite {suite!r}, got {grid!r}")
+    check_choice(f"grid of the suite {suite!r}", grid, _CELLS[suite])
     return _CELLS[suite][grid]
 
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from linnet.mixers import Mixer, build_mixer
 from linnet.ops import backend as using
 from linnet.ops import cell
-from linnet.ops.core import Cost, Segments, get_op
+from linnet.ops.core import Cost, Segments, check_choice, get_op
 
 __all__ = ["GRIDS", "SUITES", "Shape", "Workload", "grid", "run_mixer", "suite", "weights_of"]
 
@@ -416,8 +416,7 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
 
 def suite(name: str) -> tuple[Workload, ...]:
     """The workloads of a suite; ValueError with the known names otherwise."""
-    if name not in SUITES:
-        raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
+    check_choice("suite", name, SUITES)
     return SUITES[name]
 
 
@@ -425,6 +424,5 @@ def grid(names: str) -> tuple[Shape, ...]:
     """The shapes of a grid, or of several with commas between their names, each once; ValueError with the known names
     otherwise."""
     for name in names.split(","):
-        if name not in GRIDS:
-            raise ValueError(f"grid: expected one of {', '.join(GRIDS)}, got {name!r}")
+        check_choice("grid", name, GRIDS)
     return tuple(dict.fromkeys(shape for name in names.split(",") for shape in GRIDS[name]))

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from linnet.mixers import parse_spec
+from linnet.ops.core import hint
 from linnet.tasks import (
     Corpus,
     Task,
@@ -159,5 +160,7 @@ def build_exercise(spec: str) -> Exercise:
     known = ("data", "tokenizer", "held_out", "max_bytes")
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"task 'text': unknown option {unknown[0]!r}; it takes {', '.join(known)}")
+        raise ValueError(
+            f"task 'text': unknown option {unknown[0]!r}; it takes {', '.join(known)}{hint(unknown[0], known)}"
+        )
     return TextExercise(**options)

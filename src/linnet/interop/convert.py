@@ -21,6 +21,7 @@ from torch import Tensor
 from linnet.models import Decoder, DecoderConfig, atomic_folder
 from linnet.models.decoder import check_tensors
 from linnet.models.io import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE, read_checkpoint, write_checkpoint
+from linnet.ops.core import check_choice
 from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
 from linnet.training import find_model
 
@@ -96,9 +97,8 @@ def convert(
 def _layout(name: str, kind: str | None) -> Layout:
     if kind == "rwkv":
         raise ValueError(f"{name}: 'rwkv' is RWKV-4, for which linnet has no mixer (it has those of RWKV-6 and RWKV-7)")
-    if kind not in LAYOUTS:
-        raise ValueError(f"{name}: expected one of {', '.join(LAYOUTS)}; got {kind!r}")
-    return LAYOUTS[kind]
+    check_choice(name, kind, LAYOUTS)
+    return LAYOUTS[str(kind)]
 
 
 def _import(

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from linnet.ops.core import Identity, Segments
+from linnet.ops.core import Identity, Segments, check_choice, hint
 
 __all__ = ["Card", "Mixer", "build_mixer", "get_mixer", "mixers", "parse_spec", "register_mixer", "split_specs"]
 
@@ -109,8 +110,7 @@ def mixers() -> dict[str, type[Mixer]]:
 def get_mixer(name: str) -> type[Mixer]:
     """The mixer class called ``name``; ValueError with the known names otherwise."""
     table = mixers()
-    if name not in table:
-        raise ValueError(f"mixer: expected one of {', '.join(table)}; got {name!r}")
+    check_choice("mixer", name, table)
     return table[name]
 
 
@@ -126,10 +126,10 @@ def parse_spec(spec: str | Mapping[str, Any], kind: str = "mixer") -> tuple[str,
         if not isinstance(name, str):
             raise ValueError(f"{kind} spec: expected a mapping with a 'name', got {dict(spec)!r}")
         return name, options
+    if isinstance(spec, str) and re.fullmatch(r"[\w-]+", spec.strip()):
+        return spec.strip(), {}
     try:
         node = ast.parse(spec.strip() if isinstance(spec, str) else "", mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id, {}
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
             return node.func.id, {str(kw.arg): ast.literal_eval(kw.value) for kw in node.keywords}
     except (SyntaxError, ValueError):
@@ -182,8 +182,10 @@ def build_mixer(spec: str | Mapping[str, Any], d_model: int, *, layer: int = 0, 
     depth = {key: value for key, value in (("layer", layer), ("num_layers", num_layers)) if key in known}
     unknown = sorted(set(options) - set(known))
     if unknown:
-        choices = ", ".join(sorted(set(known) - {"layer", "num_layers"}))
-        raise ValueError(f"mixer {name!r}: unknown option {unknown[0]!r}; it takes {choices}")
+        choices = sorted(set(known) - {"layer", "num_layers"})
+        raise ValueError(
+            f"mixer {name!r}: unknown option {unknown[0]!r}; it takes {', '.join(choices)}{hint(unknown[0], choices)}"
+        )
     if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
         raise ValueError(f"d_model: expected an integer >= 1, got {d_model!r}")
     for key, value in options.items():

@@ -7,7 +7,7 @@ matmul in the compute dtype and adds the bias in fp32, and every gate is compute
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet.ops import ConvState, DecayState, DeltaState, ScanState, Segments, conv
-from linnet.ops.core import check_segments
+from linnet.ops.core import check_choice, check_segments
 
 __all__ = [
     "DecayConvState",
@@ -148,12 +148,6 @@ def check_positive(**options: float) -> None:
     for name, value in options.items():
         if not value > 0:
             raise ValueError(f"{name}: expected a number above 0, got {value}")
-
-
-def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Option ``name`` must be one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
 
 
 def check_conv_size(conv_size: int) -> None:

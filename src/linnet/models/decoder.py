@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from linnet.mixers import Mixer, build_mixer
 from linnet.mixers.base import parse_spec
 from linnet.ops import Segments
-from linnet.ops.core import check_segments
+from linnet.ops.core import check_segments, hint
 
 from .io import atomic_folder, read_checkpoint, write_checkpoint
 from .mlp import GeGLU, MixtureOfExperts, SwiGLU, at_least_fp32
@@ -200,7 +200,7 @@ class DecoderConfig:
         known = [field.name for field in fields]
         for name in values:
             if name not in known:
-                raise ValueError(f"config: unknown field {name!r}; it takes {', '.join(known)}")
+                raise ValueError(f"config: unknown field {name!r}; it takes {', '.join(known)}{hint(name, known)}")
         for field in fields:
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise ValueError(f"config: the field {field.name!r} is missing")

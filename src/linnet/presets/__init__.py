@@ -18,6 +18,7 @@ from importlib.resources import files
 from typing import Any
 
 from linnet.models import DecoderConfig
+from linnet.ops.core import check_choice
 
 __all__ = ["Preset", "info", "load", "names"]
 
@@ -57,8 +58,7 @@ class Preset:
         attention, every = list(fields["mixers"]), None
         for name, values in self.choices.items():
             value = chosen.pop(name, next(iter(values)))
-            if value not in values:
-                raise ValueError(f"{name}: expected one of {', '.join(values)}; got {value!r}")
+            check_choice(name, value, values)
             fields |= values[value]
             every = fields.pop("attention_every", every)
         if chosen:
@@ -98,8 +98,7 @@ def names() -> list[str]:
 
 def info(name: str) -> Preset:
     """The preset called ``name``; ValueError with the known names otherwise."""
-    if name not in _files():
-        raise ValueError(f"preset: expected one of {', '.join(names())}; got {name!r}")
+    check_choice("preset", name, names())
     return Preset(name, **json.loads(_files()[name].read_text(encoding="utf-8")))
 
 

@@ -22,6 +22,7 @@ from rich.console import Console
 import linnet
 from linnet.evaluation import plot_curves
 from linnet.mixers import mixers
+from linnet.ops.core import check_choice
 from linnet.training import Cell, Comparison, compare
 
 __all__ = ["Bar", "Experiment", "Outcome", "Reproduction", "register_reproduction", "reproduce", "reproductions"]
@@ -205,8 +206,7 @@ def reproduce(
         FileExistsError: the folder holds something.
     """
     known = reproductions()
-    if name not in known:
-        raise ValueError(f"name: expected one of {', '.join(known)}; got {name!r}")
+    check_choice("name", name, known)
     about = known[name]
     budget = about.budgets[0] if budget is None else budget
     if budget not in about.budgets:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from linnet.mixers import parse_spec
+from linnet.ops.core import check_choice, hint
 
 from .text import Batch
 
@@ -121,8 +122,7 @@ def tasks() -> dict[str, type[Task]]:
 def get_task(name: str) -> type[Task]:
     """The task class called ``name``; ValueError with the known names otherwise."""
     table = tasks()
-    if name not in table:
-        raise ValueError(f"task: expected one of {', '.join(table)}; got {name!r}")
+    check_choice("task", name, table)
     return table[name]
 
 
@@ -137,7 +137,8 @@ def build_task(spec: str | Mapping[str, Any]) -> Task:
     known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"task {name!r}: unknown option {unknown[0]!r}; it takes {', '.join(known) or 'none'}")
+        takes = f"{', '.join(known) or 'none'}{hint(unknown[0], known)}"
+        raise ValueError(f"task {name!r}: unknown option {unknown[0]!r}; it takes {takes}")
     return cls(**options)
 
 

@@ -98,7 +98,7 @@ def load_corpus(source: str = "stdlib", *, held_out: float = 0.05, max_bytes: in
     try:
         named = list(_up_to(documents, max_bytes))
     except OSError as error:
-        raise ValueError(f"data: cannot read {error.filename}: {error.strerror}") from error
+        raise ValueError(f"data: cannot read {error.filename or source}: {error.strerror}") from error
     if not named:
         raise ValueError(f"data: {source!r} holds no text (every file is empty, or there is none)")
     return Corpus(name, *_split(named, held_out))

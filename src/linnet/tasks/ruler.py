@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from linnet.ops.core import check_choice
+
 from .base import IGNORE, Sample, Task, register_task, seeded
 from .recall import distinct
 
@@ -178,8 +180,7 @@ def make_question(
     Raises:
         ValueError: an unknown family, or a budget that holds no question.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}; got {family!r}")
+    check_choice("family", family, FAMILIES)
     make = {"vt": _variables, "cwe": _common_words, "fwe": _frequent_words}.get(family, _needles)
     start = generator.get_state()
 

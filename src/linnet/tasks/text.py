@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from linnet.ops import Segments
+from linnet.ops.core import check_choice
 
 from .corpus import Corpus
 from .tokenizers import Tokenizer
@@ -78,11 +79,11 @@ class TextData:
         packing: str = "concatenate",
         seed: int = 0,
     ):
-        if packing not in PACKINGS:
-            raise ValueError(f"packing: expected one of {PACKINGS}, got {packing!r}")
+        check_choice("packing", packing, PACKINGS)
         if context < 1 or batch_tokens < context or (packing == "concatenate" and batch_tokens % context):
             raise ValueError(
-                f"batch_tokens: expected a multiple of context={context} tokens, at least one, got {batch_tokens}"
+                f"batch_tokens (--batch-size): expected a multiple of context={context} tokens, at least one, "
+                f"got {batch_tokens}"
             )
         self.context, self.batch_tokens, self.packing, self.seed = context, batch_tokens, packing, seed
         self.tokens, starts = _lay_out(corpus.train, tokenizer)
@@ -117,8 +118,8 @@ class TextData:
         unit = 1 if self.packing == "documents" else self.context
         if self.batch_tokens % (parts * unit):
             raise ValueError(
-                f"batch_tokens: {self.batch_tokens} tokens cannot be divided into {parts} micro-batches (processes "
-                f"x accumulation) of whole rows of {unit}"
+                f"batch_tokens (--batch-size): {self.batch_tokens} tokens cannot be divided into {parts} micro-batches "
+                f"(processes x --accumulate) of whole rows of {unit}"
             )
         size = self.batch_tokens // parts
         first = step * self.batch_tokens + part * size

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from linnet.ops.core import check_choice, hint
+
 __all__ = ["TrainingConfig"]
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -74,8 +76,8 @@ class TrainingConfig:
         for name in ("beta1", "beta2"):
             self._expect(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
         self._expect("minutes", self.minutes is None or self.minutes > 0, "more than 0")
-        self._expect("schedule", self.schedule in SCHEDULES, f"one of {SCHEDULES}")
-        self._expect("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("precision", self.precision, PRECISIONS)
         self._expect("device", self.device in ("auto", "cpu"), "'auto' or 'cpu'")
 
     def _expect(self, name: str, holds: bool, what: str) -> None:
@@ -96,5 +98,5 @@ class TrainingConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                raise ValueError(f"training: unknown setting {name!r}; it takes {', '.join(known)}")
+                raise ValueError(f"training: unknown setting {name!r}; it takes {', '.join(known)}{hint(name, known)}")
         return cls(**values)

@@ -2,6 +2,7 @@
 
 from .checks import (
     Shapes,
+    check_choice,
     check_chunk_size,
     check_floating,
     check_log_decay,
@@ -9,6 +10,7 @@ from .checks import (
     check_number,
     check_segments,
     common_dtype,
+    hint,
     no_autocast,
     value_checks,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "Segments",
     "Shapes",
     "backend",
+    "check_choice",
     "check_chunk_size",
     "check_floating",
     "check_log_decay",
@@ -50,6 +53,7 @@ __all__ = [
     "differentiable",
     "following",
     "get_op",
+    "hint",
     "join_rows",
     "map_state",
     "named_tensors",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
 from typing import Any
@@ -15,6 +16,7 @@ from .segments import Segments
 
 __all__ = [
     "Shapes",
+    "check_choice",
     "check_chunk_size",
     "check_floating",
     "check_log_decay",
@@ -22,12 +24,34 @@ __all__ = [
     "check_number",
     "check_segments",
     "common_dtype",
+    "hint",
     "no_autocast",
     "value_checks",
 ]
 
 _value_checks = False
 _AT_LEAST_ONE = {"B": "sequence", "T": "token", "H": "head", "Hq": "head", "Hkv": "head", "K": "channel of a key"}
+
+
+def hint(name: object, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: `` (did you mean 'gla'?)``, or nothing when no known one is near.
+
+    >>> hint("gated-deltnet", ["gla", "gated_deltanet"])
+    " (did you mean 'gated_deltanet'?)"
+    """
+    plain = {one.lower().replace("-", "_"): one for one in known}
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), plain, n=1)
+    return f" (did you mean {plain[near[0]]!r}?)" if near else ""
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """``value`` of the argument ``name`` must be one of ``choices``.
+
+    Raises:
+        ValueError: it is not; lists them, and says which one is near.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}{hint(value, choices)}")
 
 
 class Shapes:

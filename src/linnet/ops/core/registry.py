@@ -6,6 +6,7 @@ An op is registered once, with sample inputs. Registration is what puts it under
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .checks import check_choice
 
 __all__ = ["BACKENDS", "Case", "Cost", "Identity", "Op", "backend", "get_op", "ops", "register_op", "resolve_backend"]
 
@@ -105,8 +108,7 @@ def ops() -> dict[str, Op]:
 def get_op(name: str) -> Op:
     """The op called ``name``; ValueError with the known names otherwise."""
     table = ops()
-    if name not in table:
-        raise ValueError(f"op: expected one of {sorted(table)}, got {name!r}")
+    check_choice("op", name, sorted(table))
     return table[name]
 
 
@@ -118,8 +120,7 @@ def has_triton() -> bool:
 
 def check_backend(name: str) -> str:
     """``name`` if it is a backend or "auto"; ValueError otherwise."""
-    if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {name!r}")
+    check_choice("backend", name, ("auto", *BACKENDS))
     return name
 
 
@@ -148,4 +149,6 @@ def resolve_backend(requested: str, available: tuple[str, ...], x: Tensor) -> st
         return "chunked" if "chunked" in available else "reference"
     if name not in available:
         raise ValueError(f"backend: this call supports {available}, got {name!r}")
+    if name == "triton" and x.device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError("backend: triton needs tensors on a GPU (or its interpreter, TRITON_INTERPRET=1), got cpu")
     return name
