@@ -105,6 +105,8 @@ class Comparison:
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected at least one, none twice, got {values}")
             object.__setattr__(self, name, values)
+        if min(self.sizes) < 1:
+            raise ValueError(f"sizes: expected widths of at least 1, got {self.sizes}")
         for name in ("seeds", "batch_size", "test_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -227,7 +229,10 @@ def compare(
             changed = sorted(k for k in wanted if _fixed(wanted).get(k) != _fixed(stored).get(k))
             raise ValueError(f"resume: the comparison in {out} has other settings ({', '.join(changed)})")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"out: {out} is not empty and nothing in it is overwritten; resume or choose another one")
+        what = "go on with its comparison (--resume), or " if (out / SETTINGS_FILE).is_file() else ""
+        raise FileExistsError(
+            f"out: {out} is not empty and nothing in it is overwritten; {what}choose another folder (--out)"
+        )
     else:
         out.mkdir(parents=True, exist_ok=True)
         (out / SETTINGS_FILE).write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -169,7 +170,8 @@ def train(
         step, seconds, tokens = trainer["step"], trainer["seconds"], trainer["tokens"]
         if step >= config.steps and (out / "model").is_dir():
             raise ValueError(f"resume: the run in {out} has already finished its {config.steps} steps")
-    elif main:
+    new = not out.exists()
+    if main and not resume:
         out.mkdir(parents=True, exist_ok=True)
         content = {"training": config.to_dict(), "model": model.config.to_dict(), **(settings or {})}
         (out / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -254,6 +256,18 @@ def train(
         if monitor is not None:
             monitor.close()
         release(accelerator)
+        if main and step == 0:  # no step came to its end: the same call, mended, finds its folder free
+            _take_back(out, new)
+
+
+def _take_back(out: Path, new: bool) -> None:
+    """Remove what a run writes before its first step, and the folder if the run made it."""
+    for name in (RUN_FILE, "metrics.jsonl"):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    if new:
+        with suppress(OSError):
+            out.rmdir()
 
 
 def _step(
