@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import linnet
 from linnet.cli import app, main
+from linnet.cli.options import pick_device
 
 runner = CliRunner()
 COMMANDS = ("train", "generate", "eval", "compare", "reproduce", "list", "inspect", "dissect", "bench", "env")
@@ -57,6 +60,54 @@ def test_unknown_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = leave(capsys, "list", "--jsno")
     assert code == 2
     assert "--jsno" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["inspect", "gated-deltnet"], "did you mean 'gated_deltanet'?"),
+        (["inspect", "GLA"], "did you mean 'gla'?"),
+        (["inspect", "gla(num_head=2)"], "did you mean 'num_heads'?"),
+        (["compare", "--task", "flip-flop"], "did you mean 'flipflop'?"),
+        (["compare", "--task", "group(grup='S3')"], "did you mean 'group'?"),
+        (["compare", "--task", "text(dat='x')"], "did you mean 'data'?"),
+        (["reproduce", "delta-net"], "did you mean 'deltanet'?"),
+        (["bench", "--suite", "dceay"], "did you mean 'decay'?"),
+        (["bench", "--ops", "gal"], "did you mean 'gla'?"),
+        (["train", "--preset", "default-smal"], "did you mean 'default-small'?"),
+        (["train", "--schedule", "cosin"], "did you mean 'cosine'?"),
+        (["train", "--max-bytes", "9999", "--set", "mlp_hiden=3"], "did you mean 'mlp_hidden'?"),
+    ],
+)
+def test_a_near_name_is_suggested(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    line: list[str],
+    near: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = leave(capsys, *line)
+    assert code == 2
+    assert near in err
+
+
+def test_what_a_pipe_cannot_encode_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where pipes have few characters: the table is shown, with question marks."""
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", pipe)
+    with pytest.raises(SystemExit) as left:
+        main(["inspect", "gla"])
+    assert not left.value.code
+    pipe.flush()
+    assert b"H?K?V" in pipe.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta:x"])
+def test_a_device_that_is_not_here(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device: expected one that this machine has .*cpu.*, got '{name}'"):
+        pick_device(name)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from linnet.benchmarks.results import COLUMNS, read
 from linnet.cli import app, main
+from linnet.cli.bench import _job
 
 runner = CliRunner()
 
@@ -42,7 +43,7 @@ def test_measures_and_shows(tmp_path):
             "--suite: expected one of decay, mlstm, delta, scan, conv, cell, attention, length, decode, train",
         ),
         (["--grid", "huge"], "grid: expected one of"),
-        (["--suite", "decode", "--grid", "wide"], "grid: expected one of main, tiny"),
+        (["--suite", "decode", "--grid", "wide"], "grid of the suite 'decode': expected one of main, tiny"),
         (["--ops", "kda"], "--ops: expected some of linear_attn"),
         (["--impls", "triton"], "--impls: expected some of linnet, fla"),
         (["--dtype", "int8"], "--dtype: expected"),
@@ -51,6 +52,9 @@ def test_measures_and_shows(tmp_path):
         (["--suite", "train", "--shapes", "1,0"], "--shapes: expected sizes B,T,"),
         (["--backend", "cuda"], "backend: expected"),
         (["--resume", "--force"], "--resume: expected without --force"),
+        (["--out", "speed.png"], "--out: expected a CSV file"),
+        (["--timeout", "0"], "--timeout"),
+        (["--patience", "-1"], "--patience"),
     ],
 )
 def test_bad_options_are_named(capsys, options, message):
@@ -59,8 +63,19 @@ def test_bad_options_are_named(capsys, options, message):
     assert left.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_cpu_has_small_shapes_by_default():
+    options = (None, None, None, False, None, "auto", "cpu", 1, None)
+    assert _job("decay", None, *options)["shapes"] == _job("decay", "tiny", *options)["shapes"]
+    assert _job("decode", None, *options)["small"]
+
+
 def test_an_existing_file_is_kept(tmp_path, capsys):
     file = tmp_path / "speed.csv"
+    picture = tmp_path / "speed.png"
+    picture.write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["bench", "--out", str(file)])
+    assert "speed.png exists" in capsys.readouterr().err and picture.read_text() == "mine" and not file.exists()
     file.write_text("mine")
     with pytest.raises(SystemExit):
         main(["bench", "--out", str(file)])

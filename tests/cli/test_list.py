@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pytest
+from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
 from linnet.cli import app
 from linnet.cli.list import cite
+from linnet.cli.show import print_in_full
 from linnet.mixers import mixers
 from linnet.ops import ops
 
@@ -20,6 +24,26 @@ def test_every_mixer_is_listed() -> None:
     for name, cls in mixers().items():
         assert name in found.output
         assert cls.card.engine in found.output
+
+
+@pytest.mark.parametrize("option", [[], ["--ops"]])
+def test_nothing_is_cut_on_80_columns(option: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = Console(width=80, highlight=False)
+    monkeypatch.setattr("linnet.cli.list.console", lambda: narrow)
+    with narrow.capture() as shown:
+        runner.invoke(app, ["list", *option])
+    assert len(shown.get()) > 1000
+    assert "…" not in shown.get()
+
+
+def test_figures_are_printed_in_full() -> None:
+    table = Table("one", "two", "three")
+    table.add_row("123456.789", "123456.789", "123456.789")
+    narrow = Console(width=20)
+    with narrow.capture() as shown:
+        print_in_full(narrow, table)
+    assert shown.get().count("123456.789") == 3
+    assert narrow.width == 20
 
 
 def test_json_of_mixers() -> None:

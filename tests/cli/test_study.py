@@ -37,7 +37,14 @@ class TestCompare:
         again = call("compare", "--resume", "--out", out)
         assert again.exit_code == 0
         assert "1/1" in again.output
-        assert isinstance(call("compare", "--task", "parity", *self.LINE, "--out", out).exception, FileExistsError)
+        same = call("compare", "--resume", "--task", "group(group='Z5')", *self.LINE, "--out", out)
+        assert same.exit_code == 0, same.output
+        for flag, value in {"--steps": 9, "--task": "parity", "--sizes": 32, "--test-lengths": "8, 32"}.items():
+            refused = call("compare", "--resume", "--out", out, flag, value)
+            assert f"{flag}: this comparison was started with" in str(refused.exception)
+        refused = call("compare", "--task", "parity", *self.LINE, "--out", out).exception
+        assert isinstance(refused, FileExistsError)
+        assert "go on with its comparison (--resume)" in str(refused)
 
     @pytest.mark.parametrize(
         ("line", "message"),
@@ -45,6 +52,7 @@ class TestCompare:
             (["--task", "nope"], "task: expected one of"),
             (["--mixers", "gla,"], "mixers: expected specs"),
             (["--sizes", "x"], "sizes: expected whole numbers"),
+            (["--sizes", "0"], "sizes: expected widths of at least 1, got [0]"),
             (["--parameters", "many"], "parameters: expected a number such as"),
             (["--resume"], "no comparison in"),
         ],
@@ -73,6 +81,7 @@ class TestReproduce:
     def test_errors(self) -> None:
         assert "name: expected one of" in str(call("reproduce", "nope").exception)
         assert "got both" in str(call("reproduce", "gla", "--all").exception)
+        assert "expected a name or --all with --quick" in str(call("reproduce", "--quick").exception)
         assert "budget: expected cpu for gla" in str(call("reproduce", "gla", "--budget", "moon").exception)
         assert "budget: expected cpu or gpu" in str(call("reproduce", "--all", "--budget", "moon").exception)
 

@@ -132,7 +132,10 @@ class TestTrain:
             (["--mixers", "gla,,"], "mixers: expected specs separated by"),
             (["--set", "widht=3"], "unknown field 'widht'"),
             (["--set", "mlp"], "--set: expected FIELD=VALUE"),
-            (["--batch-size", "60"], "expected a multiple of context=16"),
+            (["--set", "=3"], "--set: expected FIELD=VALUE"),
+            (["--set", "vocab_size=10"], "--set vocab_size: expected at least the 257 tokens of --tokenizer byte"),
+            (["--backend", "triton"], "backend: triton needs tensors on a GPU"),  # found in the first step
+            (["--batch-size", "60"], "--batch-size): expected a multiple of context=16"),
             (["--accumulate", "3"], "cannot be divided into 3"),
             (["--precision", "fp8"], "precision: expected one of"),
             (["--packing", "tight"], "packing: expected one of"),
@@ -156,6 +159,20 @@ class TestTrain:
         assert "another folder (--out)" in str(found.exception)
         assert (run / "metrics.jsonl").read_bytes() == before
 
+    def test_a_folder_that_was_there_stays(self, text: Path, tmp_path: Path) -> None:
+        """When the first step fails, what the run had written goes, and no more."""
+        found = train(tmp_path, text, "--backend", "triton")
+        assert isinstance(found.exception, ValueError)
+        assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+
+    def test_commands_to_copy_are_quoted(self, text: Path, tmp_path: Path) -> None:
+        out = tmp_path / "my [run]"
+        found = train(out, text, "--minutes", 1e-9)
+        assert f"linnet train --resume --out '{out}'\n" in found.output
+        found = call("train", "--resume", "--out", out)
+        assert f"linnet generate '{out}' --prompt" in found.output
+        assert f"Saved in {out}:" in found.output
+
     def test_default_folder(self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         assert call("train", *SMALL, "--data", text, "--minutes", 1e-9).exit_code == 0
@@ -176,6 +193,11 @@ class TestGenerate:
         line = ["generate", str(run), "--prompt", "-", "--max-new-tokens", "3"]
         assert runner.invoke(app, line, input="From a pipe").output.startswith("From a pipe")
 
+    def test_prompt_from_stdin_is_utf8(self, run: Path) -> None:
+        found = runner.invoke(app, ["generate", str(run), "--prompt", "-"], input=b"caf\xe9")
+        assert "prompt: expected UTF-8, got the byte 0xe9" in str(found.exception)
+        assert not found.stdout
+
     def test_no_prompt_begins_a_document(self, run: Path) -> None:
         assert call("generate", run, "--max-new-tokens", 3, "--seed", 0).exit_code == 0
 
@@ -184,6 +206,8 @@ class TestGenerate:
         [
             (["--top-p", "1.5"], "top_p: expected a number in"),
             (["--stop", ""], "stop: expected a text"),
+            (["--device", "gpu"], "device: expected one that this machine has"),
+            (["--prompt", "caf\udce9"], "prompt: expected UTF-8, got the byte 0xe9 after 3 characters"),
         ],
     )
     def test_bad_options(self, run: Path, options: list[str], message: str) -> None:

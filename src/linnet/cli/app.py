@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -33,12 +34,12 @@ _COMMANDS = {
 class _LazyGroup(TyperGroup):
     """A group whose commands are imported when they run; until then only their names and summaries exist."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(_COMMANDS)
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.commands = {name: TyperCommand(name, help=summary) for name, summary in _COMMANDS.items()}
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        summary = _COMMANDS.get(cmd_name)
-        return None if summary is None else TyperCommand(cmd_name, help=summary)
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
@@ -85,6 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     What a user can mend (a wrong value, a missing or existing file, a full disk) is one red line on stderr and exit
     code 2, without a traceback unless ``--debug`` is given anywhere on the line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a character that a pipe's encoding lacks is not worth an abort
+            stream.reconfigure(errors="replace")
     given = sys.argv[1:] if arguments is None else arguments
     passed_on = [argument for argument in given if argument != "--debug"]
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .show import console, size
+from .show import console, print_in_full, size
 
 _WHAT, _HOW, _FILE = "What", "How", "Results"
 
@@ -28,12 +28,14 @@ def bench(
         ),
     ] = "decay",
     grid: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Shapes, with commas: `main`, `near`, `wide`, `heads`, `sizes`, `packed`, `length`, `cell`, `tiny`.",
+            help="Shapes, with commas: `main`, `near`, `wide`, `heads`, `sizes`, `packed`, `length`, `cell`, `tiny`. "
+            "Default: `main`, on a CPU `tiny`.",
             rich_help_panel=_WHAT,
+            show_default=False,
         ),
-    ] = "main",
+    ] = None,
     shapes: Annotated[
         str | None,
         typer.Option(metavar="B,T,H,K,V;...", help="Shapes of your own in place of a grid.", rich_help_panel=_WHAT),
@@ -75,10 +77,11 @@ def bench(
     ] = 0,
     patience: Annotated[
         float,
-        typer.Option(help="Seconds for `--ahead`; what is not ready then is given up.", rich_help_panel=_HOW),
+        typer.Option(min=1, help="Seconds for `--ahead`; what is not ready then is given up.", rich_help_panel=_HOW),
     ] = 600,
     timeout: Annotated[
-        float, typer.Option(help="Seconds after which a silent implementation is given up.", rich_help_panel=_HOW)
+        float,
+        typer.Option(min=1, help="Seconds after which a silent implementation is given up.", rich_help_panel=_HOW),
     ] = 600,
     out: Annotated[
         Path | None, typer.Option(help="CSV file to write, with a PNG beside it.", rich_help_panel=_FILE)
@@ -89,7 +92,9 @@ def bench(
     force: Annotated[bool, typer.Option("--force", help="Replace the file in --out.", rich_help_panel=_FILE)] = False,
     show: Annotated[
         Path | None,
-        typer.Option(help="Measure nothing: print and plot this file's results.", rich_help_panel=_FILE),
+        typer.Option(
+            help="Measure nothing: print this file's results and renew the PNG beside it.", rich_help_panel=_FILE
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=_FILE)] = False,
 ) -> None:
@@ -106,6 +111,10 @@ def bench(
         _report(rows, as_json)
         _plot(rows, show, as_json)
         return
+    if out is not None and out.suffix.lower() == ".png":
+        raise ValueError(f"--out: expected a CSV file, which gets a PNG beside it, got {out}")
+    if out is not None and out.with_suffix(".png").exists() and not (resume or force or out.exists()):
+        raise FileExistsError(f"{out.with_suffix('.png')} exists: choose another --out, or replace it by --force")
     if resume and force:
         raise ValueError("--resume: expected without --force, got both")
     job = _job(suite, grid, shapes, ops, impls, forward, dtype, backend, device, rounds, first_call)
@@ -125,7 +134,7 @@ def bench(
 
 def _job(
     suite: str,
-    grid: str,
+    grid: str | None,
     shapes: str | None,
     ops: str | None,
     impls: str | None,
@@ -142,18 +151,19 @@ def _job(
     from linnet.benchmarks import workloads
     from linnet.benchmarks.models import MODEL_SUITES, cells
     from linnet.benchmarks.peers import peers
+    from linnet.ops.core import check_choice
     from linnet.ops.core.registry import check_backend
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and where == "cpu"):
         raise ValueError(f"--device: expected auto, cpu or, with a GPU, cuda, got {device!r}")
     where = where if device == "auto" else device
+    grid = grid or ("tiny" if where == "cpu" and shapes is None else "main")
     dtype = dtype or ("float32" if where == "cpu" else "bfloat16")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
     job = {"suite": suite, "dtype": dtype, "device": where, "rounds": rounds}
-    if suite not in (*workloads.SUITES, *MODEL_SUITES):
-        raise ValueError(f"--suite: expected one of {', '.join((*workloads.SUITES, *MODEL_SUITES))}, got {suite!r}")
+    check_choice("--suite", suite, (*workloads.SUITES, *MODEL_SUITES))
     if suite in MODEL_SUITES:
         job["shapes"] = cells(suite, grid) if shapes is None else _sizes(shapes, "B,T")
         return job | {"impls": _chosen("--impls", impls, MODEL_SUITES[suite]), "small": grid == "tiny"}
@@ -179,13 +189,17 @@ def _sizes(text: str, letters: str) -> list[list[int]]:
     return found
 
 
-def _chosen(option: str, text: str | None, known: Iterable[str]) -> list[str] | None:
+def _chosen(option: str, text: str | None, known: Collection[str]) -> list[str] | None:
+    from linnet.ops.core import hint
+
     if text is None:
         return None
     names = [part.strip() for part in text.split(",") if part.strip()]
     for name in names:
         if name not in known:
-            raise ValueError(f"{option}: expected some of {', '.join(dict.fromkeys(known))}, got {name!r}")
+            raise ValueError(
+                f"{option}: expected some of {', '.join(dict.fromkeys(known))}; got {name!r}{hint(name, known)}"
+            )
     return names
 
 
@@ -206,23 +220,25 @@ def _report(rows: list[dict[str, Any]], as_json: bool) -> None:
         )
     whole = [row for row in rows if row["op"] in ("decode", "train")]
     if whole:
-        out.print(_models_table(whole))
+        print_in_full(out, _models_table(whole))
     else:
         ops = list(dict.fromkeys(entry["op"] for entry in entries))
-        out.print(_ops_table(sorted(entries, key=lambda entry: ops.index(entry["op"]))))
+        print_in_full(out, _ops_table(sorted(entries, key=lambda entry: ops.index(entry["op"]))))
     seen = dict.fromkeys(f"{row['op']}: {row['impl']}: {row['note']}" for row in rows if row["note"])
     for line in seen:
         out.print(f"note: {line}", style="yellow", markup=False)
 
 
 def _ops_table(entries: list[dict[str, Any]]) -> Table:
+    names = ("op", "pass", "B", "T", "H", "K", "V", "packed", "linnet ms", "of limit")
+    names += ("best peer", "peer ms", "linnet is", "memory")
+    rows = [_cells(entry) for entry in entries]
+    kept = [i for i in range(len(names)) if any(row[i] for row in rows)]  # no columns for peers where there are none
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("op", "pass", "B", "T", "H", "K", "V", "packed", "linnet ms", "of limit", "best peer", "peer ms"):
-        table.add_column(column, justify="left" if column in ("op", "pass", "best peer") else "right")
-    table.add_column("linnet is", justify="right")
-    table.add_column("memory", justify="right")
-    for entry in entries:
-        table.add_row(*_cells(entry))
+    for name in (names[i] for i in kept):
+        table.add_column(name, justify="left" if name in ("op", "pass", "best peer") else "right")
+    for row in rows:
+        table.add_row(*(row[i] for i in kept))
     return table
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +12,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .show import console, number, size
+from .options import given
+from .show import console, number, print_in_full, size
 
 if TYPE_CHECKING:
     from linnet.training import Cell, Comparison
@@ -21,6 +24,7 @@ _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def compare(
+    ctx: typer.Context,
     task: Annotated[
         str,
         typer.Option(
@@ -84,37 +88,54 @@ def compare(
 
     folder = out or Path("runs", f"compare-{parse_spec(task, 'task')[0]}")
     screen = console()
+    tests = [] if test_lengths is None else _numbers("test_lengths", test_lengths)
+    rows = None if length is None else _numbers("length", length)
+    settings: dict[str, Any] = {
+        "task": task,
+        "mixers": split_specs(mixers),
+        "sizes": _numbers("sizes", sizes),
+        "seeds": seeds,
+        "length": rows if rows is None or len(rows) > 1 else rows[0],
+        "layers": layers,
+        "parameters": None if parameters is None else _amount("parameters", parameters),
+        "batch_size": batch_size,
+        "test_rows": test_rows,
+    }
+    training = {"steps": steps, "lr": lr, "device": device, "precision": precision}
     if resume:
         comparison = load_comparison(folder)[0]
+        _check_unchanged(comparison, {**settings, **training, "test_lengths": tests}, given(ctx))
+        if "device" in given(ctx):
+            comparison = dataclasses.replace(comparison, training={**comparison.training, "device": device})
     else:
-        tests = {} if test_lengths is None else {str(n): (task, n) for n in _numbers("test_lengths", test_lengths)}
-        rows = None if length is None else _numbers("length", length)
-        comparison = Comparison(
-            task,
-            split_specs(mixers),
-            _numbers("sizes", sizes),
-            seeds=seeds,
-            length=rows if rows is None or len(rows) > 1 else rows[0],
-            tests=tests,
-            layers=layers,
-            parameters=None if parameters is None else _amount("parameters", parameters),
-            training={"steps": steps, "lr": lr, "device": device, "precision": precision},
-            batch_size=batch_size,
-            test_rows=test_rows,
-        )
-    screen.print(f"{len(list(comparison.cells()))} runs on {escape(comparison.task)}. Ctrl-C saves and stops.")
+        comparison = Comparison(**settings, tests={str(n): (task, n) for n in tests}, training=training)
+    count = len(list(comparison.cells()))
+    runs = "1 run" if count == 1 else f"{count} runs"
+    screen.print(f"{runs} on {escape(comparison.task)}. Ctrl-C saves and stops.")
 
     def report(finished: list[Cell]) -> None:
         write_report(folder, comparison, finished)
 
     cells = run_comparison(comparison, out=folder, resume=resume, on_cell=report, console=screen)
     if cells is None:
-        screen.print(f"\nStopped; everything is saved. Go on:  [bold]linnet compare --resume --out {folder}[/bold]")
+        again = f"linnet compare --resume --out {escape(shlex.quote(str(folder)))}"
+        screen.print(f"\nStopped; everything is saved. Go on:  [bold]{again}[/bold]", soft_wrap=True)
         return
-    screen.print(_table(comparison, summarise(comparison, cells)))
-    screen.print(
-        f"Saved in [bold]{folder}[/bold]: index.html (all of it), scores.png, training.png, results.json, cells/"
-    )
+    print_in_full(screen, _table(comparison, summarise(comparison, cells)))
+    files = "index.html (all of it), scores.png, training.png, results.json, cells/"
+    screen.print(f"Saved in [bold]{escape(str(folder))}[/bold]: {files}")
+
+
+def _check_unchanged(comparison: Comparison, settings: dict[str, Any], flags: dict[str, str]) -> None:
+    """A comparison that goes on keeps its settings, all but the device: refuse an option that says otherwise."""
+    lengths = [n for _, n in comparison.tests.values()]
+    stored = {**comparison.to_dict(), **comparison.training, "test_lengths": lengths}
+    for name, flag in flags.items():
+        if name in settings and name != "device" and settings[name] != stored[name]:
+            raise ValueError(
+                f"{flag}: this comparison was started with {stored[name]!r} and goes on with it; leave the option out, "
+                "or start a new one in another --out"
+            )
 
 
 def _numbers(name: str, text: str) -> list[int]:

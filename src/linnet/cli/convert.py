@@ -34,10 +34,11 @@ def convert(
     import torch
 
     from linnet.interop.convert import convert as run
+    from linnet.ops.core import check_choice
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in kinds:
-        raise ValueError(f"dtype: expected one of {', '.join(kinds)}; got {dtype!r}")
+    if dtype is not None:
+        check_choice("dtype", dtype, kinds)
     done = run(source, target, to=to, dtype=None if dtype is None else kinds[dtype], overwrite=overwrite)
     kind = str(done.dtype).removeprefix("torch.")
     typer.echo(f"{done.source} -> {done.target}: {done.parameters / 1e6:.1f}M parameters in {kind}, in {target}")

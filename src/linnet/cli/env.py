@@ -17,7 +17,7 @@ from rich.table import Table
 
 import linnet
 
-from .show import console, size
+from .show import console, print_in_full, size
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _ROWS, _LENGTH = 2, 37
 # A backend may round differently from the reference, never worse than this many times its error in the same dtype.
 _FACTOR = 4
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -178,17 +179,24 @@ def _compare(op: Op, case: Case, backend: str, device: torch.device, dtype: torc
 
 def _print_results(results: list[dict[str, Any]]) -> None:
     out = console()
-    table = Table(box=box.SIMPLE_HEAD, title="self-test against the float64 reference", title_justify="left")
-    columns = ("op", "backend", "device", "dtype", "modes", "error", "bound", "seconds", "status")
+    out.print("[bold]self-test against the float64 reference[/bold]")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = ("op", "backend", "on", "modes", "error", "bound", "seconds", "")
     for column in columns:
         table.add_column(column, justify="right" if column in ("modes", "error", "bound", "seconds") else "left")
     for result in results:
-        cells = {**result, "error": f"{result['error']:.1e}", "bound": f"{result['bound']:.1e}"}
-        cells["seconds"] = f"{result['seconds']:.2f}"
         colour = "green" if result["status"] == "PASS" else "bold red"
-        cells["status"] = f"[{colour}]{result['status']}[/]"
-        table.add_row(*(str(cells[column]) for column in columns))
-    out.print(table)
+        table.add_row(
+            result["op"],
+            result["backend"],
+            f"{result['device']} {_SHORT.get(result['dtype'], result['dtype'])}",  # the table fits 80 columns
+            str(result["modes"]),
+            f"{result['error']:.1e}",
+            f"{result['bound']:.1e}",
+            f"{result['seconds']:.2f}",
+            f"[{colour}]{result['status']}[/]",
+        )
+    print_in_full(out, table)
     for result in results:
         if result["message"]:
             where = f"{result['op']} ({result['backend']}, {result['device']})"

@@ -11,6 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from .options import pick_device
 from .show import console, number
 
 if TYPE_CHECKING:
@@ -36,15 +37,12 @@ def eval(
 
     The figures go to RUN/evaluation, which is replaced.
     """
-    import torch
-
     from linnet.evaluation import plot_curves
     from linnet.models import Decoder
     from linnet.tasks import load_corpus, load_tokenizer
     from linnet.training import find_model
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
     folder = find_model(run)
     options = _options(run)
     if data is None and "data" not in options:
@@ -128,7 +126,8 @@ def _show(results: dict[str, Any], trained: int) -> None:
         table.add_column(name, justify="right")
     for c in results["copying"]:
         table.add_row(number(c["tokens"]), f"{c['first']:.2f}", f"{c['again']:.2f}")
-    _print("copying: a piece of text, and the same again", table)
+    if results["copying"]:
+        _print("copying: a piece of text, and the same again", table)
     if results["swaps"]:
         table = Table(box=box.SIMPLE_HEAD)
         for count in results["swaps"]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import pick_device
+
 if TYPE_CHECKING:
     from linnet.models import Decoder
     from linnet.tasks import Tokenizer
@@ -71,9 +73,9 @@ def generate(
     from linnet.training import find_model
 
     if prompt == "-":
-        prompt = sys.stdin.read()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")  # as Python reads arguments
+    _check_text(prompt)
+    device = pick_device(device)
     found = find_model(folder)
     model, tokenizer = Decoder.load(found, device=device), load_tokenizer(found)
     generator = torch.Generator(device)
@@ -96,6 +98,14 @@ def generate(
         sys.stdout.write(printable(piece) if on_terminal else piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(prompt[error.start]) - 0xDC00  # that of a lone surrogate, which stands for a byte
+        raise ValueError(f"prompt: expected UTF-8, got the byte {byte:#x} after {error.start} characters") from None
 
 
 def printable(text: str) -> str:

@@ -50,7 +50,8 @@ def inspect(
     out.print(card)
     options = Table(box=box.SIMPLE_HEAD)
     for column in ("option", "type", "default", "meaning"):
-        options.add_column(column, no_wrap=column == "option", style="bold" if column == "option" else "")
+        style = "bold" if column == "option" else ""
+        options.add_column(column, no_wrap=column == "option", style=style, overflow="fold")
     for option in facts["options"]:
         options.add_row(*(escape(str(cell)) for cell in option.values()))
     out.print(options)

@@ -32,7 +32,8 @@ def list(
         return
     table = Table(box=box.SIMPLE_HEAD, title=f"{len(rows)} {kind}", title_justify="left")
     for column in rows[0] if rows else ():
-        table.add_column(column, no_wrap=column in ("name", "engine"), style="bold" if column == "name" else "")
+        style = "bold" if column == "name" else ""
+        table.add_column(column, no_wrap=column in ("name", "engine"), style=style, overflow="fold")
     for row in rows:
         cells = {**row, "paper": cite(row["paper"])} if kind == "mixers" else row
         table.add_row(*(escape("; ".join(cell) if isinstance(cell, tuple) else cell) for cell in cells.values()))

@@ -12,10 +12,12 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from .options import given
 from .show import console
 
 
 def reproduce(
+    ctx: typer.Context,
     name: Annotated[
         str | None, typer.Argument(help="Which one; without it they are listed.", show_default=False)
     ] = None,
@@ -46,6 +48,8 @@ def reproduce(
 
     known, screen = reproductions(), console()
     if name is None and not all:
+        if flags := given(ctx):
+            raise ValueError(f"name: expected a name or --all with {next(iter(flags.values()))}, got none")
         _list(known)
         return
     if name is not None and all:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .options import pick_device
+
 
 def serve(
     folder: Annotated[
@@ -60,8 +62,7 @@ def serve(
     kinds = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
     found = find_model(folder)
     limits = Limits(slots=slots, waiting=waiting, prompt_tokens=prompt_tokens, new_tokens=new_tokens, seconds=seconds)
     engine = Engine(Decoder.load(found, device=device, dtype=kinds[dtype]), load_tokenizer(found), limits)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from .options import given
 from .show import console, number, size
 
 if TYPE_CHECKING:
@@ -226,11 +228,18 @@ class _Session:
         if options["layers"] is not None:
             changes["num_layers"] = options["layers"]
         for setting in options["override"] or ():
-            name, equals, value = setting.partition("=")
-            if not equals:
+            name, _, value = setting.partition("=")
+            if not (name.strip() and value.strip()):
                 raise ValueError(f"--set: expected FIELD=VALUE, got {setting!r}")
             changes[name.strip()] = _literal(value.strip())
-        return _decoder_config(load(options["preset"]).to_dict() | changes)
+        config = _decoder_config(load(options["preset"]).to_dict() | changes)
+        if config.vocab_size < self.tokenizer.vocab_size:
+            least = self.tokenizer.vocab_size
+            raise ValueError(
+                f"--set vocab_size: expected at least the {least} tokens of --tokenizer {options['tokenizer']}, "
+                f"got {config.vocab_size}"
+            )
+        return config
 
     def go(self) -> None:
         """Train, and say what came of it."""
@@ -278,7 +287,8 @@ class _Session:
             self._report(result)
         else:
             out.print(f"\nStopped after step {result.step} of {self.training.steps}; everything is saved.")
-            out.print(f"Go on:  [bold]linnet train --resume --out {self.run}[/bold]")
+            again = f"linnet train --resume --out {escape(shlex.quote(str(self.run)))}"
+            out.print(f"Go on:  [bold]{again}[/bold]", soft_wrap=True)
 
     def _evaluate(self, model: Any, *, final: bool, part: int, parts: int) -> dict[str, float]:
         from linnet.evaluation import bits_per_byte
@@ -336,7 +346,7 @@ class _Session:
         out.print()
         out.print(table)
         minutes, seconds = divmod(round(result.seconds), 60)
-        out.print(f"Trained in {minutes}:{seconds:02d} minutes. Saved in [bold]{self.run}[/bold]:")
+        out.print(f"Trained in {minutes}:{seconds:02d} minutes. Saved in [bold]{escape(str(self.run))}[/bold]:")
         saved = {
             "model/": f"weights, config, tokenizer ({size(_folder_size(self.run / 'model'))})",
             "checkpoints/": "to go on from",
@@ -349,8 +359,9 @@ class _Session:
         for name, what in saved.items():
             out.print(f"  {name:15}{what}")
         out.print("\nNext:")
-        out.print(f"  linnet generate {self.run} --prompt {_SHELL_PROMPT}", highlight=False, markup=False)
-        out.print(f"  tensorboard --logdir {self.run}", highlight=False, markup=False)
+        run = shlex.quote(str(self.run))
+        out.print(f"  linnet generate {run} --prompt {_SHELL_PROMPT}", markup=False, soft_wrap=True)
+        out.print(f"  tensorboard --logdir {run}", markup=False, soft_wrap=True)
 
     def _samples(self) -> list[tuple[str, str]]:
         """Openings of held-out documents, continued by the saved model."""
@@ -373,20 +384,18 @@ class _Session:
         return samples
 
 
-def _merged(stored: dict[str, Any], given: dict[str, Any], ctx: typer.Context) -> dict[str, Any]:
+def _merged(stored: dict[str, Any], options: dict[str, Any], ctx: typer.Context) -> dict[str, Any]:
     """The options of the run, with those that may change as now given. Others must not differ."""
     merged = stored | {"minutes": None}  # a limit is for one sitting
-    flags = {p.name: p.opts[0] for p in ctx.command.params}
-    for name, value in given.items():
-        source = ctx.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or value == stored.get(name):
+    for name, flag in given(ctx).items():
+        if name not in options or options[name] == stored.get(name):
             continue
         if name not in _FREE:
             raise ValueError(
-                f"{flags[name]}: this run was started with {stored.get(name)!r} and goes on with it; leave the option "
+                f"{flag}: this run was started with {stored.get(name)!r} and goes on with it; leave the option "
                 "out, or start a new run in another --out"
             )
-        merged[name] = value
+        merged[name] = options[name]
     return merged
 
 

@@ -33,7 +33,7 @@ def plot_loss_curve(
         baselines: name to value, in the unit of the curve.
         title: shown above.
     """
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     unit = "bits_per_byte" if any("train/bits_per_byte" in r for r in records) else "loss"
     train = [(r["step"], r[f"train/{unit}"]) for r in records if f"train/{unit}" in r]
@@ -53,10 +53,10 @@ def plot_loss_curve(
             f"{value:.3f}", (step, value), xytext=(0, 9), textcoords="offset points", ha="right", color=_HELD_OUT,
             fontsize=9, fontweight="bold",
         )  # fmt: skip
-    for (name, value), color in zip((baselines or {}).items(), _BASELINES * 8, strict=False):
+    for i, ((name, value), color) in enumerate(zip((baselines or {}).items(), _BASELINES * 8, strict=False)):
         axes.axhline(value, color=color, linewidth=1.1, linestyle=(0, (5, 3)))
-        axes.annotate(  # on the left, where the curves are still far above
-            f"{name}  {value:.2f}", (0, value), xycoords=axes.get_yaxis_transform(), xytext=(4, 3),
+        axes.annotate(  # on the left, where the curves are still far above, side by side: values may be close
+            f"{name}  {value:.2f}", (0.15 * i, value), xycoords=axes.get_yaxis_transform(), xytext=(4, 3),
             textcoords="offset points", ha="left", va="bottom", fontsize=8.5, color=color,
         )  # fmt: skip
     # The first steps fall steeply from the uniform guess; the axis follows what comes after them.
@@ -65,6 +65,7 @@ def plot_loss_curve(
         low, high = min(late), max(late)
         axes.set_ylim(low - 0.08 * (high - low) - 0.02, high + 0.06 * (high - low) + 0.02)
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if train or held_out:
         axes.legend(frameon=False, labelcolor=_INK, loc="upper right", ncols=2)
@@ -95,6 +96,8 @@ def plot_curves(
         log_x: logarithmic x axis, base 2, with a tick at every point; a linear one has them where points are few.
         limits: lowest and highest y shown (default: what the curves need).
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _canvas(x, y, title)
     for (label, points), color, marker in zip(curves.items(), _CURVES * 9, "osD^vP*X<>" * 9, strict=False):
         at = [point[0] for point in points]
@@ -114,6 +117,8 @@ def plot_curves(
     if ticks and (log_x or _apart(ticks)):
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
+    elif all(float(point[0]).is_integer() for points in curves.values() for point in points):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if limits is not None:
         axes.set_ylim(*limits)
     if curves:
