@@ -169,3 +169,19 @@ def test_initial_output_projections_of_both_ends_shrink_with_depth():
     plain, scaled = (model.layers[1].mixer for model in models)
     for end in ("ahead", "back"):
         torch.testing.assert_close(getattr(scaled, end).o_proj.weight, getattr(plain, end).o_proj.weight / 2)
+
+
+def test_a_sequence_models_loss_is_its_decoders():
+    """With the auxiliary losses of encoder and decoder in training, and 0 where no target counts."""
+    shape = {"vocab_size": 11, "d_model": 8, "num_layers": 1, "mixers": ["gru"]}
+    experts = {"mlp": "moe", "num_experts": 2, "experts_per_token": 1, "expert_hidden": 4, "z_loss": 0.1}
+    model = Seq2Seq(DecoderConfig(**shape, **experts))
+    source, inputs, targets = torch.randint(11, (3, 2, 5)).unbind()
+    logits = model(source, inputs).logits
+    entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    aux = model.encoder(source).aux_loss + model(source, inputs).aux_loss
+    expected = entropy + aux + 0.1 * logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(model.loss(source, inputs, targets), expected)
+    model.eval()
+    torch.testing.assert_close(model.loss(source, inputs, targets), entropy)
+    assert model.loss(source, inputs, torch.full_like(targets, -100)) == 0

@@ -383,7 +383,14 @@ class Decoder(nn.Module):
             logits = self._soft_cap(at_least_fp32(logits)).to(logits.dtype)
         return DecoderOutput(logits, new_state, aux)
 
-    def loss(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        segments: Segments | None = None,
+        *,
+        state: tuple[Any, ...] | None = None,
+    ) -> Tensor:
         """Mean cross entropy in nats per counted target, fp32; in training mode plus the auxiliary losses.
 
         Under a wrapper that hooks ``forward`` (DDP) call it from the forward of a module that holds this one.
@@ -393,6 +400,7 @@ class Decoder(nn.Module):
             targets: int64 ``[B, T]``: the id each position has to predict; -100 is not counted. Nothing is shifted
                 here. When no target counts, the cross entropy is 0.
             segments: boundaries of packed sequences.
+            state: before the first token, as for :meth:`forward`.
 
         Raises:
             ValueError: as :meth:`forward`, or ``targets`` has another shape than ``tokens``, another dtype or (on the
@@ -400,7 +408,7 @@ class Decoder(nn.Module):
         """
         if isinstance(tokens, Tensor):  # otherwise they are what is wrong
             self._check_targets(targets, tokens)
-        x, _, aux = self._hidden(tokens, None, segments)
+        x, _, aux = self._hidden(tokens, state, segments)
         x, targets = x.flatten(0, 1), targets.flatten()
         parts = math.ceil(x.shape[0] * self.config.vocab_size / _LOSS_LOGITS)
         if parts == 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet.ops import Segments
@@ -63,13 +62,17 @@ class Seq2Seq(nn.Module):
     def encode(self, source: Tensor, segments: Segments | None = None) -> tuple[Any, ...]:
         """The state after the sources ``[B, T]``, or packed ``[1, total]`` with ``segments``, where their lengths
         differ: a row each."""
-        hidden, state, _ = self.encoder(reverse(source, segments) if self.reverse_source else source, None, segments)
+        return self._encode(source, segments)[0]
+
+    def _encode(self, source: Tensor, segments: Segments | None) -> tuple[tuple[Any, ...], Tensor]:
+        source = reverse(source, segments) if self.reverse_source else source
+        hidden, state, aux = self.encoder(source, None, segments)
         if self.context is None:
-            return state
+            return state, aux
         if segments is not None and min(segments.lengths) == 0:
             raise ValueError("segments: expected sources of at least one token, there is no context of an empty one")
         last = hidden[:, -1] if segments is None else hidden[0].index_select(0, segments.cu_seqlens[1:] - 1)
-        return *state, self.context(last)
+        return (*state, self.context(last)), aux
 
     def forward(
         self, source: Tensor, inputs: Tensor, source_segments: Segments | None = None, segments: Segments | None = None
@@ -87,11 +90,11 @@ class Seq2Seq(nn.Module):
         segments: Segments | None = None,
     ) -> Tensor:
         """Mean cross entropy in nats per counted target (-100 is not counted), with teacher forcing: ``inputs`` are a
-        start token and the targets before. Padding at the end of targets is not counted and changes nothing else."""
-        if targets.shape != inputs.shape:
-            raise ValueError(f"targets: expected shape {list(inputs.shape)} like inputs, got {list(targets.shape)}")
-        logits = self(source, inputs, source_segments, segments).logits
-        return F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets.flatten())
+        start token and the targets before. Padding at the end of targets is not counted and changes nothing else. In
+        training mode plus the auxiliary losses of both, as in :meth:`Decoder.loss <linnet.models.Decoder.loss>`."""
+        state, aux = self._encode(source, source_segments)
+        loss = self.decoder.loss(inputs, targets, segments, state=state)
+        return loss + aux if self.training else loss
 
     def generate(self, source: Tensor, *, start: int, segments: Segments | None = None, **options: Any) -> Generation:
         """Targets for sources, sampled as :func:`~linnet.models.generate` does with these ``options``; ``start`` is
