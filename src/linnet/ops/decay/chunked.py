@@ -158,33 +158,22 @@ def forward(
     )
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    gv: Tensor | None,
-    u: Tensor | None,
-    w: Tensor | None,
-    S: Tensor,
-    z: Tensor | None,
-    cu_host: Tensor | None,
-    scale: float,
-    chunk: int,
-    do: Tensor,
-    dx: Tensor | None,
-    dS: Tensor,
-    dz: Tensor | None,
-) -> dict[str, Tensor]:
-    """Gradients by input name, given those of the reading, the normaliser and the final state."""
-    acc = accumulate_dtype(q)
-    c = _prepare(q, k, v, g, gv, u, w, cu_host, chunk)
-    exclusive = u is not None
-    S_in, z_in, _, _ = _scan(c, S, z)
-    do = cut(do, c.plan, acc) * scale
-    dx = None if dx is None or z is None else cut(dx[..., None], c.plan, acc)[..., 0] * scale
+class _Grads(NamedTuple):
+    """Gradients in the layouts of :class:`_Chunks`; ``q`` and ``k`` of repeated heads, ``k`` of the weighted keys."""
 
-    # Between chunks: reading the state, then the reverse scan over it, then writing it.
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    gv: Tensor | None
+
+
+def _between_backward(
+    c: _Chunks, S: Tensor, z: Tensor | None, do: Tensor, dx: Tensor | None, dS: Tensor, dz: Tensor | None
+) -> tuple[_Grads, Tensor, Tensor | None]:
+    """What goes through the states between chunks, and the gradients of the initial state."""
+    exclusive = c.u is not None
+    S_in, z_in, _, _ = _scan(c, S, z)
     read = times(c.q, c.key and c.key.prefix)
     do_read = times(do, c.value and c.value.prefix)
     d_read = do_read @ S_in.transpose(-1, -2)
@@ -210,8 +199,6 @@ def backward(
     k_suffix, v_suffix = times(c.k, c.key and c.key.suffix), times(c.v, c.value and c.value.suffix)
     dk_suffix = v_suffix @ dS_out.transpose(-1, -2) + dz_out[:, :, None]
     dv_suffix = k_suffix @ dS_out
-    dq, dk = times(d_read, c.key and c.key.prefix), times(dk_suffix, c.key and c.key.suffix)
-    dv = times(dv_suffix, c.value and c.value.suffix)
     dg = dgv = None
     if c.key is not None:
         through = (S_in * dS_out * (c.value.total[..., None, :] if c.value is not None else 1)).sum(-1)
@@ -226,8 +213,14 @@ def backward(
         through = (S_in * dS_out * (c.key.total[..., None] if c.key is not None else 1)).sum(-2) * c.value.total
         dgv = tokens_up_to(do_read * (read @ S_in), exclusive) + tokens_after(v_suffix * dv_suffix)
         dgv = dgv + through[:, :, None]
+    dq, dk = times(d_read, c.key and c.key.prefix), times(dk_suffix, c.key and c.key.suffix)
+    return _Grads(dq, dk, times(dv_suffix, c.value and c.value.suffix), dg, dgv), dS, dz
 
-    # Within chunks.
+
+def _within_backward(c: _Chunks, d: _Grads, do: Tensor, dx: Tensor | None) -> _Grads:
+    """``d``, which this may overwrite, and what goes through the scores within chunks."""
+    exclusive = c.u is not None
+    dq, dk, dv, dg, dgv = d
     if c.decay is not None:
         G = c.q @ c.k.transpose(-1, -2)
         dA = do @ c.v.transpose(-1, -2)
@@ -239,46 +232,79 @@ def backward(
         if dg is not None:  # gate t lies between every writer j < t and reader i >= t (i > t when exclusive)
             reach = tokens_up_to(dG * G, exclusive)
             dg = dg + reach.tril(-1).sum(-1, keepdim=True)
-    else:
-        for width, kr, kw, vr, vw in _levels(c):
-            qr, kl = times(halves(c.q, width)[1], kr), times(halves(c.k, width)[0], kw)
-            vl, dor = times(halves(c.v, width)[0], vw), times(halves(do, width)[1], vr)
-            A, dA = qr @ kl.transpose(-1, -2), dor @ vl.transpose(-1, -2)
-            if dx is not None:
-                dA = dA + halves(dx[..., None], width)[1]
-            dqr, dkl, dvl = dA @ kl, dA.transpose(-1, -2) @ qr, A.transpose(-1, -2) @ dor
-            halves(dq, width)[1].add_(times(dqr, kr))
-            halves(dk, width)[0].add_(times(dkl, kw))
-            halves(dv, width)[0].add_(times(dvl, vw))
-            if dg is not None and kr is not None:
-                halves(dg, width)[1].add_(tokens_up_to(like_gate(qr * dqr, kr), exclusive))
-                halves(dg, width)[0].add_(tokens_after(like_gate(kl * dkl, kr)))
-            if dgv is not None:
-                halves(dgv, width)[1].add_(tokens_up_to(dor * (A @ vl), exclusive))
-                halves(dgv, width)[0].add_(tokens_after(vl * dvl))
-    grads: dict[str, Tensor] = {}
-    if c.u is not None or c.decay is None:
-        d_own = (do * c.v).sum(-1, keepdim=True)
+        return _Grads(dq, dk, dv, dg, dgv)
+    for width, kr, kw, vr, vw in _levels(c):
+        qr, kl = times(halves(c.q, width)[1], kr), times(halves(c.k, width)[0], kw)
+        vl, dor = times(halves(c.v, width)[0], vw), times(halves(do, width)[1], vr)
+        A, dA = qr @ kl.transpose(-1, -2), dor @ vl.transpose(-1, -2)
         if dx is not None:
-            d_own = d_own + dx[..., None]
-        uk = times(c.k, c.u)
-        dv = dv + (c.q * uk).sum(-1, keepdim=True) * do
-        dq, dk = dq + d_own * uk, dk + d_own * times(c.q, c.u)
-        if c.u is not None and u is not None:
-            grads["u"] = (d_own * c.q * c.k).sum((0, 2)).to(u.dtype)
+            dA = dA + halves(dx[..., None], width)[1]
+        dqr, dkl, dvl = dA @ kl, dA.transpose(-1, -2) @ qr, A.transpose(-1, -2) @ dor
+        halves(dq, width)[1].add_(times(dqr, kr))
+        halves(dk, width)[0].add_(times(dkl, kw))
+        halves(dv, width)[0].add_(times(dvl, vw))
+        if dg is not None and kr is not None:
+            halves(dg, width)[1].add_(tokens_up_to(like_gate(qr * dqr, kr), exclusive))
+            halves(dg, width)[0].add_(tokens_after(like_gate(kl * dkl, kr)))
+        if dgv is not None:
+            halves(dgv, width)[1].add_(tokens_up_to(dor * (A @ vl), exclusive))
+            halves(dgv, width)[0].add_(tokens_after(vl * dvl))
+    return d
 
-    heads = q.shape[2]
+
+def _own_backward(c: _Chunks, d: _Grads, do: Tensor, dx: Tensor | None) -> tuple[_Grads, Tensor | None]:
+    """``d`` and what goes through the token's own write, where the scores do not hold it; the gradient of ``u``."""
+    if c.u is None and c.decay is not None:
+        return d, None
+    d_own = (do * c.v).sum(-1, keepdim=True)
+    if dx is not None:
+        d_own = d_own + dx[..., None]
+    uk = times(c.k, c.u)
+    dv = d.v + (c.q * uk).sum(-1, keepdim=True) * do
+    dq, dk = d.q + d_own * uk, d.k + d_own * times(c.q, c.u)
+    return _Grads(dq, dk, dv, d.g, d.gv), None if c.u is None else (d_own * c.q * c.k).sum((0, 2))
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    u: Tensor | None,
+    w: Tensor | None,
+    S: Tensor,
+    z: Tensor | None,
+    cu_host: Tensor | None,
+    scale: float,
+    chunk: int,
+    do: Tensor,
+    dx: Tensor | None,
+    dS: Tensor,
+    dz: Tensor | None,
+) -> dict[str, Tensor]:
+    """Gradients by input name, given those of the reading, the normaliser and the final state."""
+    acc = accumulate_dtype(q)
+    c = _prepare(q, k, v, g, gv, u, w, cu_host, chunk)
+    do = cut(do, c.plan, acc) * scale
+    dx = None if dx is None or z is None else cut(dx[..., None], c.plan, acc)[..., 0] * scale
+    d, dS, dz = _between_backward(c, S, z, do, dx, dS, dz)
+    d, du = _own_backward(c, _within_backward(c, d, do, dx), do, dx)
+    grads: dict[str, Tensor] = {}
+    if u is not None and du is not None:
+        grads["u"] = du.to(u.dtype)
+    heads, dk = q.shape[2], d.k
     if w is not None:
         weight = cut(w[..., None], c.plan, acc)
         k_plain = cut(k, c.plan, acc).repeat_interleave(v.shape[2] // heads, 1)
         grads["w"] = join((dk * k_plain).sum(-1, keepdim=True), c.plan)[..., 0].to(w.dtype)
         dk = dk * weight
-    dq, dk = (x.unflatten(1, (heads, -1)).sum(2) for x in (dq, dk))
-    grads["q"], grads["k"], grads["v"] = (join(x, c.plan).to(q.dtype) for x in (dq, dk, dv))
-    if g is not None and dg is not None:
-        grads["g"] = join(dg, c.plan).reshape(g.shape).to(g.dtype)
-    if gv is not None and dgv is not None:
-        grads["gv"] = join(dgv, c.plan).to(gv.dtype)
+    dq, dk = (x.unflatten(1, (heads, -1)).sum(2) for x in (d.q, dk))
+    grads["q"], grads["k"], grads["v"] = (join(x, c.plan).to(q.dtype) for x in (dq, dk, d.v))
+    if g is not None and d.g is not None:
+        grads["g"] = join(d.g, c.plan).reshape(g.shape).to(g.dtype)
+    if gv is not None and d.gv is not None:
+        grads["gv"] = join(d.gv, c.plan).to(gv.dtype)
     grads["S"] = dS
     if dz is not None:
         grads["z"] = dz
