@@ -270,20 +270,30 @@ def test_other_folders_are_refused(tmp_path):
 def test_trainer(tmp_path):
     from linnet.models import parameter_groups
 
-    lm = model(["gla(num_heads=2)"]).train()
+    class Trainer(transformers.Trainer):  # as in docs/interop.md
+        def create_optimizer(self, model=None):
+            if self.optimizer is None:
+                kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+                groups = parameter_groups(model or self.model, self.args.weight_decay, lr=options.pop("lr"))
+                self.optimizer = kind(groups, **options)
+            return self.optimizer
+
+    lm = model(["gla(num_heads=2)", "s4d(state_size=4)"]).train()
     rows = [{"input_ids": [i % 7 + 1, i % 7 + 2] * 4} for i in range(16)]
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to="none",
         save_strategy="no", logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant",
+        weight_decay=0.1,
     )  # fmt: skip
-    trainer = transformers.Trainer(
+    trainer = Trainer(
         lm,
         arguments,
         train_dataset=rows,
         data_collator=transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True),
-        optimizers=(torch.optim.AdamW(parameter_groups(lm, 0.1), lr=1e-2), None),
     )
     trainer.train()
+    groups = [(group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups]
+    assert groups == [(1e-2, 0.1), (1e-2, 0.0), (1e-3, 0.0)]  # the last: steps and poles of s4d
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
     trainer.save_model(str(tmp_path / "saved"))

@@ -149,7 +149,7 @@ def compiled():
 def reference(shape: DecoderConfig, state: dict[str, torch.Tensor], processes: int) -> Decoder:
     model = Decoder(shape)
     model.load_state_dict(state)
-    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.1), LR, (0.9, 0.95), EPS)
+    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.1, lr=LR), LR, (0.9, 0.95), EPS)
     for step in range(STEPS):
         tokens, _, labels = (torch.cat(x) for x in zip(*[batch(step, rank) for rank in range(processes)], strict=True))
         segments = Segments.from_lengths(LENGTHS[step] * 2 * processes)

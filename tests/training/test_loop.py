@@ -156,6 +156,27 @@ class TestResume:
         assert same(weights(run.model), weights(whole.model))
         assert run.result.tokens == whole.result.tokens
 
+    def test_groups_keep_their_rates(self, run, monkeypatch):
+        """Steps and poles of state spaces follow the schedule up to their own peak, also in a resumed run."""
+        rates, step = [], torch.optim.AdamW.step
+
+        def note(self, *args, **kwargs):
+            rates.append([group["lr"] for group in self.param_groups])
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", note)
+        model = {"mixers": ["s4d(state_size=4)"]}
+        whole = run.at("whole")(model=make_model(**model))
+        before = [x for x in rates if any(x)]  # DCP steps with a rate of 0 to make the moments
+        assert len(before) == 8
+        for now, rate in zip(before, (learning_rate(i, whole.config) for i in range(8)), strict=True):
+            assert now == pytest.approx([rate, rate, rate / 10])
+        rates.clear()
+        run(model=make_model(**model), data=Spy(lambda: os.kill(os.getpid(), signal.SIGINT), at=4))
+        run(model=make_model(**model), resume=True)
+        assert [x for x in rates if any(x)] == before
+        assert run.losses == whole.losses
+
     def test_the_second_interrupt_is_immediate(self, run):
         def twice():
             os.kill(os.getpid(), signal.SIGINT)

@@ -220,7 +220,7 @@ def _train(
     config: DecoderConfig, how: str, B: int, T: int, timer: Timer, ceilings: Ceilings, dtype: torch.dtype
 ) -> dict[str, Any]:
     model = _model(config, timer.device, torch.float32).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, lr=1e-4), fused=True)
     tokens = torch.randint(config.vocab_size, (B, T + 1), device=timer.device)
 
     def update() -> None:

@@ -37,7 +37,7 @@ from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.trainer import Trainer
 
 from linnet import presets
-from linnet.models import Decoder, DecoderConfig, no_decay_names
+from linnet.models import Decoder, DecoderConfig, parameter_groups
 from linnet.models.decoder import check_tensors
 from linnet.ops import Segments
 from linnet.training import allow_graphs
@@ -174,22 +174,30 @@ class LinnetAdapter(StateDictAdapter):
 
 
 def _adamw(config: DecoderConfig, lr: float, weight_decay: float) -> OptimizersContainer.Config:
-    """AdamW as ``linnet train`` has it, decays and gates spared."""
+    """AdamW with the groups of ``linnet train``: decays and gates spared, steps and poles at rates of their own."""
     model = Decoder.meta(config)
-    spared = no_decay_names(model)
-    general = {name: re.sub(r"^layers\.\d+\.", "layers.*.", name) for name, _ in model.named_parameters()}
-    decayed = {general[name] for name in general if name not in spared}
-    patterns = set()
-    for name in spared:  # of all layers at once, where none of them decays it
-        escaped = re.escape(name if general[name] in decayed else general[name]).replace(r"\*", r"\d+")
-        patterns.add(re.sub(r"^(layers\\\.[^.]*\.)", r"\1(?:_checkpoint_wrapped_module\.)?", escaped))
+    names = {p: name for name, p in model.named_parameters()}
+    *others, rest = sorted(parameter_groups(model, weight_decay, lr=lr), key=lambda g: (g["lr"], g["weight_decay"]))
+    general = {name: re.sub(r"^layers\.\d+\.", "layers.*.", name) for name in names.values()}
+    groups: dict[str, set[int]] = {}  # a general name to the groups that hold it
+    for i, group in enumerate([*others, rest]):
+        for p in group["params"]:
+            groups.setdefault(general[names[p]], set()).add(i)
 
-    def group(pattern: str, decay: float) -> ParamGroupConfig:
-        options = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": decay}
+    def pattern(params: list[nn.Parameter]) -> str:
+        found = set()
+        for name in (names[p] for p in params):  # of all layers at once, where all of them are in this group
+            escaped = re.escape(general[name] if len(groups[general[name]]) == 1 else name).replace(r"\*", r"\d+")
+            found.add(re.sub(r"^(layers\\\.[^.]*\.)", r"\1(?:_checkpoint_wrapped_module\.)?", escaped))
+        return f"^(?:{'|'.join(sorted(found))})$"
+
+    def adamw(pattern: str, group: dict[str, Any]) -> ParamGroupConfig:
+        options = {"lr": group["lr"], "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": group["weight_decay"]}
         return ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=options)
 
-    none = [group(f"^(?:{'|'.join(sorted(patterns))})$", 0.0)]
-    return OptimizersContainer.Config(param_groups=[*none, group(".*", weight_decay)])
+    return OptimizersContainer.Config(
+        param_groups=[*(adamw(pattern(group["params"]), group) for group in others), adamw(".*", rest)]
+    )
 
 
 def trainer_config(

@@ -10,8 +10,8 @@ Importing this module registers them, so that a folder written by ``linnet train
 
 ``generate``, pipelines, ``Trainer`` and PEFT then work as with any other model. What differs from an attention model:
 the cache is a recurrent state, which cannot be rolled back, so assisted decoding is refused; padded batches are packed,
-so that padding is never computed; and weight decay must spare decays and gates, which is a ``Trainer`` whose
-``get_decay_parameter_names`` leaves out :func:`linnet.models.no_decay_names`.
+so that padding is never computed; and weight decay must spare decays and gates, and step sizes learn slowly, which is a
+``Trainer`` whose optimiser has :func:`linnet.models.parameter_groups`.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ class Mixer(nn.Module):
     name: ClassVar[str]
     card: ClassVar[Card]
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # own parameters of two or more axes that must not be decayed
+    max_learning_rate: ClassVar[Mapping[str, float]] = {}  # own parameter to the highest peak rate it is trained at
     d_model: int
 
     def forward(self, x: Tensor, state: Any = None, segments: Segments | None = None) -> tuple[Tensor, Any]:

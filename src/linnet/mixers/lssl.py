@@ -55,6 +55,7 @@ def _learns_from_hippo(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         ),
         notes=(
             "Every call discretises anew, O(d_model·N^3); s4 and s4d are the fast members of the family.",
+            "As published, A learns at 1e-4 at most, log_dt at 1e-3 at most, both without weight decay.",
             "A at another rate: the released code rescales the step of A only, here B follows as it must.",
         ),
     ),
@@ -75,6 +76,8 @@ class LSSL(StateSpace):
     Raises:
         ValueError: naming the option, when it is out of range.
     """
+
+    max_learning_rate = dict.fromkeys(("p", "d", "q", "middle", "below", "above"), 1e-4) | {"log_dt": 1e-3}
 
     def __init__(
         self,

@@ -66,7 +66,7 @@ def _is_s4d(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             "Every call runs in chunks with the dense transition of each channel; cauchy_kernel is the published"
             " algorithm, and an identity.",
             "lambda, P and B are learned for every channel; later releases of the code may share them.",
-            "Train log_dt, log_decay, frequency, P, B at a lower rate (1e-3) and without weight decay, as published.",
+            "As published, log_dt, log_decay, frequency, P and B learn at 1e-3 at most, without weight decay.",
         ),
     ),
 )
@@ -85,6 +85,7 @@ class S4(StateSpace):
     """
 
     no_weight_decay = ("log_decay", "frequency", "P", "B")
+    max_learning_rate = dict.fromkeys(("log_dt", "log_decay", "frequency", "P", "B"), 1e-3)
 
     def __init__(
         self,

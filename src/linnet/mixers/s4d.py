@@ -58,7 +58,7 @@ def _holds_its_input(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         ),
         notes=(
             "B is 1: only its product with C matters. C starts from N(0, 1) for every init.",
-            "Train log_dt, log_decay and frequency at a lower rate (1e-3) and without weight decay, as published.",
+            "As published, log_dt, log_decay and frequency learn at 1e-3 at most, without weight decay.",
         ),
     ),
 )
@@ -78,6 +78,7 @@ class S4D(StateSpace):
     """
 
     no_weight_decay = ("log_decay", "frequency")
+    max_learning_rate = dict.fromkeys(("log_dt", "log_decay", "frequency"), 1e-3)
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ sampling rate: ``layer.rate = r`` runs a trained layer on every r-th sample of w
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,8 @@ class StateSpace(Mixer):
         dt_min, dt_max: initial steps are log-uniform between these.
         rate: multiplies every step; r for inputs sampled r times more coarsely than those trained on.
     """
+
+    max_learning_rate: ClassVar = {"log_dt": 1e-3}
 
     def __init__(self, d_model: int, *, steps: int, dt_min: float, dt_max: float, rate: float):
         super().__init__()

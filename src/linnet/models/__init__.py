@@ -7,7 +7,7 @@ from .encoder import Bidirectional, Encoder, EncoderOutput
 from .generation import DecodingStep, Generation, GenerationStep, generate, sample, stream
 from .io import atomic_folder, recover_folder
 from .mlp import GeGLU, MixtureOfExperts, SwiGLU
-from .parameters import no_decay_names, parameter_groups
+from .parameters import learning_rate_caps, no_decay_names, parameter_groups
 from .rnn import GRU, LSTM, RNN
 from .seq2seq import Seq2Seq, beam_search
 
@@ -33,6 +33,7 @@ __all__ = [
     "atomic_folder",
     "beam_search",
     "generate",
+    "learning_rate_caps",
     "no_decay_names",
     "parameter_groups",
     "recover_folder",

@@ -21,7 +21,8 @@ class TrainingConfig:
 
     Attributes:
         steps: optimiser steps.
-        lr: peak learning rate.
+        lr: peak learning rate. Parameters that their mixer has learn at a lower one (``max_learning_rate``: steps and
+            poles of state-space layers) follow the same schedule up to that.
         schedule: "cosine", "wsd" (warm-up, stable, decay) or "constant"; see :func:`linnet.training.learning_rate`.
         warmup_steps: steps over which the rate grows linearly from 0.
         final_lr: rate at the last step, as a share of the peak.

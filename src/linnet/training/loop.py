@@ -159,9 +159,10 @@ def train(
         allow_graphs(len(model.layers))
         for layer in model.layers:
             layer.compile()
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, lr=config.lr)
+    shares = [group["lr"] / config.lr for group in groups]  # not from the optimiser: resuming fills in other rates
     betas = config.beta1, config.beta2
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=True)
     objective, wrapped = accelerator.prepare(Objective(model), optimizer)
 
     step, seconds, tokens = 0, 0.0, 0
@@ -218,7 +219,8 @@ def train(
         with stop_signals() as received:
             while step < config.steps and not stop:
                 rate = learning_rate(step, config)
-                loss, norm, read = _step(step, data, accelerator, objective, wrapped, rate, config)
+                rates = [rate * share for share in shares]
+                loss, norm, read = _step(step, data, accelerator, objective, wrapped, rates, config)
                 window.add(loss, norm, read)
                 step += 1
 
@@ -276,7 +278,7 @@ def _step(
     accelerator: Accelerator,
     objective: nn.Module,
     optimizer: Any,
-    rate: float,
+    rates: Sequence[float],
     config: TrainingConfig,
 ) -> tuple[Tensor, Tensor, int]:
     """One update. Returns this process's part of the mean loss, the gradient norm before clipping, and this process's
@@ -285,7 +287,7 @@ def _step(
     batches = [data.batch(step, first + i, parts) for i in range(config.accumulate)]
     own = sum(batch.count for batch in batches)
     total = summed(accelerator, torch.tensor(own, device=accelerator.device))
-    for group in optimizer.param_groups:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     mean = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
