@@ -27,7 +27,6 @@ from .results import Results, key
 
 __all__ = ["run"]
 
-PASSES = ("fwd", "fwdbwd")
 _DEATHS = 2  # an implementation that brought the process down so often in one workload is not run there again
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from linnet.mixers import Mixer, build_mixer
 from linnet.mixers.base import parse_spec
+from linnet.mixers.parts import soft_cap
 from linnet.ops import Segments
 from linnet.ops.core import check_segments, hint
 
@@ -497,8 +498,7 @@ class Decoder(nn.Module):
         return F.linear(x, table)
 
     def _soft_cap(self, logits: Tensor) -> Tensor:
-        cap = self.config.logit_soft_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return soft_cap(logits, self.config.logit_soft_cap)
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         logits = self._soft_cap(at_least_fp32(self._project(x)))

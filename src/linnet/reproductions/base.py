@@ -27,7 +27,6 @@ from linnet.training import Cell, Comparison, compare
 
 __all__ = ["Bar", "Experiment", "Outcome", "Reproduction", "register_reproduction", "reproduce", "reproductions"]
 
-BUDGETS = ("cpu", "gpu")
 _reproductions: dict[str, Reproduction] = {}
 
 

@@ -175,6 +175,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: DecoderConfig) -> Shape:
+        """The shape of a configuration, read off the decoder that it makes (on the meta device)."""
         built = Decoder.meta(config).layers
         layers = []
         for i, layer in enumerate(built):

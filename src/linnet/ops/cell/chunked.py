@@ -33,6 +33,7 @@ class _Plan(NamedTuple):
 
 
 def make_plan(batch: int, length: int, cu_host: Tensor | None, device: torch.device) -> _Plan:
+    """The plan for rows of ``length`` tokens, or for one packed row whose sequences begin at ``cu_host``."""
     if cu_host is None:
         return _Plan([batch] * length, None, None)
     lengths = cu_host.diff().long()
@@ -55,10 +56,12 @@ def by_row(x: Tensor, plan: _Plan, shape: torch.Size) -> Tensor:
 
 
 def rows_in(state: Tensors, plan: _Plan) -> Tensors:
+    """The rows of a state, longest sequence first."""
     return state if plan.order is None else tuple(s.index_select(0, plan.order) for s in state)
 
 
 def rows_out(state: Tensors, plan: _Plan) -> Tensors:
+    """The inverse of :func:`rows_in`."""
     return state if plan.order is None else tuple(torch.empty_like(s).index_copy(0, plan.order, s) for s in state)
 
 

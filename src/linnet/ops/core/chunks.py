@@ -60,6 +60,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(batch: int, length: int, chunk: int, cu_host: Tensor | None, device: torch.device) -> Plan:
+    """The plan for rows of ``length`` tokens, or for one packed row whose sequences begin at ``cu_host``."""
     if cu_host is None:
         count = -(-length // chunk)
         rows = torch.arange(batch, device=device)
@@ -107,6 +108,8 @@ class Factors(NamedTuple):
 
 
 def scalar_factors(g: Tensor, exclusive: bool) -> Factors:
+    """The factors of scalar gates ``[N, H, C, 1]``, without levels (see :func:`segment_decay`). With ``exclusive`` a
+    reader has not seen the gate of its own token."""
     zero = torch.zeros_like(g[:, :, :1])
     reads = torch.cat([zero, g[:, :, :-1]], 2) if exclusive else g
     after = torch.cat([g[:, :, 1:], zero], 2).flip(2).cumsum(2).flip(2)
@@ -114,6 +117,7 @@ def scalar_factors(g: Tensor, exclusive: bool) -> Factors:
 
 
 def tree_factors(g: Tensor, exclusive: bool) -> Factors:
+    """The factors of vector gates ``[N, H, C, D]``, with those of every halving level."""
     n, h, C, d = g.shape
     total = g.exp().unsqueeze(3)
     read, write = (torch.ones_like(total) if exclusive else total), torch.ones_like(total)
@@ -157,9 +161,11 @@ def like_gate(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def times(x: Tensor, factor: Tensor | None) -> Tensor:
+    """``x * factor``, where None is 1."""
     return x if factor is None else x * factor
 
 
 def halves(x: Tensor, w: int) -> tuple[Tensor, Tensor]:
+    """Views ``[N, H, blocks, w, ...]`` of the left and the right halves of blocks of ``2 w`` tokens."""
     left, right = x.unflatten(2, (-1, 2, w)).unbind(3)
     return left, right
