@@ -21,6 +21,7 @@ from ..core import (
     no_autocast,
     resolve_backend,
 )
+from ..core.registry import KERNEL_DTYPES
 from .chunked import conv_chunked
 from .reference import conv_reference
 from .state import ConvState
@@ -95,9 +96,8 @@ def conv(
 
 
 def backends(x: Tensor, taps: int) -> tuple[str, ...]:
-    """Those that have this dtype, the kernels compute in fp32, and so many taps."""
-    low = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return BACKENDS if low and taps in TAPS else BACKENDS[:2]
+    """Those that have this dtype and so many taps."""
+    return BACKENDS if x.dtype in KERNEL_DTYPES and taps in TAPS else BACKENDS[:2]
 
 
 def _run_kernels(

@@ -23,6 +23,7 @@ __all__ = ["BACKENDS", "Case", "Cost", "Identity", "Op", "backend", "get_op", "o
 
 BACKENDS = ("reference", "chunked", "triton")
 """The ways to run an op, the plainest first."""
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs; the kernels compute in fp32
 _forced: str | None = None
 _ops: dict[str, Op] = {}
 

@@ -22,6 +22,7 @@ from ..core import (
     resolve_backend,
 )
 from ..core.chunks import accumulate_dtype, chunk_length
+from ..core.registry import KERNEL_DTYPES
 from . import chunked, reference
 from .mlstm import MLSTMState, mlstm
 from .state import DecayState
@@ -139,7 +140,7 @@ def run(
 def kernels_cover(q: Tensor, v: Tensor, normalised: bool = False) -> bool:
     """Whether the Triton kernels take this call; the chunked PyTorch form takes the others."""
     extra = int(normalised and q.dtype == torch.float32)  # the normaliser is one more channel there
-    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and max(q.shape[-1], v.shape[-1] + extra) <= 512
+    return q.dtype in KERNEL_DTYPES and max(q.shape[-1], v.shape[-1] + extra) <= 512
 
 
 def _denominator(x: Tensor, floor: Tensor | None, eps: float) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.registry import KERNEL_DTYPES
+
 
 def kernels_cover(q: Tensor, substeps: int = 1) -> bool:
     """Whether the Triton kernels take this call; the chunked PyTorch form takes the others."""
-    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 256 and substeps <= 16
+    return q.dtype in KERNEL_DTYPES and q.shape[-1] <= 256 and substeps <= 16
 
 
 def chunk_rows(K: int, dtype: torch.dtype) -> int:

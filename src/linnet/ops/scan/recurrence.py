@@ -18,6 +18,7 @@ from ..core import (
     resolve_backend,
 )
 from ..core.chunks import accumulate_dtype
+from ..core.registry import KERNEL_DTYPES
 from . import chunked, reference
 from .state import ScanState
 
@@ -178,8 +179,8 @@ def check_state(state: object, rows: int, tail: tuple[int, ...], device: torch.d
 
 
 def backends(x: Tensor) -> tuple[str, ...]:
-    """Those that have this dtype: the kernels compute in fp32."""
-    return BACKENDS if x.dtype in (torch.bfloat16, torch.float16, torch.float32) else BACKENDS[:2]
+    """Those that have this dtype."""
+    return BACKENDS if x.dtype in KERNEL_DTYPES else BACKENDS[:2]
 
 
 def _forward(
