@@ -67,7 +67,7 @@ class TestGroups:
 
     def test_start_token(self) -> None:
         task = build_task("group(group='S4', start=True)")
-        tokens, targets, _ = TaskData(task, length=6, batch_size=8).sample(0)
+        tokens, targets, *_ = TaskData(task, length=6, batch_size=8).sample(0)
         assert (task.vocab_size, tokens[:, 1:].max() < 24) == (25, True)
         assert (tokens[:, 0] == 24).all()
         assert (targets[:, 0] == IGNORE).all()
@@ -88,7 +88,7 @@ class TestRecall:
         assert (share - expected).abs().max() < 5 * (expected.max() / 4000) ** 0.5
 
     def test_mqar_rows(self) -> None:
-        tokens, targets, _ = TaskData(build_task("mqar(pairs=8)"), length=64, batch_size=32).sample(0)
+        tokens, targets, *_ = TaskData(build_task("mqar(pairs=8)"), length=64, batch_size=32).sample(0)
         keys, values = tokens[:, :16:2], tokens[:, 1:16:2]
         assert (keys >= 1).all()
         assert (keys < 4096).all()
@@ -112,19 +112,19 @@ class TestRecall:
 
     def test_copying_the_input_is_at_chance(self) -> None:
         for spec in ("mqar(vocab_size=64)", "induction_heads", "selective_copy", "mad_recall"):
-            tokens, targets, _ = TaskData(build_task(spec), length=128, batch_size=64).sample(0)
+            tokens, targets, *_ = TaskData(build_task(spec), length=128, batch_size=64).sample(0)
             scored = targets != IGNORE
             assert (tokens == targets)[scored].double().mean() < 0.2
 
     def test_palindromes_read_the_same_both_ways(self) -> None:
-        tokens, targets, _ = TaskData(build_task("palindrome(vocab_size=9)"), length=32, batch_size=4).sample(0)
+        tokens, targets, *_ = TaskData(build_task("palindrome(vocab_size=9)"), length=32, batch_size=4).sample(0)
         assert (tokens[:, 16] == 8).all()
         assert torch.equal(tokens[:, 17:], targets[:, 16:-1])
         assert torch.equal(targets[:, 16:].flip(1), tokens[:, :16])
         assert (targets[:, :16] == IGNORE).all()
 
     def test_copies_repeat_in_order(self) -> None:
-        tokens, targets, _ = TaskData(build_task("copy(vocab_size=9)"), length=32, batch_size=4).sample(0)
+        tokens, targets, *_ = TaskData(build_task("copy(vocab_size=9)"), length=32, batch_size=4).sample(0)
         assert torch.equal(targets[:, 16:], tokens[:, :16])
         assert torch.equal(tokens[:, 17:], tokens[:, :15])
         assert build_task("copy").vocab_size == 27
@@ -135,17 +135,17 @@ class TestRecall:
         assert one == [3, 3, 1, 0, 3, 0, 2]
         assert two == [3, 3, 3, 0, 3, 1, 3]
         task = build_task("k_hop(hops=3, tokens=4)")
-        tokens, targets, _ = TaskData(task, length=60, batch_size=8).sample(0)
+        tokens, targets, *_ = TaskData(task, length=60, batch_size=8).sample(0)
         assert torch.equal(task.solve(tokens), targets)
 
     def test_one_place_of_a_row_is_kept(self) -> None:
-        tokens, targets, _ = TaskData(build_task("keep_nth"), length=40, batch_size=8).sample(0)
+        tokens, targets, *_ = TaskData(build_task("keep_nth"), length=40, batch_size=8).sample(0)
         assert torch.equal(targets[:, -1], tokens[:, 4])
         assert (targets[:, :-1] == IGNORE).all()
 
     def test_stacks_are_spread_and_popped_when_they_hold_something(self) -> None:
         task = build_task("stacks(stacks=4, elements=8)")
-        tokens, targets, _ = TaskData(task, length=302, batch_size=64).sample(0)
+        tokens, targets, *_ = TaskData(task, length=302, batch_size=64).sample(0)
         kinds, stacks = tokens[:, 0::3], tokens[:, 1::3]
         assert ((kinds == 12) | (kinds == 13)).all()
         assert ((stacks >= 8) & (stacks < 12)).all()
@@ -161,13 +161,13 @@ class TestRecall:
     def test_memorization_has_one_dictionary(self) -> None:
         task = build_task("mad_memorize")
         for split in ("train", "test"):
-            tokens, targets, _ = TaskData(task, length=32, batch_size=8, split=split).sample(0)
+            tokens, targets, *_ = TaskData(task, length=32, batch_size=8, split=split).sample(0)
             assert torch.equal(targets[:, 1::2], task.values[tokens[:, 0::2]])
         assert sorted(task.values.tolist()) == list(range(127, 254))
 
     def test_reachability_is_not_given_away(self) -> None:
         """Whether edges leave the source and enter the target says nothing: both always do."""
-        tokens, targets, _ = TaskData(build_task("reachability"), length=62, batch_size=200).sample(0)
+        tokens, targets, *_ = TaskData(build_task("reachability"), length=62, batch_size=200).sample(0)
         for row, answer in zip(tokens.tolist(), targets[:, -1].tolist(), strict=True):
             after = dict(zip(row[0:-2:2], row[1:-2:2], strict=True))
             assert after[row[-2]] != row[-2]
@@ -212,7 +212,7 @@ class TestSelectivBench:
     def test_replay(self) -> None:
         """From the true start, the symbols lead through the targets; after the end comes a start."""
         task = SelectivBench(letters=8, grammar_seed=4)
-        tokens, targets, _ = TaskData(task, length=100, batch_size=4).sample(0)
+        tokens, targets, *_ = TaskData(task, length=100, batch_size=4).sample(0)
         assert tokens.shape == (4, 200, 9)
         assert (tokens[:, 1::2] == 0).all()
         assert torch.equal(targets[:, 0::2], targets[:, 1::2])
@@ -220,9 +220,35 @@ class TestSelectivBench:
             for before, state, symbol in zip([0, *states], states, symbols, strict=False):
                 assert state in task.grammar.starts if before == 0 else task.grammar.successor[before, symbol] == state
 
+    def test_next_symbols_have_the_probabilities_of_their_state(self) -> None:
+        """Which elements are shown does not depend on the target; drawn targets cost what their entropy is."""
+        options = {"letters": 6, "gap": "0-2", "longest": 400, "grammar_seed": 4}
+        states, drawn = (
+            TaskData(SelectivBench(target=target, **options), length=100, batch_size=200).sample(0)
+            for target in ("state", "symbol")
+        )
+        assert torch.equal(states.tokens, drawn.tokens)
+        assert states.elements is not None
+        assert drawn.probabilities is not None
+        scored = drawn.targets != IGNORE
+        assert torch.equal(scored, (states.targets != IGNORE) & (states.elements < 99))
+        grammar = Grammar(6, longest=400, seed=4)
+        odds = drawn.probabilities[scored].double()
+        assert (odds.sum(1) - 1).abs().max() < 1e-6
+        edges = (grammar.successor[states.targets[scored]] >= 0).double()  # each is as likely; the end follows the end
+        edges[states.targets[scored] == 0, 0] = 1
+        assert (odds - edges / edges.sum(1, keepdim=True)).abs().max() < 1e-6
+        first = scored.clone()  # once an element
+        first[:, 1:] &= states.elements[:, 1:] != states.elements[:, :-1]
+        odds = drawn.probabilities[first].double()
+        cost = -odds.gather(1, drawn.targets[first][:, None]).log()
+        entropy = float(torch.special.entr(odds).sum(1).mean())
+        assert 0.5 < entropy < math.log(6)
+        assert float(cost.mean()) == pytest.approx(entropy, abs=0.01)
+
     def test_distractors_are_foreign(self) -> None:
         task = SelectivBench(letters=8, gap="0", distractors=0.5, quiet=20, grammar_seed=4)
-        tokens, targets, elements = TaskData(task, length=60, batch_size=8).sample(0)
+        tokens, targets, elements, _ = TaskData(task, length=60, batch_size=8).sample(0)
         assert elements is not None
         again = elements[:, 1:] == elements[:, :-1]
         scored = targets[:, 1:] != IGNORE
@@ -235,7 +261,7 @@ class TestSelectivBench:
 
     def test_gaps_and_noise(self) -> None:
         task = SelectivBench(letters=6, gap="1-10", noise=0.2)
-        tokens, targets, elements = TaskData(task, length=50, batch_size=20).sample(0)
+        tokens, targets, elements, _ = TaskData(task, length=50, batch_size=20).sample(0)
         assert elements is not None
         inside = targets != IGNORE
         sizes = torch.stack([((elements == i) & inside).sum(1) for i in range(50)], 1) - 1

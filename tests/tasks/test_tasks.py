@@ -36,7 +36,7 @@ def test_solver_is_always_right(task: Task) -> None:
 
 
 def test_rows_are_well_formed(task: Task) -> None:
-    tokens, targets, elements = TaskData(task, length=length_of(task), batch_size=ROWS).sample(3)
+    tokens, targets, elements, _ = TaskData(task, length=length_of(task), batch_size=ROWS).sample(3)
     assert targets.dtype == torch.int64
     assert targets.shape == tokens.shape[:2]
     assert targets.max() < task.vocab_size
@@ -108,6 +108,7 @@ def test_guessing_is_at_chance(task: Task) -> None:
         ("palindrome(vocab_size=2)", "vocab_size: expected at least 3"),
         ("stacks(stacks=0)", "stacks: expected at least 1"),
         ("stacks(elements=1)", "elements: expected at least 2"),
+        ("selectivbench(target='class')", "target: expected 'state' or 'symbol'"),
         ("selectivbench(gap='x')", "gap: expected a number of blanks"),
         ("selectivbench(distractors=0.1)", "distractors: expected gap='0'"),
         ("group(", "task spec: expected"),

@@ -63,6 +63,18 @@ def test_trains_tests_and_reports(tmp_path):
     assert sorted(c.mixer for c in found) == sorted(comparison.mixers)
 
 
+def test_answers_drawn_by_chance(tmp_path):
+    task = "selectivbench(letters=3, target='symbol')"
+    comparison = small(task, length=6, tests={"6": (task, 6)}, mixers=["gla(num_heads=2)"])
+    cells = compare(comparison, out=tmp_path / "out")
+    assert cells is not None
+    assert cells[0].scores["6"]["divergence"] == pytest.approx(cells[0].curve[-1][1], rel=1e-5)
+    write_report(tmp_path / "out", comparison, cells)
+    assert "Divergence in nats" in (tmp_path / "out" / "index.html").read_text()
+    with pytest.raises(ValueError, match="tests: expected a score in divergence in nats, got 'parity'"):
+        small(task, length=6)
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     comparison, real, calls = small(), TaskData.batch, []
 

@@ -3,15 +3,17 @@
 from .baselines import NGram, baselines, gzip_bits_per_byte, xz_bits_per_byte
 from .bits_per_byte import bits_per_byte
 from .dissection import Dissection, LinearPart, dissect
-from .exercises import Exercise, TaskExercise, TextExercise, build_exercise
+from .exercises import DrawnExercise, Exercise, TaskExercise, TextExercise, build_exercise
 from .language import Bucket, by_position, copy_bits, question_score, swap_accuracy
 from .plots import plot_curves, plot_dissection, plot_loss_curve, plot_speed
-from .scoring import Accuracy, accuracy
+from .scoring import Accuracy, Divergence, accuracy, divergence
 
 __all__ = [
     "Accuracy",
     "Bucket",
     "Dissection",
+    "Divergence",
+    "DrawnExercise",
     "Exercise",
     "LinearPart",
     "NGram",
@@ -24,6 +26,7 @@ __all__ = [
     "by_position",
     "copy_bits",
     "dissect",
+    "divergence",
     "gzip_bits_per_byte",
     "plot_curves",
     "plot_dissection",

@@ -23,9 +23,9 @@ from linnet.tasks import (
 )
 
 from .language import by_position
-from .scoring import accuracy
+from .scoring import accuracy, divergence
 
-__all__ = ["Exercise", "TaskExercise", "TextExercise", "build_exercise"]
+__all__ = ["DrawnExercise", "Exercise", "TaskExercise", "TextExercise", "build_exercise"]
 
 
 class Exercise(ABC):
@@ -89,6 +89,21 @@ class TaskExercise(Exercise):
 
     def test(self, model: Any, length: int, rows: int) -> dict[str, Any]:
         return accuracy(model, self.task, length, rows=rows)._asdict()
+
+
+class DrawnExercise(TaskExercise):
+    """A synthetic task whose answers are drawn by chance; the score is the divergence from their probabilities.
+    ``test`` returns the fields of :class:`linnet.evaluation.Divergence`."""
+
+    score, also, names, rising = "divergence", "late", ("divergence in nats", "last tenth"), False
+    limits = None
+
+    def __init__(self, task: Task):
+        super().__init__(task)
+        self.levels = {}
+
+    def test(self, model: Any, length: int, rows: int) -> dict[str, Any]:
+        return divergence(model, self.task, length, rows=rows)._asdict()
 
 
 class TextExercise(Exercise):
@@ -156,7 +171,8 @@ def build_exercise(spec: str) -> Exercise:
     """
     name, options = parse_spec(spec, "task")
     if name != "text":
-        return TaskExercise(build_task(spec))
+        task = build_task(spec)
+        return DrawnExercise(task) if task.drawn else TaskExercise(task)
     known = ("data", "tokenizer", "held_out", "max_bytes")
     unknown = sorted(set(options) - set(known))
     if unknown:

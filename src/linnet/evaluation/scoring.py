@@ -1,16 +1,17 @@
-"""Accuracy of a model on a synthetic task."""
+"""Accuracy of a model on a synthetic task, or its divergence from the probabilities of the answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linnet.tasks import IGNORE, Sample, Task, TaskData
 
-__all__ = ["Accuracy", "accuracy", "count_right"]
+__all__ = ["Accuracy", "Divergence", "accuracy", "count_right", "divergence"]
 
 _POSITIONS = 1 << 14  # of a batch
 _LOGITS = 1 << 24
@@ -29,6 +30,23 @@ class Accuracy(NamedTuple):
     answers: float
     rows: float
     late: float
+    scored: int
+
+
+class Divergence(NamedTuple):
+    """How far the probabilities of a model are from the true ones, in nats.
+
+    Attributes:
+        divergence: Kullback-Leibler divergence of the model's distribution from the true one, mean over the scored
+            positions; 0 for the true one.
+        late: that in the last tenth of each row, counted back from its last scored position.
+        entropy: mean entropy of the true distribution, which is the loss of a perfect model.
+        scored: number of positions.
+    """
+
+    divergence: float
+    late: float
+    entropy: float
     scored: int
 
 
@@ -68,28 +86,69 @@ def accuracy(
     Raises:
         ValueError: no rows, or rows without an answer.
     """
+    right, whole, late, answers, ends = 0, 0, 0, 0, 0
+    for logits, sample in _read(model, task, length, rows, seed, device):
+        good, scored = count_right(logits, sample)
+        right += int(good.sum())
+        answers += int(scored.sum())
+        whole += int((good == scored).all(1).sum())
+        end = _end(scored)
+        late += int((good & end).sum())
+        ends += int(end.sum())
+    if answers == 0:
+        raise ValueError(f"length: rows of {length} positions of the task {task.name!r} hold no answer")
+    return Accuracy(right / answers, whole / rows, late / ends, answers)
+
+
+@torch.no_grad()
+def divergence(
+    model: Callable[..., Any], task: Task, length: int, *, rows: int = 256, seed: int = 0, device: Any = None
+) -> Divergence:
+    """Divergence from the true probabilities of the answers, on rows of the test stream of a task whose answers are
+    drawn by chance (``task.drawn``).
+
+    Args:
+        model, task, length, rows, seed, device: as in :func:`accuracy`.
+
+    Raises:
+        ValueError: a task whose answers are not drawn, no rows, or rows without an answer.
+    """
+    if not task.drawn:
+        raise ValueError(f"task: expected one whose answers are drawn by chance, got {task.name!r}; it has an accuracy")
+    total, late, entropy, answers, ends = 0.0, 0.0, 0.0, 0, 0
+    for logits, sample in _read(model, task, length, rows, seed, device):
+        assert sample.probabilities is not None
+        true, scored = sample.probabilities.float(), sample.targets != IGNORE
+        own = logits.float().log_softmax(-1)[..., : true.shape[-1]]
+        apart = F.kl_div(own, true, reduction="none").sum(-1)
+        total += float(apart[scored].double().sum())
+        entropy += float(torch.special.entr(true).sum(-1)[scored].double().sum())
+        answers += int(scored.sum())
+        end = _end(scored)
+        late += float(apart[end].double().sum())
+        ends += int(end.sum())
+    if answers == 0:
+        raise ValueError(f"length: rows of {length} positions of the task {task.name!r} hold no answer")
+    return Divergence(total / answers, late / ends, entropy / answers, answers)
+
+
+def _read(
+    model: Callable[..., Any], task: Task, length: int, rows: int, seed: int, device: Any
+) -> Iterator[tuple[Tensor, Sample]]:
+    """Logits on the first ``rows`` rows of the test stream, a batch at a time, and the batch, both on ``device``."""
     if rows < 1:
         raise ValueError(f"rows: expected at least 1, got {rows}")
     if device is None:
         device = next(model.parameters()).device  # type: ignore[union-attr]
     size = max(1, min(rows, _POSITIONS // length, _LOGITS // (length * task.vocab_size)))
     data = TaskData(task, length=length, batch_size=size, seed=seed, split="test")
-    right, whole, late, answers, ends = 0, 0, 0, 0, 0
-    seen = 0
     for step in range(-(-rows // size)):
-        tokens, targets, elements = data.sample(step)
-        take = slice(rows - seen)
-        elements = None if elements is None else elements[take].to(device)
-        sample = Sample(tokens[take].to(device), targets[take].to(device), elements)
-        seen += sample.targets.shape[0]
-        good, scored = count_right(model(sample.tokens).logits, sample)
-        right += int(good.sum())
-        answers += int(scored.sum())
-        whole += int((good == scored).all(1).sum())
-        last = scored.shape[1] - 1 - scored.flip(1).int().argmax(1, keepdim=True)
-        end = scored & (torch.arange(scored.shape[1], device=device) > last - max(1, scored.shape[1] // 10))
-        late += int((good & end).sum())
-        ends += int(end.sum())
-    if answers == 0:
-        raise ValueError(f"length: rows of {length} positions of the task {task.name!r} hold no answer")
-    return Accuracy(right / answers, whole / seen, late / ends, answers)
+        parts = (None if part is None else part[: rows - step * size].to(device) for part in data.sample(step))
+        sample = Sample(*parts)  # type: ignore[arg-type]
+        yield model(sample.tokens).logits, sample
+
+
+def _end(scored: Tensor) -> Tensor:
+    """The scored positions in the last tenth of each row."""
+    last = scored.shape[1] - 1 - scored.flip(1).int().argmax(1, keepdim=True)
+    return scored & (torch.arange(scored.shape[1], device=scored.device) > last - max(1, scored.shape[1] // 10))

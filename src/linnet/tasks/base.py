@@ -40,11 +40,13 @@ class Sample(NamedTuple):
         targets: int64 ``[B, T]``: the answer after reading the position; -100 is not scored.
         elements: int64 ``[B, T]`` or None: positions of a row with the same number give one answer together, by the
             sum of their probabilities. None: every position answers for itself.
+        probabilities: float ``[B, T, V]`` or None: how likely each answer was, where ``targets`` were drawn by chance.
     """
 
     tokens: Tensor
     targets: Tensor
     elements: Tensor | None = None
+    probabilities: Tensor | None = None
 
 
 class Task:
@@ -59,6 +61,8 @@ class Task:
         compressed: whether the answers at all positions are read out of the output at the last one, by a
             :class:`linnet.models.Compressor`.
         causal: whether what was read up to a scored position settles its answer (what follows does not matter).
+        drawn: whether answers are drawn by chance, with the ``probabilities`` that samples then hold: a model is judged
+            by its divergence from those in place of its accuracy.
     """
 
     name: ClassVar[str]
@@ -67,6 +71,7 @@ class Task:
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     compressed: ClassVar[bool] = False
     causal: ClassVar[bool] = True
+    drawn: bool = False
     vocab_size: int
     chance: float
 
@@ -192,6 +197,6 @@ class TaskData:
         if self.batch_size % parts:
             raise ValueError(f"batch_size: {self.batch_size} rows cannot be divided into {parts} micro-batches")
         rows = slice(part * self.batch_size // parts, (part + 1) * self.batch_size // parts)
-        tokens, targets, _ = self.sample(step)
+        tokens, targets, *_ = self.sample(step)
         tokens, targets = tokens[rows], targets[rows]
         return Batch(tokens, targets, None, int((targets != IGNORE).sum()))

@@ -1,4 +1,5 @@
-"""SelectivBench: name the hidden state of a random automaton while blanks, noise or distractors intervene.
+"""SelectivBench: name the hidden state of a random automaton, or the odds of its next symbol, while blanks, noise or
+distractors intervene.
 
 Bouhadjar et al. 2026, "Dissecting Linear Recurrent Models" (arXiv 2601.12598); grammars and complexity measures of
 SymSeqBench (arXiv 2512.24977). Test rows are drawn apart from training rows, which the released pipeline does not do.
@@ -86,6 +87,13 @@ class Grammar:
         """The symbol that leads to a state."""
         return torch.where(state == END, END, (state - 1) // self.letters + 1)
 
+    def next_symbol(self) -> Tensor:
+        """Probability of each symbol after each state, float64 ``[states, A + 1]``, whatever the length of the string.
+        No edge leaves the end; what is said to follow it is the end."""
+        after = self.edge.clone()
+        after[END, END] = 1
+        return after
+
     def strings(self, rows: int, elements: int, generator: torch.Generator) -> Tensor:
         """States of strings end to end, cut to ``elements``: int64 ``[rows, elements]``.
 
@@ -155,7 +163,7 @@ def lzw_complexity(symbols: Sequence[int]) -> float:
 
 @register_task("selectivbench", "Bouhadjar et al. 2026, Dissecting Linear Recurrent Models (arXiv 2601.12598)")
 class SelectivBench(Task):
-    """The hidden state of a grammar after each element, through what stands between the elements.
+    """The hidden state of a grammar after each element, or the next symbol, through what stands between the elements.
 
     A row holds ``length`` elements; blanks and distractors come on top. All positions are scored, those after an
     element with its state, and an element is judged by the sum of the probabilities over its positions.
@@ -164,8 +172,14 @@ class SelectivBench(Task):
     ``gap="1-10", noise=0.2``, tested with ``gap="10"``; 3 ``distractors=0.1, quiet=50``; 4 the models of task 2 with
     ``gap="20"``, ``"50"`` and ``"100"``.
 
+    With ``target="symbol"`` the answer is the symbol of the next element instead. It is drawn by chance, so a model is
+    judged by the divergence of its odds from those of the grammar, in the mean over all positions. As in the released
+    code, the end is said to follow the end, and the odds do not know that no string is longer than ``longest``: where
+    many would be, a perfect model stays above 0 too. Unlike there, the last element is not scored.
+
     Args:
         letters: A. There are A + 1 symbols and A² + 1 classes.
+        target: "state", or "symbol".
         gap: blanks after each element: a number, or ``"a-b"`` for a random number (a duration uniform between the two,
             rounded, so that both ends are half as likely as the rest). Blanks are zero vectors.
         noise: this times a uniform number is added to every entry of every input.
@@ -182,13 +196,16 @@ class SelectivBench(Task):
         {"letters": 6, "grammar_seed": 3},
         {"letters": 6, "gap": "1-10", "noise": 0.2, "grammar_seed": 3},
         {"letters": 6, "gap": "0", "distractors": 0.2, "quiet": 8, "grammar_seed": 3},
+        {"letters": 6, "target": "symbol", "gap": "0-2", "grammar_seed": 3},
+        {"letters": 6, "target": "symbol", "gap": "0", "distractors": 0.2, "quiet": 8, "grammar_seed": 3},
     )
-    causal = False  # which of two starts with the same letter it was shows later
+    causal = False  # which of two starts with the same letter it was shows later, and the next symbol comes later
 
     def __init__(
         self,
         *,
         letters: int = 10,
+        target: str = "state",
         gap: str = "1",
         noise: float = 0.0,
         distractors: float = 0.0,
@@ -197,6 +214,7 @@ class SelectivBench(Task):
         longest: int = 200,
         grammar_seed: int = 0,
     ):
+        self.expect(target in ("state", "symbol"), "target", "'state' or 'symbol'", target)
         low, _, high = str(gap).partition("-")
         known = low.isdecimal() and (high or low).isdecimal() and int(low) <= int(high or low)
         self.expect(known, "gap", "a number of blanks, or two as in '1-10'", gap)
@@ -207,7 +225,8 @@ class SelectivBench(Task):
         self.expect(noise < 0.5, "noise", "less than 0.5", noise)
         self.noise, self.distractors, self.quiet = noise, distractors, quiet
         self.grammar = Grammar(letters, density=density, longest=longest, seed=grammar_seed)
-        self.vocab_size, self.chance = self.grammar.states, 1 / letters
+        self.drawn, self.chance = target == "symbol", 1 / letters
+        self.vocab_size = letters + 1 if self.drawn else self.grammar.states
 
     def sample(self, rows: int, length: int, generator: torch.Generator) -> Sample:
         grammar = self.grammar
@@ -222,20 +241,23 @@ class SelectivBench(Task):
         position = torch.arange(total)
         own = start.gather(1, element) == position
         inside = position < (1 + gaps).sum(1, keepdim=True)
-        targets = torch.where(inside, states.gather(1, element), IGNORE)
+        here, answers, probabilities = states.gather(1, element), states, None
+        if self.drawn:
+            probabilities = grammar.next_symbol()[here].float()
+            follows = torch.where(states[:, :-1] == END, END, grammar.symbol(states[:, 1:]))
+            answers = F.pad(follows, (0, 1), value=IGNORE)
+        targets = torch.where(inside, answers.gather(1, element), IGNORE)
         symbol = grammar.symbol(states).gather(1, element)
         shown = own & inside
         if self.distractors:
             legal = grammar.successor >= 0
             legal[END, grammar.symbol(grammar.starts)] = True
-            foreign = torch.multinomial(
-                (~legal[states.gather(1, element)]).flatten(0, 1).double(), 1, generator=generator
-            ).view(rows, total)
+            foreign = torch.multinomial((~legal[here]).flatten(0, 1).double(), 1, generator=generator).view(rows, total)
             symbol, shown = torch.where(own, symbol, foreign), inside
         tokens = F.one_hot(symbol, grammar.letters + 1) * shown.unsqueeze(2).float()
         if self.noise:
             tokens = tokens + self.noise * torch.rand(tokens.shape, generator=generator)
-        return Sample(tokens, targets, element)
+        return Sample(tokens, targets, element, probabilities)
 
     def _gaps(self, rows: int, length: int, generator: torch.Generator) -> Tensor:
         """Positions after each element."""
@@ -267,8 +289,12 @@ class SelectivBench(Task):
                         after.setdefault(state, state)
                 path.append(after)
                 here = after
-            state = next(iter(here))
+            state, following = next(iter(here)), END
             for t in reversed(range(len(path))):
-                found[t] = state
-                state = path[t][state]
+                before, symbol = path[t][state], row[t]
+                found[t] = state if not self.drawn else END if state == END else following
+                edge = grammar.starts.tolist() if before == END else [int(grammar.successor[before, symbol])]
+                if symbol >= 0 and state in edge:  # neither a blank nor a distractor
+                    following = symbol
+                state = before
         return answers
