@@ -76,6 +76,17 @@ def test_inference_mode(kind, within):
     torch.testing.assert_close((found.h, found.state), (exact, last), rtol=1e-11, atol=1e-12)
 
 
+def test_a_diagonal_cell_may_have_axes_of_its_own():
+    """Two numbers a channel that do not see each other are no complex number."""
+    torch.manual_seed(0)
+    x, state, a, b = (torch.randn(*shape, 3, 2, dtype=torch.float64) for shape in ((2, 9), (2,), (), ()))
+    found = check_step(leaky, x, state, (a, b))
+    flat = newton(leaky, x.flatten(2), state.flatten(1), (a.flatten(), b.flatten()))
+    assert torch.equal(found.h.flatten(2), flat.h) and found.iterations == flat.iterations > 0
+    with pytest.raises(AssertionError, match=r"step: channel \d depends on another, not diagonal"):
+        check_step(pair, x[..., 0], state, (a[:, 0], b[:, 0]))
+
+
 def test_gradients_by_finite_differences():
     step, x, state, params = draw("block", None)
     leaves = [t.requires_grad_() for t in (x[:1, :4].clone(), state[:1].clone(), *params)]

@@ -69,7 +69,8 @@ def newton(
     Args:
         step: ``step(h, x, *params)`` -> the state after the token, shaped like ``h``.
         x: inputs ``[B, T, ...]``, one tensor or a tuple of them, which ``step`` then gets as a tuple.
-        state: the state before the first token ``[N, D]``, or ``[N, D, 2]`` for "block"; a row a sequence or segment.
+        state: the state before the first token, a row a sequence or segment: ``[N, D]``, ``[N, D, 2]`` for "block",
+            any ``[N, ...]`` for "diagonal".
         params: parameters that gradients are wanted for.
         jacobian: which entries of a state depend on which of the one before: "diagonal", each on itself alone; "block",
             the two of the last axis on each other; "dense", all of ``[N, D]`` (T log T products of D x D matrices).
@@ -163,7 +164,8 @@ def check_step(
         lambda h: _evaluate(step, h, first, several, tuple(p.detach() for p in rest)), state[:1].detach()
     )
     if jacobian != "dense":  # entries of other channels must be 0
-        D, size = state.shape[1], state[0, 0].numel()
+        size = 2 if jacobian == "block" else 1
+        D = state[0].numel() // size
         across = full.reshape(D, size, D, size).abs().amax((1, 3)) * (1 - torch.eye(D, dtype=full.dtype))
         assert not across.any(), f"step: channel {int(across.amax(1).argmax())} depends on another, not {jacobian}"
     x = inputs if several else inputs[0]
@@ -234,7 +236,9 @@ def _unroll(
 def solve_linear(J: Tensor, b: Tensor, *, reverse: bool = False) -> Tensor:
     """``y_t = J_t y_{t-1} + b_t`` over ``[B, T, ...]`` from 0, with y of the token after in place of before when
     ``reverse``. J is shaped like b (diagonal), ``[B, T, D, 2, 2]`` (blocks) or ``[B, T, D, D]`` (dense)."""
-    if J.dim() == b.dim() or J.dim() == 5:
+    if J.shape == b.shape:  # flat: pairs on the last axis would be complex numbers
+        return scan(J.flatten(2), b.flatten(2), reverse=reverse)[0].view_as(b)
+    if J.dim() == 5:
         return scan(J, b, reverse=reverse)[0]
     if reverse:
         return solve_linear(J.flip(1), b.flip(1)).flip(1)
@@ -286,7 +290,7 @@ def adjoint(J: Tensor, w: Tensor, cu_host: Tensor | None) -> Tensor:
     """``l_t = w_t + J_{t+1}^T l_{t+1}``: the whole gradient of every state from the direct ones."""
     J = without_firsts(J, cu_host)
     J = torch.cat([J[:, 1:], torch.zeros_like(J[:, :1])], 1)
-    return solve_linear(J if J.dim() == w.dim() and J.shape == w.shape else J.transpose(-1, -2), w, reverse=True)
+    return solve_linear(J if J.shape == w.shape else J.transpose(-1, -2), w, reverse=True)
 
 
 class _Call:
