@@ -428,7 +428,12 @@ def test_bad_inputs_are_named():
 # Saving
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_embeddings": True}, MOE], ids=["untied", "tied", "moe"])
+TABLES = {"mixers": ["softmax_taylor(num_heads=2)"]}  # it has buffers that are not saved
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tie_embeddings": True}, MOE, TABLES], ids=["untied", "tied", "moe", "tables"]
+)
 def test_save_and_load_are_bit_exact(tmp_path, options):
     model, ids = decoder(**options), tokens(2, 9)
     model.save(tmp_path / "m")

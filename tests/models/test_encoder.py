@@ -57,15 +57,17 @@ def test_one_way_carries_a_state_and_both_ways_refuse_one():
         model(torch.zeros(2, 3, 5))
 
 
-def seq2seq(mixer: str = "lstm", **options) -> Seq2Seq:
+def seq2seq(mixer: str = "lstm", context: bool = False, reverse_source: bool = False, **options) -> Seq2Seq:
     torch.manual_seed(0)
-    return Seq2Seq(DecoderConfig(VOCAB, 16, 2, [mixer], init_std=0.2), **options).double().eval()
+    shape = DecoderConfig(VOCAB, 16, 2, [mixer], init_std=0.2, **options)
+    return Seq2Seq(shape, context=context, reverse_source=reverse_source).double().eval()
 
 
 @pytest.mark.parametrize("mixer", ["lstm(num_heads=2)", "attention(num_heads=2)"])
-def test_the_decoder_goes_on_where_the_encoder_ends(mixer):
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_decoder_goes_on_where_the_encoder_ends(mixer, scale):
     """With equal weights it is one decoder over source and target."""
-    model = seq2seq(mixer)
+    model = seq2seq(mixer, embed_scale=scale)
     model.encoder.load_state_dict(model.decoder.state_dict(), strict=False)
     source, target = tokens(2, 5), tokens(2, 4, seed=2)
     whole = model.decoder(torch.cat([source, target], 1)).logits[:, 5:]

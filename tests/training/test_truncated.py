@@ -11,9 +11,10 @@ from linnet.ops.core import detach, state_tensors
 from linnet.training import windows
 
 
-def sample():
+def sample(**options):
     torch.manual_seed(0)
-    model = Decoder(DecoderConfig(11, 16, 2, ["lstm(num_heads=2)", "gla(num_heads=2)"], init_std=0.2)).double()
+    mixers = ["lstm(num_heads=2)", "gla(num_heads=2)"]
+    model = Decoder(DecoderConfig(11, 16, 2, mixers, init_std=0.2, **options)).double()
     ids = torch.randint(11, (2, 14))
     targets = ids[:, 1:].clone()
     targets[0, 3] = -100
@@ -21,7 +22,7 @@ def sample():
 
 
 def test_one_window_is_the_whole():
-    model, ids, targets = sample()
+    model, ids, targets = sample(z_loss=0.1, mlp="moe")
     (window,) = windows(model, ids, targets, 13)
     torch.testing.assert_close(window.loss, model.loss(ids, targets))
     for got, want in zip(state_tensors(window.state), state_tensors(model(ids).state), strict=True):

@@ -570,7 +570,5 @@ class Decoder(nn.Module):
         check_tensors(str(Path(folder, "model.safetensors")), expected, tensors)
         if any(b.is_meta for name, b in model.named_buffers() if name not in expected):
             model = cls(config).to(device=device, dtype=dtype)  # some mixer computes buffers that are not saved
-            model.load_state_dict(tensors)
-        else:
-            model.load_state_dict(tensors, assign=True)
+        model.load_state_dict(tensors, assign=True)
         return model.eval()

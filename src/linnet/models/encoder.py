@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         check_segments(segments, tokens)
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"state: expected {len(self.layers)} layer states, got {len(state)}")
-        x = self.embed_tokens(tokens) if ids else tokens
+        x = self.embed_tokens(tokens) * self.config.embed_scale if ids else tokens
         states, losses = [], [torch.zeros((), device=x.device)]
         for i, layer in enumerate(self.layers):
             x, new, aux = layer(x, None if state is None else state[i], segments)

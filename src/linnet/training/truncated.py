@@ -19,7 +19,8 @@ class Window(NamedTuple):
     """One window of :func:`windows`.
 
     Attributes:
-        loss: mean cross entropy in nats of its counted targets, to call ``backward`` on.
+        loss: mean cross entropy in nats of its counted targets, in training mode plus the auxiliary losses, to call
+            ``backward`` on.
         state: the state after it, cut from the graph: where the next stretch of the same rows goes on.
     """
 
@@ -61,7 +62,10 @@ def _windows(model: Decoder, tokens: Tensor, targets: Tensor, size: int, state: 
     for part, wanted in zip(tokens.split(size, 1), targets.split(size, 1), strict=True):
         out = model(part, state)
         logits, wanted = out.logits.flatten(0, 1), wanted.flatten()
-        total = F.cross_entropy(at_least_fp32(logits), wanted, reduction="sum")
+        logits = at_least_fp32(logits)
+        total = F.cross_entropy(logits, wanted, reduction="sum")
+        if model.training and model.config.z_loss:
+            total = total + model.z_loss(logits, wanted)
         state = detach(out.state)
         loss = total / (wanted != -100).sum().clamp(min=1)
         yield Window(loss + out.aux_loss if model.training else loss, state)
