@@ -162,6 +162,9 @@ def test_the_loss_is_the_decoders():
     lm(ids, labels=ids).loss.backward()
     for name, p in lm.named_parameters():
         torch.testing.assert_close(p.grad, expected[name])
+    padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    left = lm(padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100)).loss
+    torch.testing.assert_close(left, loss)
     parts = [lm(row, labels=row, num_items_in_batch=12).loss for row in ids.split(1)]
     torch.testing.assert_close(sum(parts), loss, rtol=1e-3, atol=1e-3)
 

@@ -417,6 +417,9 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
             logits = logits[:, -logits_to_keep:]
         loss = None
         if labels is not None:
+            if layout.kept is not None:  # nothing was read before the first token behind padding: nothing predicts it
+                labels = labels.clone()
+                labels[:, 1:].masked_fill_(~layout.kept[:, :-1], -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.model.config.vocab_size, **kwargs)
             if self.training:
                 count = kwargs.get("num_items_in_batch")  # of a whole step: each part adds its share
