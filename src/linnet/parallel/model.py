@@ -114,7 +114,8 @@ class ContextParallel(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """This process's share of :meth:`linnet.Decoder.loss`: the shares add up to it, and so do their gradients. Of
-        the auxiliary losses, which are means over tokens, it is the mean over the slices.
+        the auxiliary losses, which are means over tokens, it is the mean over the slices, weighted by how many targets
+        of each count.
 
         Args:
             tokens: the slice.
