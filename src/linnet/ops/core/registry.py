@@ -136,6 +136,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def runs_kernels(x: Tensor) -> bool:
+    """Whether Triton runs kernels where ``x`` is: on a GPU, or in its interpreter."""
+    return x.device.type != "cpu" or bool(os.environ.get("TRITON_INTERPRET"))
+
+
 def resolve_backend(requested: str, available: tuple[str, ...], x: Tensor) -> str:
     """The backend to run. An explicit request wins over the context manager; "auto" takes Triton on a GPU, else the
     vectorised PyTorch form, else the reference."""
@@ -150,6 +155,6 @@ def resolve_backend(requested: str, available: tuple[str, ...], x: Tensor) -> st
         return "chunked" if "chunked" in available else "reference"
     if name not in available:
         raise ValueError(f"backend: this call supports {available}, got {name!r}")
-    if name == "triton" and x.device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+    if name == "triton" and not runs_kernels(x):
         raise ValueError("backend: triton needs tensors on a GPU (or its interpreter, TRITON_INTERPRET=1), got cpu")
     return name
