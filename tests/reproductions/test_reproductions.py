@@ -57,8 +57,8 @@ def test_quick_on_a_cpu_what_is_for_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_s5_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s5, "LENGTH", 8)
-    monkeypatch.setattr(s5, "TESTS", {name: n // 16 for name, n in s5.TESTS.items()})
+    monkeypatch.setattr(s5, "LENGTHS", (2, 3))
+    monkeypatch.setattr(s5, "TESTS", {name: n // 8 for name, n in s5.TESTS.items()})
     outcome = s5.run(Smaller(tmp_path, "gpu", quick=True))
     assert [bar.measured for bar in outcome.bars] == [0.0] * 5
     assert list(outcome.curves) == ["4 reflections", "3 reflections", "2 reflections"]
