@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from linnet.ops import Segments, delta
 from . import parts
 from .base import Mixer
 
-__all__ = ["DeltaRule", "Strengths"]
+__all__ = ["ChannelDecay", "DeltaRule", "Strengths"]
 
 
 class Strengths(NamedTuple):
@@ -110,3 +111,40 @@ class DeltaRule(Mixer):
     def init_state(self, rows: int) -> parts.DeltaConvState:
         memory = parts.delta_state(self.o_proj.weight, rows, self.num_v_heads, self.head_k, self.head_v)
         return parts.DeltaConvState(memory, None if self.conv is None else self.conv.init_state(rows))
+
+
+class ChannelDecay(DeltaRule):
+    """The delta rule on a memory whose every key channel forgets on its own. A subclass adds the gates of writing, then
+    these by :meth:`add_gates`."""
+
+    def add_gates(self, num_heads: int, gate_bound: float | None) -> None:
+        """The maps to the forget gates of ``num_heads`` heads and to the output gate, both through K channels.
+
+        Args:
+            num_heads: heads with forget gates of their own.
+            gate_bound: keep log-decays in (-gate_bound, 0), by a sigmoid in place of the softplus; None does not.
+
+        Raises:
+            ValueError: ``gate_bound`` is not above 0.
+        """
+        if gate_bound is not None:
+            parts.check_positive(gate_bound=gate_bound)
+        self.gate_bound = gate_bound
+        self.f_proj = parts.low_rank(self.d_model, self.head_k, num_heads * self.head_k, gate=True)
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads * self.head_k))
+        self.g_proj = parts.low_rank(self.d_model, self.head_k, self.values, bias=True)
+
+    def reset_parameters(self) -> None:
+        """exp(A) uniform in [1, 16], 1 with a bounded gate; the rest as in the family."""
+        super().reset_parameters()
+        parts.reset_softplus_decay(self.A_log, self.dt_bias)
+        if self.gate_bound is not None:
+            nn.init.zeros_(self.A_log)
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """What the channels keep at each token ``[B, T, num_heads, K]``, in fp32."""
+        f = parts.heads(self.f_proj(x), self.A_log.shape[0])
+        if self.gate_bound is None:
+            return parts.softplus_decay(f, self.A_log, self.dt_bias)
+        return parts.bounded_decay(f, self.A_log, self.dt_bias, self.gate_bound)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from linnet.ops.core import Identity
 
 from . import parts
 from .base import Card, register_mixer
 from .claims import inputs, random_mixer, reading, share
-from .delta_rule import DeltaRule, Strengths
+from .delta_rule import ChannelDecay, Strengths
 
 
 def _reads_what_kda_reads(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def _reads_what_kda_reads(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         ),
     ),
 )
-class GatedDeltaNet2(DeltaRule):
+class GatedDeltaNet2(ChannelDecay):
     """The delta rule with an erase gate and a forget gate per key channel and a write gate per value channel.
 
     Args:
@@ -88,38 +88,24 @@ class GatedDeltaNet2(DeltaRule):
         norm_eps: float = 1e-5,
     ):
         parts.check_choice("gate_activation", gate_activation, ("silu", "sigmoid"))
-        if gate_bound is not None:
-            parts.check_positive(gate_bound=gate_bound)
         if not 0 <= least_decay < float("inf"):
             raise ValueError(f"least_decay: expected a number of at least 0, got {least_decay}")
         options = {"neg_eigval": neg_eigval, "conv_size": conv_size, "norm_eps": norm_eps}
         super().__init__(d_model, num_heads, head_dim, 1.0, num_v_heads=num_v_heads, **options)
-        self.gate_activation, self.gate_bound, self.least_decay = gate_activation, gate_bound, least_decay
+        self.gate_activation, self.least_decay = gate_activation, least_decay
         self.b_proj = parts.GateLinear(d_model, num_heads * head_dim, bias=False)
         self.w_proj = parts.GateLinear(d_model, self.values, bias=False)
-        self.f_proj = parts.low_rank(d_model, head_dim, num_heads * head_dim, gate=True)
-        self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(num_heads * head_dim))
-        self.g_proj = parts.low_rank(d_model, head_dim, self.values, bias=True)
+        self.add_gates(num_heads, gate_bound)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """exp(A) uniform in [1, 16], 1 with a bounded gate; the rest as in the family."""
-        super().reset_parameters()
-        parts.reset_softplus_decay(self.A_log, self.dt_bias)
-        if self.gate_bound is not None:
-            nn.init.zeros_(self.A_log)
 
     def open_output(self, gate: Tensor) -> Tensor:
         return F.silu(gate) if self.gate_activation == "silu" else torch.sigmoid(gate)
 
     def strengths(self, x: Tensor) -> Strengths:
-        erase, f = (parts.heads(p(x), self.num_heads) for p in (self.b_proj, self.f_proj))
-        if self.gate_bound is None:
-            g = parts.softplus_decay(f, self.A_log, self.dt_bias)
-        else:
-            g = parts.bounded_decay(f, self.A_log, self.dt_bias, self.gate_bound)
-        erase, g = self.reach * torch.sigmoid(erase), g - self.least_decay if self.least_decay else g
+        erase = self.reach * torch.sigmoid(parts.heads(self.b_proj(x), self.num_heads))
+        g = self.log_decay(x)
+        if self.least_decay:
+            g = g - self.least_decay
         if self.num_v_heads > self.num_heads:
             erase, g = (y.repeat_interleave(self.num_v_heads // self.num_heads, 2) for y in (erase, g))
         return Strengths(erase, g, torch.sigmoid(parts.heads(self.w_proj(x), self.num_v_heads)))

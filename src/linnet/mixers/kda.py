@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linnet.ops.core import Identity
 
 from . import parts
 from .base import Card, register_mixer
 from .claims import inputs, random_mixer, reading, share
-from .delta_rule import DeltaRule, Strengths
+from .delta_rule import ChannelDecay, Strengths
 
 
 def _reads_what_gated_deltanet_reads(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def _reads_what_gated_deltanet_reads(generator: torch.Generator) -> tuple[Tensor
         notes=("The second map of the output gate has a bias, as in the released code.",),
     ),
 )
-class KDA(DeltaRule):
+class KDA(ChannelDecay):
     """The delta rule with a write strength per head, a forget gate per key channel, and a sigmoid output gate.
 
     Args:
@@ -82,30 +82,14 @@ class KDA(DeltaRule):
         conv_size: int = 4,
         norm_eps: float = 1e-5,
     ):
-        if gate_bound is not None:
-            parts.check_positive(gate_bound=gate_bound)
         options = {"neg_eigval": neg_eigval, "conv_size": conv_size, "norm_eps": norm_eps}
         super().__init__(d_model, num_heads, head_dim, 1.0, num_v_heads=num_v_heads, **options)
-        self.gate_bound = gate_bound
         self.b_proj = parts.GateLinear(d_model, self.num_v_heads, bias=False)
-        self.f_proj = parts.low_rank(d_model, head_dim, self.num_v_heads * head_dim, gate=True)
-        self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads * head_dim))
-        self.g_proj = parts.low_rank(d_model, head_dim, self.values, bias=True)
+        self.add_gates(self.num_v_heads, gate_bound)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """exp(A) uniform in [1, 16], 1 with a bounded gate; the rest as in the family."""
-        super().reset_parameters()
-        parts.reset_softplus_decay(self.A_log, self.dt_bias)
-        if self.gate_bound is not None:
-            nn.init.zeros_(self.A_log)
 
     def open_output(self, gate: Tensor) -> Tensor:
         return torch.sigmoid(gate)
 
     def strengths(self, x: Tensor) -> Strengths:
-        beta, f = self.reach * torch.sigmoid(self.b_proj(x)), parts.heads(self.f_proj(x), self.num_v_heads)
-        if self.gate_bound is None:
-            return Strengths(beta, parts.softplus_decay(f, self.A_log, self.dt_bias))
-        return Strengths(beta, parts.bounded_decay(f, self.A_log, self.dt_bias, self.gate_bound))
+        return Strengths(self.reach * torch.sigmoid(self.b_proj(x)), self.log_decay(x))
