@@ -540,6 +540,7 @@ def test_mlps_by_layer_are_repeated_over_the_layers_like_mixers():
 def test_selective_checkpointing_keeps_an_op_whole():
     """Its recording of single products would be added to in place by the chunked engines."""
     mixers = ["gla(num_heads=2)", "gated_deltanet(num_heads=2, head_dim=4)", "mlstm(num_heads=2)", "rglru(num_heads=2)"]
+    mixers += ["aaren(num_heads=2, bias=False)"]
     model = decoder(num_layers=len(mixers), mixers=mixers)
     kept = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default}
 

@@ -78,7 +78,9 @@ class Aaren(Mixer):
     ) -> tuple[Tensor, SoftmaxScanState]:
         parts.check_input(x, self.d_model, segments)
         # The query is the same for every token, so it goes into the key's weights: no keys are formed.
-        q = parts.heads(self.q_proj(self.query), self.num_heads) * self.head_dim**-0.5
+        # As a row: the map of a vector is a view that PyTorch makes in place, which selective checkpointing takes for
+        # a change of the product it keeps.
+        q = parts.heads(self.q_proj(self.query[None]), self.num_heads)[0] * self.head_dim**-0.5
         keys = parts.matrix(self.k_proj, x).unflatten(0, (self.num_heads, -1))
         s = parts.fp32(x @ torch.einsum("hk,hkd->dh", q, keys).to(x.dtype))
         v = parts.heads(self.v_proj(x), self.num_heads)
