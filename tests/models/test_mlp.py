@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from linnet.models.mlp import GeGLU, MixtureOfExperts, SwiGLU, grouped_matmul, grouped_outer
 
@@ -120,12 +121,13 @@ def test_statistics_are_of_training_only():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(5, 0, 8, 3), (0, 0, 16, 0), (0, 0, 0, 0)])
-def test_grouped_matmul(dtype, sizes):
+@pytest.mark.parametrize("widths", [(16, 24), (16, 1), (1, 16)])
+def test_grouped_matmul(dtype, sizes, widths):
     torch.manual_seed(0)
     groups, n = len(sizes), sum(sizes)
     offsets = torch.tensor(sizes).cumsum(0).int()
-    x = torch.randn(n, 16, dtype=dtype, requires_grad=True)
-    weight = torch.randn(groups, 16, 24, dtype=dtype, requires_grad=True)
+    x = torch.randn(n, widths[0], dtype=dtype, requires_grad=True)
+    weight = torch.randn(groups, *widths, dtype=dtype, requires_grad=True)
     y = grouped_matmul(x, weight, offsets)
     parts = zip(x.split(sizes), weight, strict=True)
     expected = torch.cat([a.double() @ b.double() for a, b in parts])
@@ -147,6 +149,32 @@ def test_grouped_ops_are_registered_properly():
     torch.library.opcheck(grouped_matmul, (x, weight, offsets))
     torch.library.opcheck(grouped_outer, (x, y, offsets))
     assert torch.autograd.gradgradcheck(lambda x, w: grouped_matmul(x, w, offsets), (x, weight))
+
+
+def test_transforms_differentiate_through_the_experts():
+    """Forward mode, by `torch.func` or by hand, and derivatives of derivatives."""
+    moe = experts()
+    x, along = torch.randn(2, 1, 5, 16, dtype=torch.float64)
+    names, given = zip(*moe.named_parameters(), strict=True)
+
+    def loss(x, *params):
+        y, aux = torch.func.functional_call(moe, dict(zip(names, params, strict=True)), (x,))
+        return y.sin().sum() + aux
+
+    everything = tuple(range(len(given) + 1))
+    tangents = along, *(torch.randn_like(p) for p in given)
+    leaves = [x.requires_grad_(), *given]
+    grads = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    turned = torch.autograd.grad(sum((g * t).sum() for g, t in zip(grads, tangents, strict=True)), leaves)
+    leaves = tuple(leaf.detach() for leaf in leaves)
+    expected = sum((g * t).sum() for g, t in zip(grads, tangents, strict=True))
+
+    torch.testing.assert_close(torch.func.grad(loss, everything)(*leaves), grads)
+    torch.testing.assert_close(torch.func.jvp(loss, leaves, tangents)[1], expected)
+    torch.testing.assert_close(torch.func.jvp(torch.func.grad(loss, everything), leaves, tangents)[1], turned)
+    with forward_ad.dual_level():
+        out = loss(*(forward_ad.make_dual(a, t) for a, t in zip(leaves, tangents, strict=True)))
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, expected)
 
 
 def test_half_precision_and_autocast_route_in_fp32():

@@ -5,9 +5,13 @@ Both return ``(y, aux)``: the output and a scalar to add to the training loss (`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from linnet.mixers.parts import matrix
 from linnet.ops.core import no_autocast
@@ -58,7 +62,7 @@ def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
 
 def _has_kernel(x: Tensor, y: Tensor) -> bool:
     # Every row of an operand has to start on a 16-byte boundary, whichever of its last two axes is the dense one.
-    aligned = all(n % 8 == 0 for t in (x, y) for n in t.stride()[-2:] if n != 1)
+    aligned = all(min(t.stride()[-2:]) == 1 and max(t.stride()[-2:]) % 8 == 0 for t in (x, y))
     return x.dtype == y.dtype == torch.bfloat16 and aligned and x.shape[0] > 0 and hasattr(F, "grouped_mm")
 
 
@@ -79,21 +83,54 @@ def _save(ctx, inputs, output) -> None:
 def _matmul_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, weight, offsets = ctx.saved_tensors
     grad = grad.contiguous()
-    grad_x = grouped_matmul(grad, weight.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
-    grad_weight = grouped_outer(x, grad, offsets) if ctx.needs_input_grad[1] else None
+    grad_x = _matmul(grad, weight.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
+    grad_weight = _outer(x, grad, offsets) if ctx.needs_input_grad[1] else None
     return grad_x, grad_weight, None
 
 
 def _outer_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, y, offsets = ctx.saved_tensors
     grad = grad.contiguous()
-    grad_x = grouped_matmul(y, grad.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
-    grad_y = grouped_matmul(x, grad, offsets) if ctx.needs_input_grad[1] else None
+    grad_x = _matmul(y, grad.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
+    grad_y = _matmul(x, grad, offsets) if ctx.needs_input_grad[1] else None
     return grad_x, grad_y, None
 
 
 grouped_matmul.register_autograd(_matmul_backward, setup_context=_save)
 grouped_outer.register_autograd(_outer_backward, setup_context=_save)
+
+
+def _with_tangents(op: Any, backward: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """``op``, linear in its first and in its second argument, also under ``torch.func`` and in forward mode, where an
+    op of ``torch.library`` has no gradient and leaves tangents out silently."""
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(op)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            return backward(ctx, grad)
+
+        @staticmethod
+        def jvp(ctx: Any, dx: Tensor, dy: Tensor, _: None) -> Tensor:
+            x, y, offsets = ctx.saved_tensors
+            return call(dx, y, offsets) + call(x, dy, offsets)
+
+    def call(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        return Transformed.apply(x, y, offsets) if transformed else op(x, y, offsets)  # type: ignore[return-value]
+
+    return call
+
+
+_matmul = _with_tangents(grouped_matmul, _matmul_backward)
+_outer = _with_tangents(grouped_outer, _outer_backward)
 
 
 class SwiGLU(nn.Module):
@@ -260,8 +297,8 @@ class MixtureOfExperts(nn.Module):
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else rows.dtype
         rows, gate, up, down = (t.to(dtype) for t in (rows, self.gate_proj, self.up_proj, self.down_proj))
-        hidden = F.silu(grouped_matmul(rows, gate, offsets)) * grouped_matmul(rows, up, offsets)
-        return grouped_matmul(hidden, down, offsets)
+        hidden = F.silu(_matmul(rows, gate, offsets)) * _matmul(rows, up, offsets)
+        return _matmul(hidden, down, offsets)
 
     @torch.no_grad()
     def balance(self) -> None:
