@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import linnet.ops
 from linnet.evaluation.linear_form import affine_steps, memory, with_memory
-from linnet.mixers import Mixer, build_mixer, mixers, parse_spec
+from linnet.mixers import Mixer, build_mixer, get_mixer, mixers, parse_spec
 from linnet.mixers.claims import randomize
 from linnet.ops import Segments, backend
 from linnet.ops.core import map_state, repeat_rows, select_rows, state_bytes, state_tensors
@@ -587,12 +588,29 @@ def test_bad_options(kind: type[Mixer]) -> None:
 def test_options_of_another_type_are_named(spec: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         build_mixer(spec, 32)
+    if isinstance(spec, str):
+        name, options = parse_spec(spec)
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            get_mixer(name)(32, **options)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("width", [0, -4, 32.0, True, "32", None])
 def test_bad_widths_are_named(width: Any) -> None:
-    with pytest.raises(ValueError, match=r"^d_model: expected an integer >= 1, got "):
-        build_mixer("gla", width)
+    for build in (partial(build_mixer, "gla"), get_mixer("gla")):
+        with pytest.raises(ValueError, match=r"^d_model: expected an integer >= 1, got "):
+            build(width)
+
+
+def test_a_constructor_takes_a_width_and_named_options() -> None:
+    gla: Any = get_mixer("gla")
+    assert gla(d_model=8, num_heads=2).d_model == 8
+    with pytest.raises(ValueError, match=r"^mixer 'gla': unknown option 'num_head'; .* 'num_heads'\?\)$"):
+        gla(8, num_head=2)
+    for call in (gla, partial(gla, num_heads=2)):
+        with pytest.raises(ValueError, match=r"^mixer 'gla': missing a required argument: 'd_model'"):
+            call()
+    with pytest.raises(ValueError, match=r"^mixer 'gla': too many positional arguments"):
+        gla(8, 2)
 
 
 def _out_of_range(name: str) -> Iterable[int]:

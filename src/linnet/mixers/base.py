@@ -10,7 +10,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -82,12 +82,14 @@ class Mixer(nn.Module):
 
 
 def register_mixer(name: str, card: Card) -> Callable[[type[M]], type[M]]:
-    """Class decorator: register a mixer under ``name``; this is what puts it under the contract suite."""
+    """Class decorator: register a mixer under ``name``; this is what puts it under the contract suite. Its constructor
+    then refuses unknown options and values of another type than annotated, with a ValueError that names the option."""
 
     def add(cls: type[M]) -> type[M]:
         if name in _mixers:
             raise ValueError(f"mixer {name!r} is already registered")
         cls.name, cls.card = name, card
+        cls.__init__ = _checked(cls.__init__, name)
         _mixers[name] = cls
         return cls
 
@@ -173,22 +175,41 @@ def _check_type(what: str, annotation: Any, value: Any) -> None:
         raise ValueError(f"{what}: expected {wanted}, got {value!r}")
 
 
+def _checked(init: Callable[..., None], name: str) -> Callable[..., None]:
+    """The constructor ``init`` of the mixer ``name``, behind a check of what it is given."""
+    signature = inspect.signature(init)
+    known = {p.name: p.annotation for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    choices = sorted(set(known) - {"layer", "num_layers"})
+
+    @wraps(init)
+    def checked(self: Mixer, *args: Any, **options: Any) -> None:
+        for key in options:
+            if key not in signature.parameters:
+                takes = f"it takes {', '.join(choices)}{hint(key, choices)}"
+                raise ValueError(f"mixer {name!r}: unknown option {key!r}; {takes}")
+        try:
+            given = signature.bind(self, *args, **options).arguments
+        except TypeError as error:  # no width, or options that are not named
+            raise ValueError(f"mixer {name!r}: {error}") from None
+        for key in given.keys() & known.keys():
+            _check_type(f"mixer {name!r}: option {key}", known[key], given[key])
+        d_model = given["d_model"]
+        if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
+            raise ValueError(f"d_model: expected an integer >= 1, got {d_model!r}")
+        init(self, *args, **options)
+
+    return checked
+
+
 def build_mixer(spec: str | Mapping[str, Any], d_model: int, *, layer: int = 0, num_layers: int = 1) -> Mixer:
-    """Construct the mixer that ``spec`` describes; unknown names and options raise a ValueError that lists the
-    known ones, as does an option of another type than its annotation. ``layer`` and ``num_layers`` reach only mixers
-    whose initialisation depends on depth."""
+    """Construct the mixer that ``spec`` describes. ``layer`` and ``num_layers`` reach only mixers whose initialisation
+    depends on depth.
+
+    Raises:
+        ValueError: an unknown name or option, with the known ones; an option of another type than annotated.
+    """
     name, options = parse_spec(spec)
     cls = get_mixer(name)
-    known = {p.name: p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    known = inspect.signature(cls).parameters
     depth = {key: value for key, value in (("layer", layer), ("num_layers", num_layers)) if key in known}
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        choices = sorted(set(known) - {"layer", "num_layers"})
-        raise ValueError(
-            f"mixer {name!r}: unknown option {unknown[0]!r}; it takes {', '.join(choices)}{hint(unknown[0], choices)}"
-        )
-    if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
-        raise ValueError(f"d_model: expected an integer >= 1, got {d_model!r}")
-    for key, value in options.items():
-        _check_type(f"mixer {name!r}: option {key}", known[key].annotation, value)
     return cls(d_model, **{**depth, **options})
