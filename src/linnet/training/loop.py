@@ -149,117 +149,208 @@ def train(
     out = Path(out)
     check_run_folder(out, resume)
     accelerator = make_accelerator(model, precision=config.precision, device=config.device)
-    main, parts = accelerator.is_main_process, accelerator.num_processes * config.accumulate
-    data.batch(0, 0, parts)  # complains before anything is written if the batch cannot be divided
-
-    torch.manual_seed(config.seed)
-    model.train()
-    model.gradient_checkpointing = config.gradient_checkpointing
-    if config.compile:
-        allow_graphs(len(model.layers))
-        for layer in model.layers:
-            layer.compile()
-    groups = parameter_groups(model, config.weight_decay, lr=config.lr)
-    shares = [group["lr"] / config.lr for group in groups]  # not from the optimiser: resuming fills in other rates
-    betas = config.beta1, config.beta2
-    optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=True)
-    objective, wrapped = accelerator.prepare(Objective(model), optimizer)
-
-    step, seconds, tokens = 0, 0.0, 0
+    main = accelerator.is_main_process
+    data.batch(0, 0, accelerator.num_processes * config.accumulate)  # complains before anything is written
+    run = _Run(model, data, config, out, accelerator, evaluate, extras, on_save)
     if resume:
-        trainer = load_checkpoint(checkpoints(out)[-1], accelerator, objective, wrapped.optimizer)
-        step, seconds, tokens = trainer["step"], trainer["seconds"], trainer["tokens"]
-        if step >= config.steps and (out / "model").is_dir():
-            raise ValueError(f"resume: the run in {out} has already finished its {config.steps} steps")
+        run.resume()
     new = not out.exists()
     if main and not resume:
         out.mkdir(parents=True, exist_ok=True)
         content = {"training": config.to_dict(), "model": model.config.to_dict(), **(settings or {})}
         (out / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    monitor = Monitor(out, steps=config.steps, start=step, console=console) if main else None
-    began, saved_at = time.monotonic(), step if resume else None
-
-    def result() -> TrainingResult:
-        records = [] if monitor is None else monitor.records
-        spent = seconds + time.monotonic() - began
-        return TrainingResult(out, step, step >= config.steps, spent, tokens, records, main)
-
-    def save() -> None:
-        nonlocal saved_at
-        if saved_at == step:
-            return
-        state = {"step": step, "seconds": result().seconds, "tokens": tokens, "position": data.position(step)}
-        folder = out / "checkpoints" / f"step-{step:08d}"
-        save_checkpoint(folder, accelerator, objective, wrapped.optimizer, model.config.to_dict(), state, extras)
-        saved_at = step
-        if main:
-            prune(out, config.keep_last)
-
-    def measure(final: bool) -> None:
-        if evaluate is None:
-            return
-        objective.eval()
-        with torch.no_grad():
-            shares = evaluate(objective, final=final, part=accelerator.process_index, parts=accelerator.num_processes)
-        objective.train()
-        values = torch.tensor(list(shares.values()), device=accelerator.device)
-        sums = dict(zip(shares, summed(accelerator, values).tolist(), strict=True))
-        if monitor is not None:
-            monitor.record(step, {f"held_out/{name}": value for name, value in sums.items()}, final=final)
-            shown = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in sums.items())
-            monitor.say(f"step {step}/{config.steps}  held out: {shown}")
-
-    def draw() -> None:
-        if monitor is not None and on_save is not None:
-            on_save(out, monitor.records)
-
+    if main:
+        run.monitor = Monitor(out, steps=config.steps, start=run.step, console=console)
     try:
-        stop = False
+        run.go()
+        return run.result()
+    finally:
+        if run.monitor is not None:
+            run.monitor.close()
+        release(accelerator)
+        if main and run.step == 0:  # no step came to its end: the same call, mended, finds its folder free
+            _take_back(out, new)
+
+
+class _Run:
+    """A run under way: what trains, what it trains on, and how far it is. See :func:`train` for the arguments."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        data: Batches,
+        config: TrainingConfig,
+        out: Path,
+        accelerator: Accelerator,
+        evaluate: Evaluate | None,
+        extras: Callable[[Path], None] | None,
+        on_save: Callable[[Path, Sequence[dict[str, Any]]], None] | None,
+    ):
+        self.model, self.data, self.config, self.out, self.accelerator = model, data, config, out, accelerator
+        self.evaluate, self.extras, self.on_save = evaluate, extras, on_save
+        self.monitor: Monitor | None = None  # of the main process
+        self.step, self.tokens = 0, 0
+        self.before, self.began = 0.0, time.monotonic()  # seconds of earlier sittings, start of this one
+        self.saved_at: int | None = None  # step of the latest checkpoint
+
+        torch.manual_seed(config.seed)
+        model.train()
+        model.gradient_checkpointing = config.gradient_checkpointing
+        if config.compile:
+            allow_graphs(len(model.layers))
+            for layer in model.layers:
+                layer.compile()
+        groups = parameter_groups(model, config.weight_decay, lr=config.lr)
+        self.shares = [group["lr"] / config.lr for group in groups]  # not kept by the optimiser: resuming overwrites it
+        betas = config.beta1, config.beta2
+        optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=True)
+        self.objective, self.optimizer = accelerator.prepare(Objective(model), optimizer)
+
+    def resume(self) -> None:
+        """Take up the latest checkpoint."""
+        latest = checkpoints(self.out)[-1]
+        trainer = load_checkpoint(latest, self.accelerator, self.objective, self.optimizer.optimizer)
+        self.step, self.before, self.tokens = trainer["step"], trainer["seconds"], trainer["tokens"]
+        self.saved_at = self.step
+        if self.step >= self.config.steps and (self.out / "model").is_dir():
+            raise ValueError(f"resume: the run in {self.out} has already finished its {self.config.steps} steps")
+
+    def go(self) -> None:
+        """Train to the last step, or until stopped, and save."""
+        config, accelerator, stop = self.config, self.accelerator, False
+        self.began = time.monotonic()
         window = _Window(accelerator)
         with stop_signals() as received:
-            while step < config.steps and not stop:
-                rate = learning_rate(step, config)
-                rates = [rate * share for share in shares]
-                loss, norm, read = _step(step, data, accelerator, objective, wrapped, rates, config)
+            while self.step < config.steps and not stop:
+                rate = learning_rate(self.step, config)
+                loss, norm, read = self.update(rate)
                 window.add(loss, norm, read)
-                step += 1
 
-                evaluating, saving = (step % config.every(f"{x}_every") == 0 for x in ("evaluate", "save"))
-                due = step % config.log_every == 0 or step == config.steps or evaluating or saving
+                evaluating, saving = (self.step % config.every(f"{x}_every") == 0 for x in ("evaluate", "save"))
+                due = self.step % config.log_every == 0 or self.step == config.steps or evaluating or saving
                 if due or accelerator.num_processes == 1:
-                    late = config.minutes is not None and time.monotonic() - began > 60 * config.minutes
+                    late = config.minutes is not None and time.monotonic() - self.began > 60 * config.minutes
                     stop = any_process(accelerator, bool(received) or late)
                 if accelerator.device.type == "cpu" or due or stop:
-                    _check_finite(loss, norm, step, accelerator, saved_at, out)
+                    self.check_finite(loss, norm)
                 if not (due or stop):
                     continue
-                metrics, done = window.close()
-                tokens += done
-                if monitor is not None:
-                    _log(monitor, step, {**metrics, "train/lr": rate}, tokens, model, data)
-                if step < config.steps and not stop:
+                self.log(window, rate)
+                if self.step < config.steps and not stop:
                     if evaluating:
-                        measure(final=False)
+                        self.measure(final=False)
                     if saving:
                         try:
-                            save()
+                            self.save()
                         except OSError as error:  # costs this checkpoint, not the run: the old one is still there
-                            if monitor is not None:
-                                monitor.say(f"[bold red]checkpoint not saved[/]: {error}")
-                        draw()
+                            if self.monitor is not None:
+                                self.monitor.say(f"[bold red]checkpoint not saved[/]: {error}")
+                        self.draw()
                 window = _Window(accelerator)
-        save()
-        if step >= config.steps:
-            save_model(out / "model", accelerator, objective, model.config.to_dict(), extras)
-            measure(final=True)
-        draw()
-        return result()
-    finally:
-        if monitor is not None:
-            monitor.close()
-        release(accelerator)
-        if main and step == 0:  # no step came to its end: the same call, mended, finds its folder free
-            _take_back(out, new)
+        self.save()
+        if self.step >= config.steps:
+            save_model(self.out / "model", accelerator, self.objective, self.model.config.to_dict(), self.extras)
+            self.measure(final=True)
+        self.draw()
+
+    def update(self, rate: float) -> tuple[Tensor, Tensor, int]:
+        """One step at the rate ``rate``. Returns this process's part of the mean loss, the gradient norm before
+        clipping, and this process's number of tokens, scored or not."""
+        config, accelerator, objective = self.config, self.accelerator, self.objective
+        first, parts = accelerator.process_index * config.accumulate, accelerator.num_processes * config.accumulate
+        batches = [self.data.batch(self.step, first + i, parts) for i in range(config.accumulate)]
+        own = sum(batch.count for batch in batches)
+        total = summed(accelerator, torch.tensor(own, device=accelerator.device))
+        for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+            group["lr"] = rate * share
+        mean = torch.zeros((), device=accelerator.device)
+        for i, batch in enumerate(batches):
+            batch = batch.to(accelerator.device)
+            last = i == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(objective):
+                # Each micro-batch gives a mean over its own tokens; weighted like this they add up to the mean over
+                # all. Gradients are averaged over processes, hence the factor.
+                loss = objective(batch.tokens, batch.targets, batch.segments) * (batch.count / total)
+                accelerator.backward(loss * accelerator.num_processes)
+            mean += loss.detach()
+        norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)
+        assert norm is not None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for module in objective.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.balance()
+        self.step += 1
+        return mean, norm, sum(batch.targets.numel() for batch in batches)
+
+    def check_finite(self, loss: Tensor, norm: Tensor) -> None:
+        """Raise :class:`TrainingDiverged` in every process where one of them has a loss that is not finite."""
+        # With loss scaling an infinite gradient is part of the game: the scaler skips that update.
+        scaled = self.accelerator.scaler is not None
+        bad = not math.isfinite(float(loss)) or not (scaled or math.isfinite(float(norm)))
+        if any_process(self.accelerator, bad):
+            kept = f"the checkpoint of step {self.saved_at} is in {self.out}"
+            raise TrainingDiverged(
+                f"training diverged: loss {float(loss):g}, gradient norm {float(norm):g} at step {self.step}; "
+                f"{'there is no checkpoint yet' if self.saved_at is None else kept}. "
+                "Try a lower learning rate, a longer warm-up or tighter clipping"
+            )
+
+    def log(self, window: _Window, rate: float) -> None:
+        """Record and show the metrics of the steps in ``window``."""
+        metrics, tokens = window.close()
+        self.tokens += tokens
+        if self.monitor is None:
+            return
+        metrics["train/lr"] = rate
+        if self.data.bytes_per_token is not None:
+            metrics["train/bits_per_byte"] = metrics["train/loss"] / math.log(2) / self.data.bytes_per_token
+        metrics |= {f"router/{name}": value for name, value in self.model.router_statistics().items()}
+        self.monitor.record(self.step, metrics, tokens=self.tokens)
+        self.monitor.show(self.step, metrics)
+
+    def measure(self, final: bool) -> None:
+        """Record the held-out metrics."""
+        if self.evaluate is None:
+            return
+        accelerator = self.accelerator
+        part, parts = accelerator.process_index, accelerator.num_processes
+        self.objective.eval()
+        with torch.no_grad():
+            shares = self.evaluate(self.objective, final=final, part=part, parts=parts)
+        self.objective.train()
+        values = torch.tensor(list(shares.values()), device=accelerator.device)
+        sums = dict(zip(shares, summed(accelerator, values).tolist(), strict=True))
+        if self.monitor is not None:
+            self.monitor.record(self.step, {f"held_out/{name}": value for name, value in sums.items()}, final=final)
+            shown = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in sums.items())
+            self.monitor.say(f"step {self.step}/{self.config.steps}  held out: {shown}")
+
+    def save(self) -> None:
+        """Write the checkpoint of this step, unless it is there."""
+        if self.saved_at == self.step:
+            return
+        position = self.data.position(self.step)
+        state = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "position": position}
+        folder, config = self.out / "checkpoints" / f"step-{self.step:08d}", self.model.config.to_dict()
+        save_checkpoint(folder, self.accelerator, self.objective, self.optimizer.optimizer, config, state, self.extras)
+        self.saved_at = self.step
+        if self.accelerator.is_main_process:
+            prune(self.out, self.config.keep_last)
+
+    def draw(self) -> None:
+        if self.monitor is not None and self.on_save is not None:
+            self.on_save(self.out, self.monitor.records)
+
+    @property
+    def seconds(self) -> float:
+        """Time in the loop, over all sittings."""
+        return self.before + time.monotonic() - self.began
+
+    def result(self) -> TrainingResult:
+        finished, records = self.step >= self.config.steps, [] if self.monitor is None else self.monitor.records
+        main = self.accelerator.is_main_process
+        return TrainingResult(self.out, self.step, finished, self.seconds, self.tokens, records, main)
 
 
 def _take_back(out: Path, new: bool) -> None:
@@ -270,43 +361,6 @@ def _take_back(out: Path, new: bool) -> None:
     if new:
         with suppress(OSError):
             out.rmdir()
-
-
-def _step(
-    step: int,
-    data: Batches,
-    accelerator: Accelerator,
-    objective: nn.Module,
-    optimizer: Any,
-    rates: Sequence[float],
-    config: TrainingConfig,
-) -> tuple[Tensor, Tensor, int]:
-    """One update. Returns this process's part of the mean loss, the gradient norm before clipping, and this process's
-    number of tokens, scored or not."""
-    first, parts = accelerator.process_index * config.accumulate, accelerator.num_processes * config.accumulate
-    batches = [data.batch(step, first + i, parts) for i in range(config.accumulate)]
-    own = sum(batch.count for batch in batches)
-    total = summed(accelerator, torch.tensor(own, device=accelerator.device))
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    mean = torch.zeros((), device=accelerator.device)
-    for i, batch in enumerate(batches):
-        batch = batch.to(accelerator.device)
-        last = i == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(objective):
-            # Each micro-batch gives a mean over its own tokens; weighted like this they add up to the mean over all.
-            # Gradients are averaged over processes, hence the factor.
-            loss = objective(batch.tokens, batch.targets, batch.segments) * (batch.count / total)
-            accelerator.backward(loss * accelerator.num_processes)
-        mean += loss.detach()
-    norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)
-    assert norm is not None
-    optimizer.step()
-    optimizer.zero_grad()
-    for module in objective.modules():
-        if isinstance(module, MixtureOfExperts):
-            module.balance()
-    return mean, norm, sum(batch.targets.numel() for batch in batches)
 
 
 class _Window:
@@ -336,27 +390,6 @@ class _Window:
         if self.accelerator.device.type == "cuda":
             metrics["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return metrics, int(tokens)
-
-
-def _log(monitor: Monitor, step: int, metrics: dict[str, float], tokens: int, model: Decoder, data: Batches) -> None:
-    if data.bytes_per_token is not None:
-        metrics["train/bits_per_byte"] = metrics["train/loss"] / math.log(2) / data.bytes_per_token
-    metrics |= {f"router/{name}": value for name, value in model.router_statistics().items()}
-    monitor.record(step, metrics, tokens=tokens)
-    monitor.show(step, metrics)
-
-
-def _check_finite(
-    loss: Tensor, norm: Tensor, step: int, accelerator: Accelerator, saved_at: int | None, out: Path
-) -> None:
-    # With loss scaling an infinite gradient is part of the game: the scaler skips that update.
-    bad = not math.isfinite(float(loss)) or (accelerator.scaler is None and not math.isfinite(float(norm)))
-    if any_process(accelerator, bad):
-        kept = "there is no checkpoint yet" if saved_at is None else f"the checkpoint of step {saved_at} is in {out}"
-        raise TrainingDiverged(
-            f"training diverged: loss {float(loss):g}, gradient norm {float(norm):g} at step {step}; {kept}. "
-            "Try a lower learning rate, a longer warm-up or tighter clipping"
-        )
 
 
 def check_run_folder(out: Path, resume: bool) -> None:
