@@ -17,12 +17,12 @@ def _tiny_models(one_thread):
     """All tests of this folder take one thread."""
 
 
-def make_data(packing="concatenate"):
+def make_data(packing="concatenate", batch_tokens=128):
     rng = np.random.default_rng(0)
     words = [b"alpha ", b"beta ", b"gamma ", b"delta\n"]
     documents = [b"".join(words[i] for i in rng.integers(0, 4, rng.integers(3, 40))) for _ in range(60)]
     corpus = Corpus("made up", documents[:50], documents[50:])
-    return TextData(corpus, ByteTokenizer(), context=16, batch_tokens=128, packing=packing)
+    return TextData(corpus, ByteTokenizer(), context=16, batch_tokens=batch_tokens, packing=packing)
 
 
 def make_model(**options):

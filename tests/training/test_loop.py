@@ -136,6 +136,15 @@ class TestTraining:
             moved = layer.mlp.router_bias.abs() / 0.01
             assert moved.sum() > 0 and all(round(float(x), 3) in (0, 1, 2) for x in moved)
 
+    def test_settings_that_cannot_do_what_they_say_are_printed(self, run):
+        run(steps=2, warmup_steps=2)
+        assert "Note" not in run.text.getvalue()
+        other = run.at("other")(steps=2, warmup_steps=8, data=make_data(batch_tokens=2**14))
+        notes = [line for line in other.text.getvalue().splitlines() if line.startswith("Note: ")]
+        assert [line.split(":")[1] for line in notes] == [" warmup_steps (--warmup)", " data"]
+        assert "8 are more than the 2 steps of the run, whose rate ends at 25% of its peak" in notes[0]
+        assert "the batch of one step is larger than the training data" in notes[1]
+
     def test_clipping_bounds_the_update(self, run):
         run(steps=2, clip=1e-3)
         assert run.result.records[0]["train/grad_norm"] > 0.1  # as it was before

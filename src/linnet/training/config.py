@@ -24,7 +24,7 @@ class TrainingConfig:
         lr: peak learning rate. Parameters that their mixer has learn at a lower one (``max_learning_rate``: steps and
             poles of state-space layers) follow the same schedule up to that.
         schedule: "cosine", "wsd" (warm-up, stable, decay) or "constant"; see :func:`linnet.training.learning_rate`.
-        warmup_steps: steps over which the rate grows linearly from 0.
+        warmup_steps: steps over which the rate grows linearly from 0. A shorter run ends below the peak.
         final_lr: rate at the last step, as a share of the peak.
         decay_share: share of the steps over which "wsd" decays.
         weight_decay: of AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101), on matrices only.
@@ -37,7 +37,8 @@ class TrainingConfig:
         seed: of everything random in the loop.
         device: "auto" (the GPU of this process if there is one) or "cpu".
         log_every: steps between two lines of metrics.
-        evaluate_every, save_every: steps between evaluations and between checkpoints; 0 is a tenth of the run.
+        evaluate_every, save_every: steps between evaluations and between checkpoints; 0 is a tenth of the run. Both
+            are also done after the last step, so that more than ``steps`` is once, at the end.
         keep_last: checkpoints to keep.
         minutes: stop, as on Ctrl-C, when the run has taken this long (in one sitting).
     """

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,8 @@ def train(
 
     The folder holds ``run.json`` (settings), ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end,
     ``model/``. On Ctrl-C or SIGTERM a checkpoint is written after the current step; ``resume=True`` goes on from the
-    latest one, on a CPU with bitwise the same losses.
+    latest one, on a CPU with bitwise the same losses. A note is printed for settings that cannot do what they say, as a
+    warm-up longer than the run.
 
     Run under `accelerate launch` it uses all its processes, with weights replicated or, with
     `--use_fsdp --fsdp_version 2`, sharded.
@@ -161,6 +162,8 @@ def train(
         (out / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if main:
         run.monitor = Monitor(out, steps=config.steps, start=run.step, console=console)
+        for doubt in _doubts(config, data):
+            run.monitor.say(f"[yellow]Note:[/] {doubt}")
     try:
         run.go()
         return run.result()
@@ -170,6 +173,21 @@ def train(
         release(accelerator)
         if main and run.step == 0:  # no step came to its end: the same call, mended, finds its folder free
             _take_back(out, new)
+
+
+def _doubts(config: TrainingConfig, data: Batches) -> Iterator[str]:
+    """Settings that do not do what they say, though a run with them may be wanted."""
+    if config.warmup_steps > config.steps:
+        reached = learning_rate(config.steps - 1, config) / config.lr
+        yield (
+            f"warmup_steps (--warmup): {config.warmup_steps} are more than the {config.steps} steps of the run, "
+            f"whose rate ends at {reached:.0%} of its peak"
+        )
+    if data.position(1) > (1, 0):
+        yield (
+            "data: the batch of one step is larger than the training data, so that it holds some of it more than once; "
+            "use smaller batches (--batch-size) or more data"
+        )
 
 
 class _Run:
