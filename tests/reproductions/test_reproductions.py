@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from linnet.reproductions import Bar, Experiment, kimi_tasks, reproduce, reproductions, s5
-from linnet.reproductions.tfla import gains, half_gain
+from linnet.reproductions.tfla import expected_half_gain, gains, half_gain
 from linnet.training import Cell
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +111,7 @@ def test_transfer_behaviour() -> None:
     for found in (fine, coarse):
         for a, b in zip(*found.values(), strict=True):
             assert a == pytest.approx(b, abs=0.03)
+    assert half_gain(fine["exponential gate"]) == pytest.approx(expected_half_gain(1e-6), abs=0.3)
     shift = half_gain(coarse["sigmoid gate"]) - half_gain(fine["sigmoid gate"])
     assert shift == pytest.approx(math.log(100), rel=0.1)
 
