@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from linnet.training import Cell
+
 from .base import Bar, Experiment, Outcome, by_test, mean_accuracy, register_reproduction
 
 HEAD = "num_heads=2, head_dim=16, conv_size=0"
@@ -12,6 +16,27 @@ FAMILY = {
     "gated_deltanet": f"gated_deltanet({HEAD}, expand_v=1.0)",
     "kda": f"kda({HEAD})",
 }
+
+
+def overwriting(
+    experiment: Experiment, labels: Mapping[str, str], steps: int
+) -> tuple[list[Cell], dict[str, list[tuple[float, float]]]]:
+    """Recall of the latest of several values under a key, learned with 32 writes and tested with 16, 32 and 64: the
+    cells and, by label, the curves over the writes."""
+    lengths = {"16": 24, "32": 40, "64": 72}
+    cells = experiment.compare(
+        "overwrite",
+        task="recall",
+        mixers=list(labels),
+        seeds=1,
+        layers=1,
+        length=40,
+        tests={name: ("recall", length) for name, length in lengths.items()},
+        model={"mlp": "none"},
+        batch_size=64,
+        training={"steps": steps, "lr": 5e-3},
+    )
+    return cells, by_test(cells, labels, {name: float(name) for name in lengths})
 
 
 @register_reproduction(
@@ -30,19 +55,7 @@ FAMILY = {
 def run(experiment: Experiment) -> Outcome:
     labels = {LINEAR: "linear attention", DELTA: "deltanet", GATE: "gla"}
     labels |= {spec: name for name, spec in FAMILY.items() if experiment.has(name)}
-    lengths = {"16": 24, "32": 40, "64": 72}
-    cells = experiment.compare(
-        "overwrite",
-        task="recall",
-        mixers=list(labels),
-        seeds=1,
-        layers=1,
-        length=40,
-        tests={name: ("recall", length) for name, length in lengths.items()},
-        model={"mlp": "none"},
-        batch_size=64,
-        training={"steps": 300, "lr": 5e-3},
-    )
+    cells, curves = overwriting(experiment, labels, steps=300)
     scale = "MAD in-context recall"
     known = {LINEAR: f"{scale} 91.0 %", DELTA: f"{scale} 100 %", GATE: f"{scale} 80.8 %"}
     bars = []
@@ -50,5 +63,4 @@ def run(experiment: Experiment) -> Outcome:
         low, high = (None, 0.5) if mixer == LINEAR else (None, None) if mixer == GATE else (0.99, None)
         reached = mean_accuracy(cells, mixer, "32")
         bars.append(Bar(f"recall after 32 writes, {label}", reached, low, high, published=known.get(mixer, "")))
-    places = {name: float(name) for name in lengths}
-    return Outcome(bars, by_test(cells, labels, places), x="writes (trained with 32)", y="recall of the latest value")
+    return Outcome(bars, curves, x="writes (trained with 32)", y="recall of the latest value")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .base import Bar, Experiment, Outcome, by_test, mean_accuracy, register_reproduction
-from .deltanet import LINEAR
+from .base import Bar, Experiment, Outcome, mean_accuracy, register_reproduction
+from .deltanet import LINEAR, overwriting
 
 SHAPE = "num_heads=2, head_dim=16, conv_size=0"
 LABELS = {
@@ -27,24 +27,11 @@ LABELS = {
     needs=("gated_deltanet2", "kda", "linear_attention"),
 )
 def run(experiment: Experiment) -> Outcome:
-    lengths = {"16": 24, "32": 40, "64": 72}
-    cells = experiment.compare(
-        "overwrite",
-        task="recall",
-        mixers=list(LABELS),
-        seeds=1,
-        layers=1,
-        length=40,
-        tests={name: ("recall", length) for name, length in lengths.items()},
-        model={"mlp": "none"},
-        batch_size=64,
-        training={"steps": 200, "lr": 5e-3},
-    )
+    cells, curves = overwriting(experiment, LABELS, steps=200)
     linear, tied, separate = (mean_accuracy(cells, mixer, "32") for mixer in LABELS)
     bars = [
         Bar("recall after 32 writes, separate gates", separate, 0.99, published="as KDA or better"),
         Bar("separate gates less tied ones (KDA)", separate - tied, -0.01, published="at least 0"),
         Bar("recall after 32 writes, linear attention", linear, at_most=0.5),
     ]
-    places = {name: float(name) for name in lengths}
-    return Outcome(bars, by_test(cells, LABELS, places), x="writes (trained with 32)", y="recall of the latest value")
+    return Outcome(bars, curves, x="writes (trained with 32)", y="recall of the latest value")
