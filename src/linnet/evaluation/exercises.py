@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from linnet.mixers import parse_spec
-from linnet.ops.core import hint
+from linnet.ops.core import check_names
 from linnet.tasks import (
     Corpus,
     Task,
@@ -173,10 +173,5 @@ def build_exercise(spec: str) -> Exercise:
     if name != "text":
         task = build_task(spec)
         return DrawnExercise(task) if task.drawn else TaskExercise(task)
-    known = ("data", "tokenizer", "held_out", "max_bytes")
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"task 'text': unknown option {unknown[0]!r}; it takes {', '.join(known)}{hint(unknown[0], known)}"
-        )
+    check_names("task 'text'", "option", options, ("data", "tokenizer", "held_out", "max_bytes"))
     return TextExercise(**options)

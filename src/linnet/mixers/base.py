@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import math
-import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from linnet.ops.core import Identity, Segments, check_choice, hint
+from linnet.ops.core import Identity, Segments, check_choice, check_names, import_modules
 
 __all__ = ["Card", "Mixer", "build_mixer", "get_mixer", "mixers", "parse_spec", "register_mixer", "split_specs"]
 
@@ -96,17 +94,9 @@ def register_mixer(name: str, card: Card) -> Callable[[type[M]], type[M]]:
     return add
 
 
-@cache
-def _load_all() -> None:
-    import linnet.mixers
-
-    for module in pkgutil.iter_modules(linnet.mixers.__path__):
-        importlib.import_module(f"linnet.mixers.{module.name}")
-
-
 def mixers() -> dict[str, type[Mixer]]:
     """All registered mixers by name."""
-    _load_all()
+    import_modules("linnet.mixers")
     return dict(sorted(_mixers.items()))
 
 
@@ -183,10 +173,7 @@ def _checked(init: Callable[..., None], name: str) -> Callable[..., None]:
 
     @wraps(init)
     def checked(self: Mixer, *args: Any, **options: Any) -> None:
-        for key in options:
-            if key not in signature.parameters:
-                takes = f"it takes {', '.join(choices)}{hint(key, choices)}"
-                raise ValueError(f"mixer {name!r}: unknown option {key!r}; {takes}")
+        check_names(f"mixer {name!r}", "option", [key for key in options if key not in signature.parameters], choices)
         try:
             given = signature.bind(self, *args, **options).arguments
         except TypeError as error:  # no width, or options that are not named

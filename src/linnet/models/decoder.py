@@ -18,7 +18,7 @@ from linnet.mixers import Mixer, build_mixer
 from linnet.mixers.base import parse_spec
 from linnet.mixers.parts import soft_cap
 from linnet.ops import Segments
-from linnet.ops.core import check_segments, hint
+from linnet.ops.core import check_names, check_segments
 
 from .io import atomic_folder, read_checkpoint, write_checkpoint
 from .mlp import GeGLU, MixtureOfExperts, SwiGLU, at_least_fp32
@@ -198,10 +198,7 @@ class DecoderConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> DecoderConfig:
         """The config with these fields; unknown and missing ones raise a ValueError that lists the known ones."""
         fields = dataclasses.fields(cls)
-        known = [field.name for field in fields]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"config: unknown field {name!r}; it takes {', '.join(known)}{hint(name, known)}")
+        check_names("config", "field", values, [field.name for field in fields])
         for field in fields:
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise ValueError(f"config: the field {field.name!r} is missing")

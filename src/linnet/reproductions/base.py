@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import pkgutil
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +19,7 @@ from rich.console import Console
 import linnet
 from linnet.evaluation import plot_curves
 from linnet.mixers import mixers
-from linnet.ops.core import check_choice
+from linnet.ops.core import check_choice, import_modules
 from linnet.training import Cell, Comparison, compare
 
 __all__ = ["Bar", "Experiment", "Outcome", "Reproduction", "register_reproduction", "reproduce", "reproductions"]
@@ -165,17 +162,9 @@ def register_reproduction(
     return add
 
 
-@cache
-def _load_all() -> None:
-    import linnet.reproductions
-
-    for module in pkgutil.iter_modules(linnet.reproductions.__path__):
-        importlib.import_module(f"linnet.reproductions.{module.name}")
-
-
 def reproductions(*, missing: bool = False) -> dict[str, Reproduction]:
     """All reproductions by name whose mixers are registered; with ``missing`` the others too."""
-    _load_all()
+    import_modules("linnet.reproductions")
     known = set(mixers())
     return {name: r for name, r in sorted(_reproductions.items()) if missing or set(r.needs) <= known}
 

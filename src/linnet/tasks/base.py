@@ -6,11 +6,8 @@ downloaded and nothing is stored: a row is drawn when it is needed.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linnet.mixers import parse_spec
-from linnet.ops.core import check_choice, hint
+from linnet.ops.core import check_choice, check_names, import_modules
 
 from .text import Batch
 
@@ -110,17 +107,9 @@ def register_task(name: str, source: str) -> Callable[[type[T]], type[T]]:
     return add
 
 
-@cache
-def _load_all() -> None:
-    import linnet.tasks
-
-    for module in pkgutil.iter_modules(linnet.tasks.__path__):
-        importlib.import_module(f"linnet.tasks.{module.name}")
-
-
 def tasks() -> dict[str, type[Task]]:
     """All registered tasks by name."""
-    _load_all()
+    import_modules("linnet.tasks")
     return dict(sorted(_tasks.items()))
 
 
@@ -140,10 +129,7 @@ def build_task(spec: str | Mapping[str, Any]) -> Task:
     name, options = parse_spec(spec, "task")
     cls = get_task(name)
     known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        takes = f"{', '.join(known) or 'none'}{hint(unknown[0], known)}"
-        raise ValueError(f"task {name!r}: unknown option {unknown[0]!r}; it takes {takes}")
+    check_names(f"task {name!r}", "option", options, known)
     return cls(**options)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from linnet.ops.core import check_choice, hint
+from linnet.ops.core import check_choice, check_names
 
 __all__ = ["TrainingConfig"]
 
@@ -98,7 +98,5 @@ class TrainingConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
         """The settings with these fields; an unknown one raises a ValueError that lists the known ones."""
         known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"training: unknown setting {name!r}; it takes {', '.join(known)}{hint(name, known)}")
+        check_names("training", "setting", values, known)
         return cls(**values)

@@ -6,6 +6,7 @@ from .checks import (
     check_chunk_size,
     check_floating,
     check_log_decay,
+    check_names,
     check_not_negative,
     check_number,
     check_segments,
@@ -15,7 +16,19 @@ from .checks import (
     value_checks,
 )
 from .differentiable import differentiable, once
-from .registry import BACKENDS, Case, Cost, Identity, Op, backend, get_op, ops, register_op, resolve_backend
+from .registry import (
+    BACKENDS,
+    Case,
+    Cost,
+    Identity,
+    Op,
+    backend,
+    get_op,
+    import_modules,
+    ops,
+    register_op,
+    resolve_backend,
+)
 from .segments import Segments, chunk_table, uploaded
 from .state import (
     detach,
@@ -44,6 +57,7 @@ __all__ = [
     "check_chunk_size",
     "check_floating",
     "check_log_decay",
+    "check_names",
     "check_not_negative",
     "check_number",
     "check_segments",
@@ -54,6 +68,7 @@ __all__ = [
     "following",
     "get_op",
     "hint",
+    "import_modules",
     "join_rows",
     "map_state",
     "named_tensors",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
 from typing import Any
@@ -20,6 +20,7 @@ __all__ = [
     "check_chunk_size",
     "check_floating",
     "check_log_decay",
+    "check_names",
     "check_not_negative",
     "check_number",
     "check_segments",
@@ -52,6 +53,18 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}{hint(value, choices)}")
+
+
+def check_names(where: str, kind: str, names: Iterable[object], known: Collection[str]) -> None:
+    """``names`` of the ``kind`` "option", "field" and so on must be among those that ``where`` takes.
+
+    Raises:
+        ValueError: one is not; begins with ``where``, lists the known ones, and says which one is near.
+    """
+    for name in names:
+        if name not in known:
+            takes = f"{', '.join(known) or 'none'}{hint(name, known)}"
+            raise ValueError(f"{where}: unknown {kind} {name!r}; it takes {takes}")
 
 
 class Shapes:

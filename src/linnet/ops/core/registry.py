@@ -7,10 +7,12 @@ An op is registered once, with sample inputs. Registration is what puts it under
 from __future__ import annotations
 
 import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -19,7 +21,19 @@ from torch import Tensor
 
 from .checks import check_choice
 
-__all__ = ["BACKENDS", "Case", "Cost", "Identity", "Op", "backend", "get_op", "ops", "register_op", "resolve_backend"]
+__all__ = [
+    "BACKENDS",
+    "Case",
+    "Cost",
+    "Identity",
+    "Op",
+    "backend",
+    "get_op",
+    "import_modules",
+    "ops",
+    "register_op",
+    "resolve_backend",
+]
 
 BACKENDS = ("reference", "chunked", "triton")
 """The ways to run an op, the plainest first."""
@@ -89,6 +103,13 @@ class Op:
     fixed_state: bool = True
     constants: tuple[str, ...] = ()
     identities: tuple[Identity, ...] = field(default=())
+
+
+@cache
+def import_modules(package: str) -> None:
+    """Import every module of ``package``, for what registers itself there."""
+    for module in pkgutil.iter_modules(import_module(package).__path__):
+        import_module(f"{package}.{module.name}")
 
 
 def register_op(op: Op) -> Op:
