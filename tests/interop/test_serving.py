@@ -188,6 +188,7 @@ def test_many_clients_of_all_kinds_at_once(served):
         ({"model": "tiny", "seed": 1.5}, 400, "seed"),
         ({"model": "tiny", "stream": "yes"}, 400, "stream: expected bool"),
         ({"model": "tiny", "logprobs": 3}, 400, "logprobs: not supported"),
+        ({"model": "tiny", "user": "me", "temperatur": 0}, 400, "temperatur: unknown; takes max_tokens, model, n"),
         (b" " * 2_000_000, 413, "larger than 1048576 bytes"),
     ],
 )

@@ -21,11 +21,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from linnet.ops.core import hint
+
 from .batching import Busy, Engine, Event, Job, Stopped
 
 __all__ = ["make_app"]
 
-# What a request may hold beside what is read below: accepted only where it changes nothing.
+# What a request may hold beside what is read: accepted only where it changes nothing.
 _NEUTRAL = {
     "best_of": (None, 1),
     "echo": (None, False),
@@ -35,6 +37,7 @@ _NEUTRAL = {
     "presence_penalty": (None, 0),
     "suffix": (None, ""),
 }
+# What is read, and the label of a user, which changes nothing whatever it is.
 _READ = (
     "max_tokens",
     "model",
@@ -47,6 +50,7 @@ _READ = (
     "temperature",
     "top_k",
     "top_p",
+    "user",
 )
 _MOST_CHOICES = 16
 
@@ -247,6 +251,8 @@ class _Endpoint:
         for key, value in body.items():
             if key in _NEUTRAL and value not in _NEUTRAL[key]:
                 raise Refused(400, f"{key}: not supported, got {value!r}", key, "unsupported")
+            if key not in _NEUTRAL and key not in _READ:
+                raise Refused(400, f"{key}: unknown; takes {', '.join(_READ)}{hint(key, _READ)}", key, "unsupported")
         limits = self.engine.limits
         prompts = self._prompts(body.get("prompt"))
         n = _number(body, "n", 1, 1, _MOST_CHOICES, whole=True)
