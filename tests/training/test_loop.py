@@ -253,8 +253,10 @@ class TestNothingIsLost:
         assert not run.out.exists()
 
     def test_keeps_the_last_checkpoints(self, run):
-        run(steps=10, save_every=2, keep_last=3)
+        killed = run.out / "checkpoints" / ".step-00000003.partial"  # in the middle of a save
+        run(steps=10, save_every=2, keep_last=3, data=Spy(lambda: killed.mkdir(parents=True), at=2))
         assert [p.name for p in checkpoints(run.out)] == [f"step-{i:08d}" for i in (6, 8, 10)]
+        assert not killed.exists()
 
     @pytest.mark.parametrize("where", ["weights", "optimizer", "rng"])
     def test_a_full_disk_costs_one_checkpoint(self, run, monkeypatch, where):

@@ -224,8 +224,8 @@ def load_checkpoint(
 
 
 def prune(run: Path, keep_last: int) -> None:
-    """Delete all but the newest checkpoints of a run, and left-overs of interrupted saves."""
-    for folder in checkpoints(run)[:-keep_last]:
+    """Delete all but the newest checkpoints of a run, and left-overs of interrupted saves. No save may be under way."""
+    for folder in (*checkpoints(run)[:-keep_last], *Path(run, "checkpoints").glob(".step-*.partial")):
         shutil.rmtree(folder, ignore_errors=True)
 
 
