@@ -20,6 +20,7 @@ __all__ = ["GRU", "LSTM", "RNN"]
 class _Recurrent(nn.Module):
     """What the three have in common; their parameters have the names and shapes of ``torch.nn``."""
 
+    kind: str  # of cell of :func:`linnet.ops.cell`
     gates = 1
     has_cell = False
 
@@ -78,11 +79,6 @@ class _Recurrent(nn.Module):
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the weights need no particular place in memory."""
-
-    @property
-    def kind(self) -> str:
-        """The kind of cell of :func:`linnet.ops.cell`."""
-        raise NotImplementedError
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """As in ``torch.nn``: ``output, h_n`` (LSTM: ``output, (h_n, c_n)``) from ``[T, B, input_size]``
@@ -226,14 +222,10 @@ class RNN(_Recurrent):
     ):
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
-        self._kind = nonlinearity
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, heads, device, dtype
         )
-
-    @property
-    def kind(self) -> str:
-        return self._kind
+        self.kind = self.nonlinearity = nonlinearity
 
 
 class LSTM(_Recurrent):
@@ -248,6 +240,7 @@ class LSTM(_Recurrent):
         ValueError: naming the argument, for options out of range and inputs of the wrong shape.
     """
 
+    kind = "lstm"
     gates = 4
     has_cell = True
 
@@ -280,10 +273,6 @@ class LSTM(_Recurrent):
             dtype,
         )
 
-    @property
-    def kind(self) -> str:
-        return "lstm"
-
 
 class GRU(_Recurrent):
     """``torch.nn.GRU`` on the cell engine.
@@ -297,6 +286,7 @@ class GRU(_Recurrent):
         ValueError: naming the argument, for options out of range and inputs of the wrong shape.
     """
 
+    kind = "gru"
     gates = 3
 
     def __init__(
@@ -316,7 +306,3 @@ class GRU(_Recurrent):
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, heads, device, dtype
         )
-
-    @property
-    def kind(self) -> str:
-        return "gru"

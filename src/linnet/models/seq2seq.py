@@ -53,10 +53,9 @@ class Seq2Seq(nn.Module):
         super().__init__()
         self.config, self.reverse_source = config, reverse_source
         self.encoder = Encoder(config, bidirectional=False)
-        self.decoder, self.context = Decoder(config), None
+        self.decoder, self.context = (_WithContext if context else Decoder)(config), None
         if context:
             width = config.d_model
-            self.decoder = _WithContext(config)
             self.context = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width, bias=False))
 
     def encode(self, source: Tensor, segments: Segments | None = None) -> tuple[Any, ...]:
@@ -99,21 +98,21 @@ class Seq2Seq(nn.Module):
     def generate(self, source: Tensor, *, start: int, segments: Segments | None = None, **options: Any) -> Generation:
         """Targets for sources, sampled as :func:`~linnet.models.generate` does with these ``options``; ``start`` is
         the token that begins every target."""
-        with torch.inference_mode():
-            state = self.encode(source, segments)
-        rows = source.shape[0] if segments is None else len(segments)
-        prompt = torch.full((rows, 1), start, device=source.device)
+        prompt, state = self._begin(source, start, segments)
         return generate(self.decoder, prompt, state=state, **options)
 
     def beam_search(
         self, source: Tensor, *, start: int, segments: Segments | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """The most probable targets that :func:`beam_search` finds with these ``options``."""
-        with torch.inference_mode():
-            state = self.encode(source, segments)
-        rows = source.shape[0] if segments is None else len(segments)
-        prompt = torch.full((rows, 1), start, device=source.device)
+        prompt, state = self._begin(source, start, segments)
         return beam_search(self.decoder, prompt, state=state, **options)
+
+    @torch.inference_mode()
+    def _begin(self, source: Tensor, start: int, segments: Segments | None) -> tuple[Tensor, tuple[Any, ...]]:
+        """The prompt ``[rows, 1]`` of nothing but ``start``, and the state after the sources."""
+        rows = source.shape[0] if segments is None else len(segments)
+        return torch.full((rows, 1), start, device=source.device), self.encode(source, segments)
 
 
 @torch.inference_mode()
