@@ -55,6 +55,8 @@ def test_one_way_carries_a_state_and_both_ways_refuse_one():
         encoder()(ids, first.state)
     with pytest.raises(ValueError, match=r"^tokens: expected int64 \[B >= 1, T >= 1\] or \[B >= 1, T >= 1, 16\], got"):
         model(torch.zeros(2, 3, 5))
+    with pytest.raises(ValueError, match=rf"^tokens: expected ids from 0 to {VOCAB - 1}, got {VOCAB}"):
+        model(torch.tensor([[0, VOCAB]]))
 
 
 def seq2seq(mixer: str = "lstm", context: bool = False, reverse_source: bool = False, **options) -> Seq2Seq:

@@ -219,6 +219,17 @@ def check_tensors(where: str, expected: Mapping[str, Tensor], tensors: Mapping[s
         raise ValueError(f"{where}: not the weights of its config: {', '.join(problems[:8])}{more}")
 
 
+def check_ids(name: str, ids: Tensor, vocab_size: int, uncounted: int | None = None) -> None:
+    """Refuse ids outside the vocabulary but ``uncounted``, where looking at them costs no wait for a device."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if uncounted is not None:
+        ids = ids.where(ids != uncounted, 0)
+    low, high = (int(t) for t in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{name}: expected ids from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
+
+
 def _reset(module: nn.Module) -> None:
     for child in module.children():
         _reset(child)
@@ -466,25 +477,14 @@ class Decoder(nn.Module):
             got = len(state) if isinstance(state, (tuple, list)) else type(state).__name__
             raise ValueError(f"state: expected {len(self.layers)} layer states, got {got}")
         if not mixed:
-            self._check_ids("tokens", tokens)
+            check_ids("tokens", tokens, self.config.vocab_size)
 
     def _check_targets(self, targets: Tensor, tokens: Tensor) -> None:
         if not isinstance(targets, Tensor) or targets.shape != tokens.shape[:2] or targets.dtype != torch.int64:
             given = isinstance(targets, Tensor)
             got = f"{targets.dtype} of shape {list(targets.shape)}" if given else type(targets).__name__
             raise ValueError(f"targets: expected int64 of shape {list(tokens.shape[:2])} like tokens, got {got}")
-        self._check_ids("targets", targets)
-
-    def _check_ids(self, name: str, ids: Tensor) -> None:
-        """Refuse ids outside the vocabulary, where looking at them costs no wait for a device."""
-        if ids.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        if name == "targets":
-            ids = ids.where(ids != -100, 0)
-        low, high = (int(t) for t in ids.aminmax())
-        if low < 0 or high >= self.config.vocab_size:
-            got = low if low < 0 else high
-            raise ValueError(f"{name}: expected ids from 0 to {self.config.vocab_size - 1}, got {got}")
+        check_ids("targets", targets, self.config.vocab_size, uncounted=-100)
 
     def _project(self, x: Tensor) -> Tensor:
         if self.lm_head is not None:

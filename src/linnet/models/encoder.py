@@ -11,7 +11,7 @@ from linnet.mixers import Mixer, build_mixer
 from linnet.ops import Segments
 from linnet.ops.core import check_segments
 
-from .decoder import DecoderConfig, DecoderLayer, shrink_outputs
+from .decoder import DecoderConfig, DecoderLayer, check_ids, shrink_outputs
 
 __all__ = ["Bidirectional", "Encoder", "EncoderOutput", "reverse"]
 
@@ -97,7 +97,8 @@ class Encoder(nn.Module):
             segments: boundaries of packed sequences.
 
         Raises:
-            ValueError: ``tokens`` has another shape, or ``state`` or ``segments`` do not fit.
+            ValueError: ``tokens`` has another shape or (on the CPU) ids outside the vocabulary, or ``state`` or
+                ``segments`` do not fit.
         """
         ids = not tokens.is_floating_point()
         if (
@@ -107,6 +108,8 @@ class Encoder(nn.Module):
         ):
             wanted = f"int64 [B >= 1, T >= 1] or [B >= 1, T >= 1, {self.norm.weight.shape[0]}]"
             raise ValueError(f"tokens: expected {wanted}, got {tokens.dtype} of shape {list(tokens.shape)}")
+        if ids:
+            check_ids("tokens", tokens, self.config.vocab_size)
         check_segments(segments, tokens)
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"state: expected {len(self.layers)} layer states, got {len(state)}")
