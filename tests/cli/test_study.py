@@ -116,6 +116,7 @@ class TestEval:
         assert results["questions"]["niah_single_1"] is not None
         assert (run / "evaluation" / "context.png").is_file()
         assert call("eval", run, "--rows", 2, "--questions", 0).exit_code == 0
+        assert "context: expected at most the " in str(call("eval", run, "--context", 10**6).exception)
         (run / "run.json").unlink()
         assert "name a text with --data" in str(call("eval", run).exception)
 

@@ -27,7 +27,10 @@ def eval(
         str | None, typer.Option(help="Another text, as in `linnet train`. Default: what the run held out.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=2, help="Longest context, in tokens. Default: eight times that of the training.")
+        int | None,
+        typer.Option(
+            min=2, help="Longest context, in tokens. Default: eight times that of the training, if the text has it."
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Windows and pieces of text that are read.")] = 16,
     questions: Annotated[int, typer.Option(min=0, help="Questions of each kind; 0 leaves them out.")] = 8,
@@ -52,7 +55,7 @@ def eval(
     )
     model, tokenizer = Decoder.load(folder, device=device), load_tokenizer(folder)
     trained = int(options.get("context", 256))
-    results = _measure(model, tokenizer, text.held_out, trained, context or 8 * trained, rows, questions)
+    results = _measure(model, tokenizer, text.held_out, trained, context, rows, questions)
     results["text"], results["model"] = text.name, str(folder)
 
     out = run / "evaluation"
@@ -68,7 +71,7 @@ def eval(
         log_x=True,
     )
     _show(results, trained)
-    console().print(f"Saved in [bold]{out}[/bold]: results.json, context.png")
+    console().print(f"Saved in [bold]{escape(str(out))}[/bold]: results.json, context.png")
 
 
 def _options(run: Path) -> dict[str, Any]:
@@ -77,7 +80,13 @@ def _options(run: Path) -> dict[str, Any]:
 
 
 def _measure(
-    model: Decoder, tokenizer: Tokenizer, held_out: list[bytes], trained: int, context: int, rows: int, questions: int
+    model: Decoder,
+    tokenizer: Tokenizer,
+    held_out: list[bytes],
+    trained: int,
+    context: int | None,
+    rows: int,
+    questions: int,
 ) -> dict[str, Any]:
     import numpy as np
 
@@ -86,7 +95,10 @@ def _measure(
 
     ids = np.concatenate([np.array([tokenizer.end, *tokenizer.encode(text)], dtype=np.int64) for text in held_out])
     size = sum(map(len, held_out))
-    context = min(context, len(ids) - 1)
+    if context is None:
+        context = min(8 * trained, len(ids) - 1)
+    elif context >= len(ids):
+        raise ValueError(f"context: expected at most the {len(ids) - 1} tokens of the text, got {context}")
     results: dict[str, Any] = {
         "parameters": model.num_parameters(),
         "trained_context": trained,
