@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from linnet.models import Decoder, DecoderConfig, atomic_folder
-from linnet.models.decoder import check_tensors
+from linnet.models.decoder import check_tensors, refuse_tensors
 from linnet.models.io import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE, read_checkpoint, write_checkpoint
 from linnet.ops.core import check_choice
 from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
@@ -130,7 +130,7 @@ def _import(
     over = sorted(set(names) - wanted - tied)
     ignored = [name for name in over if any(re.search(pattern, name) for pattern in layout.ignored)]
     problems = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in over if name not in ignored]
-    _refuse(folder, problems)
+    refuse_tensors(str(folder), problems)
     expected = Decoder.meta(config).state_dict()
     found = dtype or next(iter(tensors.values())).dtype
     tensors = {name: x.to(found) if x.is_floating_point() else x for name, x in tensors.items()}
@@ -206,12 +206,6 @@ def _open(folder: Path) -> tuple[set[str], Callable[[str], Tensor]]:
             raise ValueError(f"{file}: damaged or truncated ({error}); restore it from a copy") from error
         where |= dict.fromkeys(handle.keys(), handle)
     return set(where), lambda name: where[name].get_tensor(name)
-
-
-def _refuse(folder: Path, problems: list[str]) -> None:
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{folder}: not the weights of its configuration: {', '.join(problems[:8])}{more}")
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -214,6 +214,11 @@ def check_tensors(where: str, expected: Mapping[str, Tensor], tensors: Mapping[s
         for name, x in tensors.items()
         if name in expected and x.shape != expected[name].shape
     ]
+    refuse_tensors(where, problems)
+
+
+def refuse_tensors(where: str, problems: Sequence[str]) -> None:
+    """Raise the ValueError of tensors that are not those of a model, where there are such problems."""
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{where}: not the weights of its config: {', '.join(problems[:8])}{more}")
