@@ -112,11 +112,9 @@ def _stabilizing(i_ptr, f_ptr, m_ptr, cu_ptr, ids_ptr, rows, heads, mask, T, H, 
 
 
 @triton.jit
-def _through(a, b, LENGTH: tl.constexpr):
-    """What rows ``[LENGTH, heads]`` of such maps make of a stabiliser together."""
-    a, b = tl.associative_scan((a, b), 0, _max_plus)
-    last = (tl.arange(0, LENGTH) == LENGTH - 1)[:, None]
-    return tl.max(tl.where(last, a, float("-inf")), 0), tl.max(tl.where(last, b, float("-inf")), 0)
+def _through(a_after, a, b):
+    """What rows ``[rows, heads]`` of such maps make of a stabiliser together: ``a_after`` belongs to the row after."""
+    return tl.sum(a, 0), tl.max(b + tl.cumsum(a_after, 0, reverse=True), 0)
 
 
 @triton.jit
@@ -145,7 +143,11 @@ def stabilizer_sums_kernel(
     _i, _lf, a, b, _n, _first, _enter = _stabilizing(
         i_ptr, f_ptr, m_ptr, cu_ptr, ids_ptr, rows, heads, mask, T, H, least, PACKED
     )
-    a, b = _through(a, b, BLOCK)
+    inner = (rows + 1 < n_rows) & (rows + 1 < (block + 1) * BLOCK) & (heads < H)
+    _i, _lf, a_after, _b, _n, _first, _enter = _stabilizing(
+        i_ptr, f_ptr, m_ptr, cu_ptr, ids_ptr, rows + 1, heads, inner, T, H, least, PACKED
+    )
+    a, b = _through(a_after, a, b)
     at = block * H + tl.program_id(0) // blocks * HEADS + tl.arange(0, HEADS)
     inside = at < (block + 1) * H
     tl.store(sum_a_ptr + at, a, mask=inside)
@@ -187,7 +189,9 @@ def stabilizer_kernel(
         at = (b0 + nth) * H + heads
         a = tl.load(sum_a_ptr + at, mask=there, other=0.0)
         b = tl.load(sum_b_ptr + at, mask=there, other=float("-inf"))
-        a, b = _through(a, b, 64)
+        inner = there & (b0 + nth + 1 < block) & (nth < 63)
+        a_after = tl.load(sum_a_ptr + at + H, mask=inner, other=0.0)
+        a, b = _through(a_after, a, b)
         carry = tl.maximum(a + carry, b)
     # Before each token: what its block's earlier ones make of that.
     rows = block * BLOCK + steps

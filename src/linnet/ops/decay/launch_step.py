@@ -61,8 +61,8 @@ def stabilizer(
     first. Blocks of tokens are walked at once: first for what each does to a stabiliser, then from what enters it."""
     i, f, m = i.contiguous(), f.contiguous(), m.contiguous()
     B, T, H = i.shape
-    heads = min(16, power_of_2(H))
-    block = 4096 // heads
+    heads = min(4, power_of_2(H))  # few, so that programs fill the GPU while the chain over their blocks stays short
+    block = 1024 // heads
     blocks = ceil_div(B * T, block)
     grid = (blocks * ceil_div(H, heads),)
     sums = torch.empty(2, blocks, H, dtype=torch.float64, device=i.device)

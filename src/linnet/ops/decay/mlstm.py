@@ -80,8 +80,9 @@ def mlstm(
     acc = accumulate_dtype(common_dtype(q=q)[0])  # type: ignore[arg-type]
     if state is None:
         H, K, V = v.shape[2], q.shape[3], v.shape[3]
-        zeros = torch.zeros(rows, H, K, V + 2, dtype=acc, device=q.device)
-        state = MLSTMState(zeros[..., :V], zeros[..., V], zeros[:, :, 0, V + 1])
+        zeros = torch.zeros(rows * H * (K * V + K + 1), dtype=acc, device=q.device)
+        S, z, m = zeros.split([rows * H * n for n in (K * V, K, 1)])
+        state = MLSTMState(S.view(rows, H, K, V), z.view(rows, H, K), m.view(rows, H))
     elif not isinstance(state, MLSTMState):
         raise ValueError(f"state: expected an MLSTMState, got {type(state).__name__}")
     Shapes(N=rows, H=v.shape[2])("state.m", state.m, "N H")
