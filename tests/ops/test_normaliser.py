@@ -1,5 +1,5 @@
 """The scan of keys that makes the normaliser of 16-bit inputs, in Triton's interpreter: the contract suite there has
-fp32 alone, where the normaliser is one more channel."""
+fp32 alone, where the normaliser is one more channel. And the stabiliser of the mLSTM over many blocks of tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from interpreted import in_the_interpreter, run_interpreted, starts_the_interpreter
+from interpreted import INTERPRETED, in_the_interpreter, run_interpreted, starts_the_interpreter
+from linnet.ops import Segments
 
 SCALE, EPS, PIECE, PART = 0.7, 0.1, 16, 8
 ONE, PACKED = [38], [21, 0, 1, 14]
@@ -92,3 +93,25 @@ def test_the_scan_of_keys(
     torch.testing.assert_close(bounds[: len(starts)].double(), torch.stack(starts), **close)
     torch.testing.assert_close(last.double(), torch.stack(ends), **close)
     torch.testing.assert_close(d_first.double(), torch.autograd.grad(loss, z)[0], **close)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads"), [([520, 520], 3), ([300, 1, 0, 256, 43], 5), ([66 * 256 + 9], 4)], ids=str
+)
+def test_the_stabiliser_over_blocks_of_tokens(lengths: list[int], heads: int, device: torch.device) -> None:
+    """What enters a block of 256 tokens comes from those before it, 64 at a time; sequences end anywhere in one."""
+    if device.type == "cpu" and (not INTERPRETED or sum(lengths) > 2000):
+        pytest.skip("needs a GPU, or, for few tokens, the interpreter: see the first test of the file")
+    mlstm, launch = (import_module(f"linnet.ops.decay.{name}") for name in ("mlstm", "launch_step"))
+    torch.manual_seed(0)
+    packed = len(set(lengths)) > 1
+    shape = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
+    i, f, m = 8 * torch.randn(*shape, heads), 8 * torch.randn(*shape, heads), 5 * torch.randn(len(lengths), heads)
+    i[:, 5], f[:, 9], f[:, 40:200] = -1e6, -1e5, 50.0  # nothing written, a reset, nothing forgotten
+    segments = Segments.from_lengths(lengths, device) if packed else None
+    given = [x.to(device) for x in (i, f, m)]
+    given += [None, None] if segments is None else [segments.cu_seqlens, segments.ids]
+    got = launch.stabilizer(*given, mlstm._FLOOR)
+    g, w, floor, last = mlstm._forward(*given, None, False)
+    torch.testing.assert_close(got[0], g, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1:], (w, floor, last), rtol=1e-5, atol=1e-30)
