@@ -100,6 +100,8 @@ def test_guessing_is_at_chance(task: Task) -> None:
     [
         ("nope", "task: expected one of"),
         ("group(grup='S3')", "unknown option 'grup'; it takes group, generators"),
+        ("mqar(pairs='4')", "task 'mqar': option pairs: expected int, got '4'"),
+        ("mqar(fill='no')", "task 'mqar': option fill: expected bool, got 'no'"),
         ("group(group='Q8')", "group: expected Zn"),
         ("group(group='Z4', generators='swaps')", "generators: expected"),
         ("flipflop(p_write=0.7, p_read=0.4)", "p_write, p_read: expected probabilities"),

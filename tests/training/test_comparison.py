@@ -175,6 +175,7 @@ def test_text(tmp_path):
     ("changes", "message"),
     [
         ({"task": "text(datum='x')"}, "task 'text': unknown option 'datum'"),
+        ({"task": "text(held_out='0.1')"}, "task 'text': option held_out: expected float, got '0.1'"),
         ({"task": "text(max_bytes=50000)", "length": [8, 16]}, "length: expected one number of tokens for a text"),
         (
             {"task": "text(max_bytes=50000)", "tests": {"x": ("text(max_bytes=50000)", 50_000)}},

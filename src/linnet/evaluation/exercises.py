@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from linnet.mixers import parse_spec
-from linnet.ops.core import check_names
+from linnet.ops.core import check_options
 from linnet.tasks import (
     Corpus,
     Task,
@@ -173,5 +173,5 @@ def build_exercise(spec: str) -> Exercise:
     if name != "text":
         task = build_task(spec)
         return DrawnExercise(task) if task.drawn else TaskExercise(task)
-    check_names("task 'text'", "option", options, ("data", "tokenizer", "held_out", "max_bytes"))
+    check_options("task 'text'", TextExercise, options)
     return TextExercise(**options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from linnet.ops.core import Identity, Segments, check_choice, check_names, import_modules
+from linnet.ops.core import Identity, Segments, check_choice, check_names, check_type, import_modules
 
 __all__ = ["Card", "Mixer", "build_mixer", "get_mixer", "mixers", "parse_spec", "register_mixer", "split_specs"]
 
@@ -149,22 +148,6 @@ def split_specs(text: str, separator: str = ",") -> list[str]:
     return specs
 
 
-def _check_type(what: str, annotation: Any, value: Any) -> None:
-    """Refuse an option that is not of its annotated type: specs come from command lines and JSON, where ``"False"`` is
-    a true string and ``1e999`` a number."""
-    wanted = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    flag = isinstance(value, bool)
-    fits = {
-        "bool": flag,
-        "int": isinstance(value, int) and not flag,
-        "float": isinstance(value, (int, float)) and not flag and math.isfinite(value),
-        "str": isinstance(value, str),
-        "None": value is None,
-    }
-    if not any(fits.get(kind.strip(), True) for kind in wanted.split("|")):
-        raise ValueError(f"{what}: expected {wanted}, got {value!r}")
-
-
 def _checked(init: Callable[..., None], name: str) -> Callable[..., None]:
     """The constructor ``init`` of the mixer ``name``, behind a check of what it is given."""
     signature = inspect.signature(init)
@@ -179,7 +162,7 @@ def _checked(init: Callable[..., None], name: str) -> Callable[..., None]:
         except TypeError as error:  # no width, or options that are not named
             raise ValueError(f"mixer {name!r}: {error}") from None
         for key in given.keys() & known.keys():
-            _check_type(f"mixer {name!r}: option {key}", known[key], given[key])
+            check_type(f"mixer {name!r}: option {key}", known[key], given[key])
         d_model = given["d_model"]
         if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
             raise ValueError(f"d_model: expected an integer >= 1, got {d_model!r}")

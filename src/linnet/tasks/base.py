@@ -6,7 +6,6 @@ downloaded and nothing is stored: a row is drawn when it is needed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from linnet.mixers import parse_spec
-from linnet.ops.core import check_choice, check_names, import_modules
+from linnet.ops.core import check_choice, check_options, import_modules
 
 from .text import Batch
 
@@ -124,12 +123,11 @@ def build_task(spec: str | Mapping[str, Any]) -> Task:
     """The task that a spec describes: a name, a name with options (``"mqar(pairs=4)"``) or a mapping with a ``name``.
 
     Raises:
-        ValueError: unknown names and options, with the known ones.
+        ValueError: unknown names and options, with the known ones; an option of another type than annotated.
     """
     name, options = parse_spec(spec, "task")
     cls = get_task(name)
-    known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    check_names(f"task {name!r}", "option", options, known)
+    check_options(f"task {name!r}", cls, options)
     return cls(**options)
 
 

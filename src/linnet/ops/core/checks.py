@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
 from typing import Any
@@ -23,7 +24,9 @@ __all__ = [
     "check_names",
     "check_not_negative",
     "check_number",
+    "check_options",
     "check_segments",
+    "check_type",
     "common_dtype",
     "hint",
     "no_autocast",
@@ -65,6 +68,39 @@ def check_names(where: str, kind: str, names: Iterable[object], known: Collectio
         if name not in known:
             takes = f"{', '.join(known) or 'none'}{hint(name, known)}"
             raise ValueError(f"{where}: unknown {kind} {name!r}; it takes {takes}")
+
+
+def check_type(what: str, annotation: Any, value: Any) -> None:
+    """Refuse an option that is not of its annotated type: specs come from command lines and JSON, where ``"False"`` is
+    a true string and ``1e999`` a number. Types other than numbers, texts and flags are not looked at.
+
+    Raises:
+        ValueError: it is not; begins with ``what``.
+    """
+    wanted = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    flag = isinstance(value, bool)
+    fits = {
+        "bool": flag,
+        "int": isinstance(value, int) and not flag,
+        "float": isinstance(value, (int, float)) and not flag and math.isfinite(value),
+        "str": isinstance(value, str),
+        "None": value is None,
+    }
+    if not any(fits.get(kind.strip(), True) for kind in wanted.split("|")):
+        raise ValueError(f"{what}: expected {wanted}, got {value!r}")
+
+
+def check_options(what: str, constructor: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """``options`` must be among those that ``constructor`` takes by name, and of their annotated types.
+
+    Raises:
+        ValueError: one is not; begins with ``what`` and names it.
+    """
+    parameters = inspect.signature(constructor).parameters.values()
+    known = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+    check_names(what, "option", options, known)
+    for name, value in options.items():
+        check_type(f"{what}: option {name}", known[name], value)
 
 
 class Shapes:
