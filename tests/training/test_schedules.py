@@ -56,6 +56,9 @@ def test_edges():
         ({"minutes": 0.0}, "minutes"),
         ({"device": "gpu"}, "device"),
         ({"clip": float("nan")}, "clip"),
+        ({"lr": "1e-3"}, "^lr: expected float, got '1e-3'"),
+        ({"steps": 10.0}, "^steps: expected int, got 10.0"),
+        ({"compile": "no"}, "^compile: expected bool, got 'no'"),
     ],
 )
 def test_bad_settings(options, message):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from linnet.ops.core import check_choice, check_names
+from linnet.ops.core import check_choice, check_names, check_type
 
 __all__ = ["TrainingConfig"]
 
@@ -17,7 +17,8 @@ SCHEDULES = ("cosine", "wsd", "constant")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train; what to train on is the data's business. Fields that make no sense raise a ValueError.
+    """How to train; what to train on is the data's business. Fields that make no sense, or are of another type, raise a
+    ValueError.
 
     Attributes:
         steps: optimiser steps.
@@ -67,6 +68,8 @@ class TrainingConfig:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_type(field.name, field.type, getattr(self, field.name))
         for name in ("steps", "accumulate", "log_every", "keep_last"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "clip", "evaluate_every", "save_every", "seed"):
