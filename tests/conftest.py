@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from interpreted import INTERPRETED, hasten
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +27,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
             x = torch.ones(2, 2, device=device, requires_grad=True)
             (x @ x).sum().backward()
     return device
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            hasten(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)
