@@ -71,10 +71,14 @@ def describe(spec: str, d_model: int) -> dict[str, Any]:
     from linnet.mixers import build_mixer
     from linnet.ops.core import state_bytes
 
-    mixer = build_mixer(spec, d_model)
-    with torch.no_grad():
-        held = {str(T): state_bytes(mixer(torch.zeros(1, T, d_model))[1]) for T in (1, _TOKENS)}
+    with torch.device("meta"):  # sizes alone
+        mixer = build_mixer(spec, d_model)
     card = mixer.card
+    held = dict.fromkeys(("1", str(_TOKENS)), state_bytes(mixer.init_state(1)))
+    if not card.constant_state:
+        mixer = build_mixer(spec, d_model)
+        with torch.no_grad():
+            held = {T: state_bytes(mixer(torch.zeros(1, int(T), d_model))[1]) for T in held}
     return {
         "name": mixer.name,
         "summary": (_inspect.getdoc(type(mixer)) or "").split("\n\n")[0].replace("\n", " "),
