@@ -36,7 +36,7 @@ def run(experiment: Experiment) -> Outcome:
         mixers=list(LABELS),
         seeds=1,
         length=[32, 48, 64, 96],
-        tests={name: ("latching", min(n, 1024) if experiment.quick else n) for name, n in TESTS.items()},
+        tests={name: ("latching", min(n, 128) if experiment.quick else n) for name, n in TESTS.items()},
         batch_size=64,
         training={"steps": 300, "lr": 1e-3, "weight_decay": 0.0, "beta2": 0.999},
         test_rows=32,
@@ -54,7 +54,7 @@ def run(experiment: Experiment) -> Outcome:
     ahead = mean_accuracy(cells, minmax, "8192", "late") - best
     bars.append(Bar("cascade less the best of the others, 8192 tokens", ahead, 0.02, published="more than 0"))
     for task, name, steps, bar in LANGUAGES:
-        length = 1024 if experiment.quick else 4096
+        length = 128 if experiment.quick else 4096
         learnt = experiment.compare(
             task,
             task=task,
