@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import torch
@@ -67,10 +68,10 @@ sys.stdout.write(f"DONE {result.is_main} {result.finished} {result.step}\\n")
 FSDP = ["--use_fsdp", "--fsdp_version", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
-@pytest.fixture
-def launch(tmp_path, device):
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory, device):
     need_gpus(device, 2)
-    script = tmp_path / "script.py"
+    script = tmp_path_factory.mktemp("script") / "script.py"
     script.write_text(SCRIPT)
 
     def start(kind, out, *, processes=2, accumulate=1, resume="new", minutes=0, packing="documents", **environment):
@@ -95,6 +96,18 @@ def launch(tmp_path, device):
     return start
 
 
+@pytest.fixture(scope="module")
+def whole_run(launch, tmp_path_factory):
+    """A kind of run from its first step to its last, once for all tests: what it printed, and its folder."""
+
+    @cache
+    def start(kind, processes):
+        out = tmp_path_factory.mktemp(kind) / "run"
+        return launch(kind, out, processes=processes, accumulate=2 // processes or 1), out
+
+    return start
+
+
 def records(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -105,10 +118,9 @@ def values(out, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])
-def test_two_processes_equal_one(launch, tmp_path, kind):
-    one, two = tmp_path / "one", tmp_path / "two"
-    launch("single", one, accumulate=2)
-    done = launch(kind, two)
+def test_two_processes_equal_one(whole_run, kind):
+    _, one = whole_run("single", 1)
+    done, two = whole_run(kind, 2)
     assert "DONE True True 6" in done.stdout
     assert "DONE False True 6" in done.stdout
     assert values(two, "train/loss") == pytest.approx(values(one, "train/loss"), rel=1e-5)
@@ -123,13 +135,13 @@ def test_two_processes_equal_one(launch, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_sharded_run_goes_on_with_any_number_of_processes(launch, tmp_path, device):
+def test_sharded_run_goes_on_with_any_number_of_processes(launch, whole_run, tmp_path, device):
     many, fewer = (4, 2) if device.type == "cuda" and torch.cuda.device_count() >= 4 else (2, 1)
-    whole, stopped, same, other = (tmp_path / name for name in ("whole", "stopped", "same", "other"))
+    stopped, same, other = (tmp_path / name for name in ("stopped", "same", "other"))
     with ThreadPoolExecutor() as side_by_side:
-        first = side_by_side.submit(launch, "sharded", whole, processes=many)
+        first = side_by_side.submit(whole_run, "sharded", many)
         launch("sharded", stopped, processes=many, minutes=1e-9)
-        first.result()
+        _, whole = first.result()
     assert [p.name for p in checkpoints(stopped)] == ["step-00000001"]
     for folder in (same, other):
         shutil.copytree(stopped, folder)
