@@ -126,6 +126,23 @@ def test_one_key_and_the_largest_beta_alternate_the_sign() -> None:
     torch.testing.assert_close(o, sign * (k @ S).expand_as(o), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("gated", "substeps"), [(False, 1), (True, 1), (True, 2)])
+def test_reflections_by_one_key_do_not_add_up_its_rounding(gated: bool, substeps: int) -> None:
+    """Its length, off by a rounding, is off in the same way in every row: 1,024 reflections would multiply it."""
+    torch.manual_seed(0)
+    R, heads, K = 1024, 64, 64
+    k, v, beta = torch.randn(1, 1, heads, K).expand(1, R, -1, -1), torch.zeros(1, R, heads, 1), torch.ones(1, R, heads)
+    q, S, g = k[:, ::substeps], torch.randn(1, heads, K, 1), torch.zeros(1, R // substeps, heads) if gated else None
+
+    def after(dtype: torch.dtype) -> Tensor:
+        inputs = (None if x is None else x.to(dtype) for x in (q, k, v, 2 * beta, g))
+        state = DeltaState(S.to(dtype))
+        return delta(*inputs, l2norm=True, substeps=substeps, state=state, backend="chunked")[1].S  # type: ignore[arg-type]
+
+    along = (normalized(k[0, 0]) * S[0, ..., 0]).sum(-1)
+    assert (after(torch.float32) - after(torch.float64)).norm(dim=2).max() < 1e-4 * along.abs().max()
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_nothing_passes_a_hard_reset(backend: str) -> None:
     x, q = given(1, 20, channelwise=True), normal(1, 20, H, K)

@@ -68,6 +68,7 @@ class _Chunks(NamedTuple):
     v: Tensor | None  # [N, H, C, m - n, V]
     read: _Gate
     erase: _Gate
+    own: tuple[Tensor, Tensor] | None  # l2 norms: what e is to read of its own b, as a difference, [N, H, C, n, 1]
 
 
 def _make_gate(g: Tensor | None, C: int, exclusive: bool, like: Tensor) -> _Gate:
@@ -124,18 +125,27 @@ def _levels(x: Tensor, y: Tensor, gate: _Gate):
         yield 1 << i, right * reader[..., None, :], left * writer[..., None, :], reader, writer
 
 
-def _scores(x: Tensor, y: Tensor, gate: _Gate, earlier: bool) -> Tensor:
+def _right_lengths(M: Tensor, own: tuple[Tensor, Tensor]) -> Tensor:
+    """Scores ``[N, H, R, R]`` of keys against each other, each row by what ``own`` says of its diagonal over what is
+    there. A key that comes back has the same rounding error in every row, which reflections add up."""
+    beta, less = (_flat(x) for x in own)
+    found = M.diagonal(dim1=-2, dim2=-1)[..., None]
+    return M.addcmul_(M, torch.where(beta == 0, 0.0, ((beta - found) - less) / beta))
+
+
+def _scores(x: Tensor, y: Tensor, gate: _Gate, earlier: bool, own: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Gated scores ``[N, H, C * n, C * m]`` of readers ``x [N, H, C, n, K]`` against writers ``y [N, H, C, m, K]``."""
     n, m = x.shape[3], y.shape[3]
     if gate.decay is not None:
-        return (_flat(x) @ _flat(y).transpose(-1, -2)) * _mask(gate.decay, n, m, earlier)
+        M = _flat(x) @ _flat(y).transpose(-1, -2)
+        return (M if own is None else _right_lengths(M, own)) * _mask(gate.decay, n, m, earlier)
     M = x.new_zeros(*x.shape[:2], x.shape[2] * n, y.shape[2] * m)
     for w, right, left, _, _ in _levels(x, y, gate):
         A = right.flatten(3, 4) @ left.flatten(3, 4).transpose(-1, -2)
         _blocks(M, w, n, m).copy_(A.movedim(2, -1))
     if not gate.exclusive:
-        own = (x @ y.transpose(-1, -2)) * _same_token(n, m, earlier, x)
-        _own(M, n, m).copy_(own.movedim(2, -1))
+        same = (x @ y.transpose(-1, -2)) * _same_token(n, m, earlier, x)
+        _own(M, n, m).copy_(same.movedim(2, -1))
     return M
 
 
@@ -191,7 +201,7 @@ def _solve(c: _Chunks, S: Tensor) -> tuple[_Solved, Tensor]:
     """Everything about the chunks, and the state after the last one."""
     n, m = c.e.shape[3], c.b.shape[3]
     K = c.e.shape[-1]
-    M, P = _scores(c.e, c.b, c.erase, True), _scores(c.q, c.b, c.read, False)
+    M, P = _scores(c.e, c.b, c.erase, True, c.own), _scores(c.q, c.b, c.read, False)
     by_writer = M.unflatten(3, (-1, m))
     T = by_writer[..., :n].flatten(3)
     X = by_writer[..., n:].flatten(3) if m > n else None
@@ -314,8 +324,8 @@ def _cut_gate(g: Tensor | None, plan: Plan, acc: torch.dtype) -> Tensor | None:
 
 
 def _normalize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The unit vectors of ``x`` and the factor that made them."""
-    factor = torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
+    """The unit vectors of ``x`` and the factor that made them, rounded right: a GPU's ``rsqrt`` is not."""
+    factor = (x.square().sum(-1, keepdim=True) + NORM_EPS).sqrt().reciprocal()
     return x * factor, factor
 
 
@@ -353,15 +363,17 @@ def _prepare(
     q = _cut_rows(q, 1, plan, acc)
     k, v, beta = (_cut_rows(x.reshape(*x.shape[:3], -1), substeps, plan, acc) for x in (k, v, beta))
     w = None if w is None else _cut_rows(w, substeps, plan, acc)
-    factors = None
+    factors = own = None
     if l2norm:
         (q, fq), (k, fk) = _normalize(q), _normalize(k)
         factors = fq, fk
+        if beta.shape[-1] == 1:
+            own = beta, beta * (NORM_EPS * fk.square()).repeat_interleave(groups, 1)
     keys = k.repeat_interleave(groups, 1)
     gate = _make_gate(_cut_gate(g, plan, acc), chunk, False, q)
     z = v * (beta if w is None else w)
     queries = (scale * q).repeat_interleave(groups, 1)
-    return _Tied(q, k, v, beta, w, factors, _Chunks(plan, queries, beta * keys, keys, z, None, gate, gate))
+    return _Tied(q, k, v, beta, w, factors, _Chunks(plan, queries, beta * keys, keys, z, None, gate, gate, own))
 
 
 def forward(
@@ -444,7 +456,7 @@ def _prepare_untied(
     q, k, v, a, b = (_cut_rows(x, 1, plan, acc) for x in (q, k, v, a, b))
     gate = _cut_gate(g, plan, acc)
     read, erase = (_make_gate(gate, chunk, exclusive, q) for exclusive in (False, True))
-    return _Chunks(plan, scale * q, -a, torch.cat([b, k], 3), None, v, read, erase)
+    return _Chunks(plan, scale * q, -a, torch.cat([b, k], 3), None, v, read, erase, None)
 
 
 def forward_untied(

@@ -62,6 +62,16 @@ def over_length(squares):
 
 
 @triton.jit
+def right_lengths(T, beta, r_k):
+    """Scores of keys against each other, each row by what ``beta |k|^2`` on the diagonal should be over what it is. A
+    key that comes back has the same rounding error in every row, which reflections add up."""
+    r = tl.arange(0, T.shape[0])
+    found = tl.sum(tl.where(r[:, None] == r[None, :], T, 0.0), 1)
+    missing = ((beta - found) - beta * r_k * r_k * 1e-6) / beta  # |k|^2 is 1 - 1e-6 / (sum of squares + 1e-6)
+    return tl.fma(T, tl.where(r_k > 0.0, missing, 0.0)[:, None], T)  # no length: squares beyond fp32
+
+
+@triton.jit
 def nearest(x):
     """Numbers of 11 bits, the nearest. Tensor cores cut off the others: 2 less a rounding error, which reflections are
     made of, would become 1.998."""
@@ -380,6 +390,8 @@ def local_kernel(
             if steep:
                 T_ = T_ * between(coarse, fine, C)
         T_ = T_ * erase[:, None] * write[None, :]
+        if EXACT and NORM:
+            T_ = right_lengths(T_, beta, r_k)
     A = inverse(tl.where(row > col, T_, 0.0), EXACT, FINE)
     tl.store(matrices_ptr, A.to(dtype))
 
@@ -553,8 +565,11 @@ def state_kernel(
             v, w = next_v, next_w
         else:
             z = payload(v_ptr, t0, h, H, WIDTH, r, values, valid, given, SUB, UNTIED)
-        R = tl.dot(tl.trans(z), tl.trans(A), input_precision="ieee")
-        R = tl.dot((-X).to(k.dtype), tl.trans(A), R, input_precision="ieee")
+        if k.dtype == tl.float32:  # one sum of small terms: X alone is a row of large ones that cancel
+            R = tl.dot(tl.trans(z) - X, tl.trans(A), input_precision="ieee")
+        else:
+            R = tl.dot(tl.trans(z), tl.trans(A), input_precision="ieee")
+            R = tl.dot((-X).to(k.dtype), tl.trans(A), R, input_precision="ieee")
         Rb = R.to(k.dtype)
         if KEEP:
             at = R_ptr + slot * C * V + (values[:, None] * C + r[None, :])

@@ -1,4 +1,4 @@
-"""What later gates must not change, to the last bit, in Triton's interpreter."""
+"""What is right, or the same, to the last bit, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if INTERPRETED:
     import triton
     import triton.language as tl
 
+    from linnet.ops.delta import launch
     from linnet.ops.delta.kernels import after, gate_sums
 
     @triton.jit
@@ -26,7 +27,7 @@ if INTERPRETED:
 
 @pytest.mark.slow
 @starts_the_interpreter
-def test_gate_sums_in_the_interpreter() -> None:
+def test_last_bits_in_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
@@ -62,3 +63,18 @@ def test_later_gates_do_not_change_earlier_readings(name: str) -> None:
         changed = torch.cat([g[:, :t], gates(T - t)], 1)
         o, other = (decay(q, k, v, **{name: x}, backend="triton")[0] for x in (g, changed))
         assert torch.equal(o[:, :t], other[:, :t])
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_key_that_comes_back_is_reflected_to_the_last_bit(gated: bool) -> None:
+    """In fp32 what its second row reads of its first is rounded once, whatever its length."""
+    torch.manual_seed(0)
+    H, K = 8, 8
+    k, v, S = torch.randn(1, 1, H, K).repeat(1, 2, 1, 1), torch.zeros(1, 2, H, 1), torch.zeros(1, H, K, 1)
+    beta, g = torch.full((1, 2, H), 2.0), torch.zeros(1, 2, H) if gated else None
+    _, _, matrices, _ = launch.forward(k, k, v, beta, g, None, S, None, 1.0, True, 1, True)
+    assert matrices is not None
+    squares = k[0, 0].double().square().sum(-1)
+    got, want = -matrices[0, :, 0, 1, 0], 2 * squares / (squares + 1e-6)
+    assert (got - want).abs().max() < 1.01 * 2**-24  # half a unit below 2
