@@ -1,5 +1,7 @@
-"""Stored pairs of the decay engine, in Triton's interpreter. Wide heads in 16 bits have them, which the interpreter
-does not multiply: here all do, in fp32 treated like 16 bits."""
+"""Pairs of tokens in the decay engine, in Triton's interpreter: stored ones, and what they bring to gates.
+
+Wide heads in bfloat16 store pairs, which the interpreter does not multiply: here all do, in fp32 treated like 16 bits.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ PIECE = 32  # two chunks
 
 @pytest.mark.slow
 @starts_the_interpreter
-def test_stored_pairs_in_the_interpreter() -> None:
+def test_pairs_in_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
@@ -68,3 +70,41 @@ def test_stored_pairs(mode: str, lengths: list[int], monkeypatch: pytest.MonkeyP
     for name, x in exact.items():
         error = float(((found[name] - x).abs().max() / x.abs().max()).detach())
         assert error < 1e-5, f"{name}: {error}"
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("mode", ["scalar", "key vector", "value vector", "bonus"])
+def test_gates_that_nothing_is_read_behind(mode: str) -> None:
+    """Their gradient is what earlier tokens wrote less what they read, which is nothing, however those were rounded."""
+    torch.manual_seed(0)
+    B, T, H, K = 1, 4, 2, 8  # of the tokens one writes, the next reads, the others do neither
+    V = 1 if mode == "value vector" else K
+    q, k = torch.zeros(2, B, T, H, K, dtype=torch.float16)
+    v, do = torch.zeros(2, B, T, H, V, dtype=torch.float16)
+    q[:, 1], k[:, 0], v[:, 0, :, 0], do[:, 1, :, 0] = torch.randn(B, H, K), torch.randn(B, H, K), 1.0, 1.0
+    if mode == "value vector":  # the product of the others is 1 then, so only what is multiplied gets rounded
+        q[:, 1], k[:, 0] = torch.eye(K)[0], torch.eye(K)[0]
+        v[:, 0], do[:, 1] = torch.randn(B, H, V), torch.randn(B, H, V)
+    shape = {"scalar": (B, T, H), "value vector": (B, T, H, V)}.get(mode, (B, T, H, K))
+    g, S = -torch.rand(shape) / 4, torch.zeros(B, H, K, V)
+    if mode == "scalar":  # whose pairs cancel as they are; here what is read of a state that was there before
+        g[:, :2], S = 0.0, torch.randn(S.shape)
+    gate = {"gv" if mode == "value vector" else "g": g.requires_grad_()}
+    u = torch.zeros(H, K) if mode == "bonus" else None
+    o, _ = decay(q, k, v, **gate, u=u, scale=1.0, state=DecayState(S), backend="triton")
+    (dg,) = torch.autograd.grad(o, g, do)
+    assert dg[:, :2].any() or mode == "bonus"
+    assert dg[:, 2:].abs().max() < 1e-6
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("bonus", [False, True])
+def test_gates_that_forget_all_have_no_gradient(bonus: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v, S = torch.randn(1, 9, 2, 4), torch.randn(1, 9, 2, 4), torch.randn(1, 9, 2, 4), torch.randn(1, 2, 4, 4)
+    g = -torch.rand(1, 9, 2, 4)
+    g[torch.rand(g.shape) < 0.3] = -torch.inf
+    u = torch.randn(2, 4) if bonus else None
+    o, _ = decay(q, k, v, g.requires_grad_(), u=u, state=DecayState(S), backend="triton")
+    (dg,) = torch.autograd.grad(o.sum(), g)
+    assert (dg[g == -torch.inf] == 0).all() and dg[g > -torch.inf].any()

@@ -265,16 +265,14 @@ def finish_kernel(
             g = _log2_gate(g_ptr, rows, H, h, D, cols, mask)
             seen = sums[None, :] + tl.cumsum(g, 0)
             sums += tl.sum(g, 0)
-            d_late = d_late * tl.exp2(tl.where(slow, 0.0, seen - g if BONUS else seen))
-            d_early = d_early * tl.exp2(tl.where(slow, 0.0, -seen))
-            if GRAD:
-                read = late * d_late
-                change = early * d_early - read
-                dg = (tl.cumsum(change, 0) - change) + reach[None, :]
-                if BONUS:
-                    dg -= read
-                reach += tl.sum(change, 0)
-                tl.store(dg_ptr + out, dg.to(dg_ptr.dtype.element_ty), mask=mask)
+            # From the tokens as the passes read them, rounded: what a pair brings to a gate and takes from it cancels.
+            type = d_early_ptr.dtype.element_ty
+            factor = tl.exp2(tl.where(slow, 0.0, seen - g if BONUS else seen))
+            read = (late * factor).to(type).to(tl.float32) * d_late
+            d_late = d_late * factor
+            factor = tl.exp2(tl.where(slow, 0.0, -seen))
+            wrote = (early * factor).to(type).to(tl.float32) * d_early
+            d_early = d_early * factor
         own = scale * tl.load(own_ptr + rows.to(tl.int64) * H + h, mask=rows < stop, other=0.0)[:, None]
         if u_ptr is not None:
             du += tl.sum(own * late * early, 0)
@@ -282,6 +280,16 @@ def finish_kernel(
         if LATE:
             tl.store(d_late_ptr + out, (d_late + own * early).to(d_late_ptr.dtype.element_ty), mask=mask)
         tl.store(d_early_ptr + out, (d_early + own * late).to(d_early_ptr.dtype.element_ty), mask=mask)
+        if GRAD and GATED:
+            change = wrote - read
+            sum = tl.cumsum(change, 0) + reach[None, :]
+            if slow:  # there may be resets: nothing reaches across one, no rounding error of earlier tokens either
+                keep = tl.where(g > -150.0, 1.0, 0.0)
+                keep, sum = tl.associative_scan((keep, wrote - keep * read if BONUS else change), 0, linear)
+                sum += keep * reach[None, :]
+            dg = sum - (wrote if BONUS else change)
+            reach = tl.sum(tl.where((nth == ROWS - 1)[:, None], sum, 0.0), 0)
+            tl.store(dg_ptr + out, dg.to(dg_ptr.dtype.element_ty), mask=mask)
     if GRAD and u_ptr is not None:
         tl.store(du_ptr + slot * D + cols, du, mask=cols < D)
 
@@ -363,6 +371,7 @@ def gate_kernel(
     row_ptr,  # partial sums of late and of early tokens, [., H, tokens]
     col_ptr,
     w_ptr,  # [H, tokens]
+    like_ptr,  # of the dtype in which the passes read states
     edge_ptr,
     d_edge_ptr,
     d_first_ptr,
@@ -425,6 +434,7 @@ def gate_kernel(
         for k in range(0, SIZE, BLOCK):
             cols = k + tl.arange(0, BLOCK)
             S = tl.load(edge_ptr + slot * SIZE + cols, mask=cols < SIZE, other=0.0)
+            S = S.to(like_ptr.dtype.element_ty).to(tl.float32)  # as read: what is taken off below then cancels
             acc += S * tl.load(dS_at + cols, mask=cols < SIZE, other=0.0)
         if NORM:
             if first == origin:

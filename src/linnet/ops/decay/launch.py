@@ -250,6 +250,7 @@ def backward(
             row,
             col,
             w,
+            q,
             *sides,
             found["g"],
             found["w"],
