@@ -1,5 +1,6 @@
-"""The scan of keys that makes the normaliser of 16-bit inputs, in Triton's interpreter: the contract suite there has
-fp32 alone, where the normaliser is one more channel. And the stabiliser of the mLSTM over many blocks of tokens."""
+"""The normaliser in Triton's interpreter: the scan of keys that makes it for 16-bit inputs (in the contract suite there
+are none, and in fp32 the normaliser is one more channel), tokens that read only themselves, and the stabiliser of the
+mLSTM over many blocks of tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interpreted import INTERPRETED, in_the_interpreter, run_interpreted, starts_the_interpreter
-from linnet.ops import Segments
+from linnet.ops import Segments, decay
 
 SCALE, EPS, PIECE, PART = 0.7, 0.1, 16, 8
 ONE, PACKED = [38], [21, 0, 1, 14]
@@ -18,7 +19,7 @@ ONE, PACKED = [38], [21, 0, 1, 14]
 
 @pytest.mark.slow
 @starts_the_interpreter
-def test_the_scan_of_keys_in_the_interpreter() -> None:
+def test_the_normaliser_in_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
@@ -93,6 +94,20 @@ def test_the_scan_of_keys(
     torch.testing.assert_close(bounds[: len(starts)].double(), torch.stack(starts), **close)
     torch.testing.assert_close(last.double(), torch.stack(ends), **close)
     torch.testing.assert_close(d_first.double(), torch.autograd.grad(loss, z)[0], **close)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("bonus", [False, True])
+def test_tokens_that_read_only_themselves(bonus: bool) -> None:
+    """The normaliser divides out how much they read, so no gradient gets to q and k."""
+    torch.manual_seed(0)
+    T, H, K = 10, 2, 8
+    q, k = torch.rand(2, 1, T, H, K).requires_grad_()
+    v, g, u = torch.randn(1, T, H, K), -torch.rand(1, T, H, K), torch.rand(H, K) if bonus else None
+    alone = Segments.from_lengths([1] * T)
+    o, _ = decay(q, k, v, g, u=u, normalize=True, segments=alone, backend="triton")
+    dq, dk = torch.autograd.grad(o, (q, k), 10 * torch.randn(o.shape))
+    assert max(dq.abs().max(), dk.abs().max()) < 2e-6
 
 
 @pytest.mark.parametrize(

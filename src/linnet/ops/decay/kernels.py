@@ -474,11 +474,12 @@ def pass_kernel(
                             tl.store(own_ptr + at_t, own * factor)
                     if not REVERSE:
                         factor = factor * scale
-                    if DIAG != 1:
-                        o += own * weight * p
+                    o = o * factor
+                    if DIAG != 1:  # the weight first: where all else is 0, o over its channel of ones is p
+                        o += own * weight * factor * p
                     if NORM == 1:
                         o = o * tl.load(x_ptr + line_base + t)
-                    tl.store(out_raw + at_t * DP + p_cols, (o * factor).to(out_raw.dtype.element_ty), p_cols < DP)
+                    tl.store(out_raw + at_t * DP + p_cols, o.to(out_raw.dtype.element_ty), p_cols < DP)
                 if BONUS:
                     S = S * keep_r[:, None] * keep_p[None, :]
                     z = z * keep_p

@@ -138,17 +138,22 @@ def backward(
     do: Tensor,
     d_state: State,
     gates: bool,
+    own_value: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Gradients by input name, from those of the reading ``o`` and of the final state. ``gates`` says whether any
-    of the gates, the bonus and the write weight wants one."""
+    of the gates, the bonus and the write weight wants one, ``own_value`` the weight of each token's own pair in the
+    gradients of q and k, made here when None."""
     if x is not None and o is not None and q.dtype == EXACT:
         x = x.view(-1, *q.shape[:2]).permute(1, 2, 0)
         den = (x if floor is None else torch.maximum(x.abs(), floor)) + eps
         do = do / den[..., None]
-        dx = -(do * o).sum(-1)
-        dx = dx if floor is None else dx * x.sign() * (x.abs() > floor)
+        centre = o if floor is None else o * (x.sign() * (x.abs() > floor))[..., None]
+        dx = -(do * centre).sum(-1)
+        own = None
+        if u is not None or (g is not None and g.dim() == 4):  # not as a difference of sums: may be all that is read
+            own = (do * (v - centre)).sum(-1).contiguous()
         given = (q, k, _append(v, v.new_ones(v.shape[:3])), g, gv, u, w, None, cu_host, scale, eps, piece, None, None)
-        found = backward(*given, _joined(bounds), _append(do, dx), _joined(d_state), gates)
+        found = backward(*given, _joined(bounds), _append(do, dx), _joined(d_state), gates, own)
         d_first = _apart(State(found["S"], None))
         return found | {"v": found["v"][..., :-1], "S": d_first.S, "z": d_first.z}  # type: ignore[dict-item]
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
@@ -169,9 +174,10 @@ def backward(
     # Where gates lie between tokens channel by channel, or reading is exclusive, a token's own pair goes apart.
     key_apart, value_apart = call.key is not None or u is not None, call.value is not None
     late, early, own = call.prepare(call.key, q, k, u=call.u, own=u is not None or value_apart)
-    d_late, values, own_value = call.prepare(call.value, do, v, own=value_apart)
+    d_late, values, prepared = call.prepare(call.value, do, v, own=value_apart)
+    own_value, asked = prepared if own_value is None else own_value, None
     if own_value is None and key_apart:
-        own_value = new(call.B, call.T, H)
+        own_value = asked = new(call.B, call.T, H)  # by the dq pass
     dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), v.new_empty(v.shape)
     scalar = gates and call.key is None and call.value is None and (g is not None or w is not None)
     row = col = pair_row = pair_col = None
@@ -218,7 +224,7 @@ def backward(
         out=dq,
         wr=lw,
         ws=w,
-        own=own_value if call.value is None and key_apart else None,
+        own=asked,
         grad=int(scalar),
         dot=q if scalar else None,
         row=row,
