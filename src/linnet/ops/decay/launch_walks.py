@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core import chunk_table, uploaded
 from ..core.compiling import Kernel
+from ..core.tiles import has_tma
 from . import kernels, kernels_around, kernels_norm, kernels_pairs
 from .settings import (
     EXACT,
@@ -18,7 +19,6 @@ from .settings import (
     PART,
     ceil_div,
     chunk_length,
-    has_tma,
     launch_settings,
     pairs_stored,
     power_of_2,

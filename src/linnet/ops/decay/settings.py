@@ -62,11 +62,3 @@ def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, s
         return {"BR": BR, "BP": BP, "C": C, "num_warps": 4, "num_stages": 2 if split and BR == 128 else 3}
     warps = 4 if stored and BR == 256 else 8
     return {"BR": BR, "BP": BP, "C": C, "num_warps": warps, "num_stages": 1 if BR == 512 else 2}
-
-
-@cache
-def has_tma(device: torch.device) -> bool:
-    """Whether tiles can be moved by the bulk tensor copy engine (NVIDIA from Hopper on)."""
-    if device.type not in ("cuda", "meta") or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device if device.type == "cuda" else None)[0] >= 9
