@@ -208,6 +208,12 @@ def power_of_2(n):
 
 
 @triton.jit
+def moved(ptr, sequence, row, column, R: tl.constexpr, W: tl.constexpr):
+    """Tile ``[R, W]`` of a descriptor ``[sequences, rows, columns]``: zero behind the end of the sequence."""
+    return tl.reshape(ptr.load([sequence, row, column]), [R, W])
+
+
+@triton.jit
 def payload(ptr, t0, h, H, V: tl.constexpr, r, values, valid, has, SUB: tl.constexpr, UNTIED: tl.constexpr):
     """Tile ``[C, BV]`` of what is written: v by row, or, UNTIED, on the last row of each token."""
     mask = valid[:, None] & tl.trans(has)
@@ -425,16 +431,32 @@ def erasing(r, UNTIED: tl.constexpr):
 
 @triton.jit
 def key_tile(
-    ptr, slot, start, head, heads, row, mask, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr
-):
-    """Tile ``[C, BK]``: rows of a tensor ``[rows, heads, K]``, or, VECTOR, what ``prepare_kernel`` wrote out."""
+    ptr, slot, start, sequence, rows, head, heads, row, mask, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    VECTOR: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Tile ``[C, BK]``: rows of a tensor ``[rows, heads, K]``, or, VECTOR, what ``prepare_kernel`` wrote out. TMA takes
+    rows that are not asked for too, but for those behind the end of a sequence of so many rows."""
     cols = tl.arange(0, BK)[None, :]
     wide = within(cols, K, BK)
-    if VECTOR:
+    if TMA and VECTOR:
+        return ptr.load([slot.to(tl.int32) * C, 0])
+    elif TMA:
+        return moved(ptr, sequence, (start - sequence.to(tl.int64) * rows).to(tl.int32), head * K, C, BK)
+    elif VECTOR:
         at = ptr + slot * C * K + (tl.arange(0, C)[:, None] * K + cols)
         return tl.load(at, mask=mask[:, None] & wide, other=0.0)
     else:
         return tl.load(tile_at(ptr, start, head, heads, K, row[:, None], cols), mask=mask[:, None] & wide, other=0.0)
+
+
+@triton.jit
+def matrix_tile(ptr, slot, WHICH: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
+    """A (0) or P (1) of a chunk."""
+    if TMA:
+        return ptr.load([(slot.to(tl.int32) * 2 + WHICH) * C, 0])
+    else:
+        r = tl.arange(0, C)
+        return tl.load(ptr + slot * (2 * C * C) + WHICH * C * C + (r[:, None] * C + r[None, :]))
 
 
 @triton.jit
@@ -498,6 +520,7 @@ def state_kernel(
     LAST: tl.constexpr,
     MOVES: tl.constexpr,  # start from [0, I] instead: what a stretch adds to a state, and by what it multiplies it
     PACKED: tl.constexpr,
+    TMA: tl.constexpr,  # tiles come through descriptors, but for tokens that several rows share and values in MOVES
 ):
     blocks = tl.cdiv(V, BV)
     pid = tl.program_id(0)
@@ -505,8 +528,10 @@ def state_kernel(
     n = pid // (blocks * H)
     hq = h // (H // HQ)
     first, end, chunk0 = stretch(n, cu_ptr, first_ptr, T, CT, LENGTH, PACKED)
+    sequence = n if PACKED else n // tl.cdiv(T, LENGTH)
     r = tl.arange(0, C)
-    values = pid % blocks * BV + tl.arange(0, BV)
+    value = pid % blocks * BV
+    values = value + tl.arange(0, BV)
     has = within(values, V, BV)[:, None]
     keys = tl.arange(0, BK)
     state = (n.to(tl.int64) * H + h) * K * V + (keys[None, :] * V + values[:, None])
@@ -520,7 +545,9 @@ def state_kernel(
 
     n_chunks = tl.cdiv(end - first, CT)
     fade, into, read = factors(rows_ptr, decays_ptr, chunk0, n_chunks, h, H, K, C, BK, VECTOR, GATE)
-    if W:
+    # Through descriptors, what is written is fetched ahead in memory; else, where w takes part, in registers by hand.
+    COPIED: tl.constexpr = TMA and not UNTIED and not MOVES
+    if W and not COPIED:
         early = r < tl.minimum(end - first, CT) * SUB
         v = payload(v_ptr, first, h, H, WIDTH, r, values, early, given, SUB, UNTIED)
         w = payload(w_ptr, first, h, H, WIDTH, r, values, early, given, SUB, UNTIED)
@@ -531,7 +558,7 @@ def state_kernel(
         next_fade, next_into, next_read = factors(
             rows_ptr, decays_ptr, chunk0 + ahead, n_chunks, h, H, K, C, BK, VECTOR, GATE
         )
-        if W:
+        if W and not COPIED:
             t1 = first + ahead * CT
             early = r < tl.minimum(end - t1, CT) * SUB
             next_v = payload(v_ptr, t1, h, H, WIDTH, r, values, early, given, SUB, UNTIED)
@@ -540,7 +567,6 @@ def state_kernel(
         all_rows = tl.full([C], True, tl.int1)
         reads = valid & reading(r, SUB)
         s0 = t0.to(tl.int64) * SUB
-        tile = r[:, None] * C + r[None, :]
         rows = rows_ptr + slot * (8 * C) + r
 
         if VECTOR:
@@ -549,18 +575,28 @@ def state_kernel(
         if KEEP:
             at = S_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
             tl.store(at, S.to(S_ptr.dtype.element_ty), mask=inside)
-        k = key_tile(write_ptr, slot, s0, hq, HQ, r, all_rows if VECTOR else valid, K, C, BK, VECTOR)
+        k = key_tile(
+            write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, all_rows if VECTOR else valid, K, C, BK, VECTOR, TMA
+        )
         if VECTOR:
-            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, erasing(r, UNTIED), K, C, BK, VECTOR)
+            e = key_tile(erase_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, erasing(r, UNTIED), K, C, BK, VECTOR, TMA)
         else:
             e = k
         Sb = S.to(k.dtype)
         X = tl.dot(Sb, tl.trans(e), input_precision="ieee")
         if not VECTOR:
             X = X * tl.load(rows)[None, :]
-        A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
+        if TMA and UNTIED:
+            X = tl.where(erasing(r, UNTIED)[None, :], X, 0.0)
+        A = matrix_tile(matrices_ptr, slot, 0, C, TMA)
         # v goes to the tensor cores as it lies in memory
-        if W:
+        if COPIED:
+            row = (t0 - sequence * T) * SUB
+            z = moved(v_ptr, sequence, row, h * V + value, C, BV)
+            if W:
+                w = moved(w_ptr, sequence, row, h * V + value, C, BV)
+                z = (z.to(tl.float32) * w.to(tl.float32)).to(k.dtype)
+        elif W:
             z = (v.to(tl.float32) * w.to(tl.float32)).to(k.dtype)
             v, w = next_v, next_w
         else:
@@ -576,14 +612,20 @@ def state_kernel(
             tl.store(at, Rb, mask=has & tl.full([1, C], True, tl.int1))
         if OUTPUT:
             asked = reading(r, SUB) if VECTOR else reads
-            q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, asked, K, C, BK, VECTOR)
+            q = key_tile(
+                read_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, asked, K, C, BK, VECTOR, TMA and (UNTIED or SUB == 1)
+            )
             o = tl.dot(Sb, tl.trans(q), input_precision="ieee")
             if not VECTOR:
                 o = o * read[None, :]
-            P = tl.load(matrices_ptr + slot * (2 * C * C) + C * C + tile)
+            P = matrix_tile(matrices_ptr, slot, 1, C, TMA)
             o = tl.dot(Rb, tl.trans(P), o, input_precision="ieee")
-            at = tile_at(o_ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None])
-            tl.store(at, o.to(o_ptr.dtype.element_ty), mask=has & reads[None, :])
+            if TMA and SUB == 1:
+                o = tl.reshape(tl.trans(o.to(k.dtype)), [1, C, BV])
+                o_ptr.store([sequence, t0 - sequence * T, h * V + value], o)
+            else:
+                at = tile_at(o_ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None])
+                tl.store(at, o.to(o_ptr.dtype.element_ty), mask=has & reads[None, :])
         if not VECTOR:
             Rb = (R * tl.load(rows + C)[None, :]).to(k.dtype)
         if GATE != 0:

@@ -24,6 +24,8 @@ from .kernels import (
     factors,
     gate_sums,
     key_tile,
+    matrix_tile,
+    moved,
     reading,
     row_gates,
     state_kernel,
@@ -68,6 +70,7 @@ def adjoint(
     VECTOR: tl.constexpr,
     UNTIED: tl.constexpr,
     PACKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Walk the chunks backward, program ``pid`` a block of values of a head."""
     blocks = tl.cdiv(V, BV)
@@ -75,8 +78,10 @@ def adjoint(
     n = pid // (blocks * H)
     hq = h // (H // HQ)
     first, end, chunk0 = stretch(n, cu_ptr, first_ptr, T, CT, LENGTH, PACKED)
+    sequence = n if PACKED else n // tl.cdiv(T, LENGTH)
     r = tl.arange(0, C)
-    values = pid % blocks * BV + tl.arange(0, BV)
+    value = pid % blocks * BV
+    values = value + tl.arange(0, BV)
     has = within(values, V, BV)[:, None]
     keys = tl.arange(0, BK)
     state = keys[None, :] * V + values[:, None]
@@ -95,15 +100,19 @@ def adjoint(
         all_rows = tl.full([C], True, tl.int1)
         reads = valid & reading(r, SUB)
         s0 = t0.to(tl.int64) * SUB
-        tile = r[:, None] * C + r[None, :]
         rows = rows_ptr + slot * (8 * C) + r
 
         at = dS_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
         tl.store(at, dS.to(dS_ptr.dtype.element_ty), mask=inside)
-        k = key_tile(write_ptr, slot, s0, hq, HQ, r, all_rows if VECTOR else valid, K, C, BK, VECTOR)
-        at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
-        do = tl.trans(tl.load(at, mask=tl.trans(has) & reads[:, None], other=0.0))
-        P = tl.load(matrices_ptr + slot * (2 * C * C) + C * C + tile)
+        k = key_tile(
+            write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, all_rows if VECTOR else valid, K, C, BK, VECTOR, TMA
+        )
+        if TMA and SUB == 1:
+            do = tl.trans(moved(do_ptr, sequence, t0 - sequence * T, h * V + value, C, BV))
+        else:
+            at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
+            do = tl.trans(tl.load(at, mask=tl.trans(has) & reads[:, None], other=0.0))
+        P = matrix_tile(matrices_ptr, slot, 1, C, TMA)
         dR = tl.dot(do, P, input_precision="ieee")
         if VECTOR:
             dR = tl.dot(dS.to(k.dtype), tl.trans(k), dR, input_precision="ieee")
@@ -111,7 +120,7 @@ def adjoint(
             # A sum would be made one product that starts from the other, and the load then not be fetched ahead.
             x = tl.dot(dS.to(k.dtype), tl.trans(k), input_precision="ieee")
             dR = tl.fma(x, tl.load(rows + C)[None, :], dR)
-        A = tl.load(matrices_ptr + slot * (2 * C * C) + tile)
+        A = matrix_tile(matrices_ptr, slot, 0, C, TMA)
         L = tl.dot(dR.to(k.dtype), A, input_precision="ieee")
         if UNTIED:
             L = tl.where(erasing(r, UNTIED)[None, :], -L, L)
@@ -126,11 +135,13 @@ def adjoint(
             do = tl.where(erasing(r, UNTIED)[None, :], L.to(k.dtype), do)
         elif VECTOR:
             asked = reading(r, SUB)
-        q = key_tile(read_ptr, slot, t0, hq, HQ, r // SUB, asked, K, C, BK, VECTOR)
+        q = key_tile(
+            read_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, asked, K, C, BK, VECTOR, TMA and (UNTIED or SUB == 1)
+        )
         if UNTIED:
             pass
         elif VECTOR:
-            e = key_tile(erase_ptr, slot, s0, hq, HQ, r, all_rows, K, C, BK, VECTOR)
+            e = key_tile(erase_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, all_rows, K, C, BK, VECTOR, TMA)
             Lb = (-L).to(k.dtype)
         else:
             e = k
@@ -191,6 +202,7 @@ def adjoint_kernel(
     VECTOR: tl.constexpr,
     UNTIED: tl.constexpr,
     PACKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """The serial passes: states forward and their gradients backward. Neither needs the other, and each leaves a
     multiprocessor idle when it waits for its chain of products: they run side by side."""
@@ -198,13 +210,13 @@ def adjoint_kernel(
         state_kernel(
             erase_ptr, write_ptr, read_ptr, v_ptr, w_ptr, rows_ptr, decays_ptr, matrices_ptr, S0_ptr, None, None,
             S_ptr, R_ptr, cu_ptr, first_ptr, scale, T, CT, LENGTH, H, HQ, K, V, V, C, BK, BV, SUB, GATE, W, VECTOR,
-            UNTIED, False, True, False, False, PACKED,
+            UNTIED, False, True, False, False, PACKED, TMA,
         )  # fmt: skip
     else:
         adjoint(
             tl.program_id(0) - states, erase_ptr, write_ptr, read_ptr, rows_ptr, decays_ptr, matrices_ptr, do_ptr,
             last_ptr, start_ptr, dS_ptr, L_ptr, dv_ptr, cu_ptr, first_ptr, scale, T, CT, LENGTH, H, HQ, K, V, C, BK,
-            BV, SUB, GATE, VECTOR, UNTIED, PACKED,
+            BV, SUB, GATE, VECTOR, UNTIED, PACKED, TMA,
         )  # fmt: skip
 
 

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core import chunk_table, following, uploaded
 from ..core.compiling import Kernel, compile_together, compiling
+from ..core.tiles import has_tma
 from . import kernels, kernels_around, kernels_backward, kernels_step
 from .kept import chunk_rows, kept
 
@@ -68,6 +70,8 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     stage, room = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV), 225_000  # bytes that a chunk's tiles take
     if kernel == "moves":  # reads nothing, and two programs share a multiprocessor
         stage, room = 2 * C * (BK * (2 if vector else 1) + C + BV), 112_000
+    if kernel == "written":  # w comes beside v, in up to 32 bits, and their product takes a tile, the reading another
+        stage, room = stage + 4 * C * BV, room - 4 * C * BV
     if kernel == "adjoint" and 2 * stage < 115_200:  # two programs share a multiprocessor
         room = 115_200
     return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": max(1, min(3, room // stage))}
@@ -90,6 +94,28 @@ def part_length(chunks: int, programs: int, device: torch.device) -> int:
     parts = max(1, min(parts, isqrt(2 * chunks // step) if step else chunks))
     length = _cdiv(chunks, parts)
     return length if 2 * length + step * parts + launches <= chunks else chunks
+
+
+def _copied(q: Tensor, v: Tensor) -> bool:
+    """Whether serial passes may have their tiles from the copy engine: tiles of 16 bits that channels fill. States of
+    more than 128 keys leave little or no room to fetch tiles ahead."""
+    full = q.shape[3] in (64, 128) and v.shape[3] % 64 == 0
+    return q.dtype != torch.float32 and full and q.numel() > 0 and has_tma(q.device)
+
+
+def _rows(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Tiles of so many rows and columns of a tensor ``[sequences, rows, heads, channels]``, or of a copy where it does
+    not lie as the copy engine needs it."""
+    x = x.clone() if x.data_ptr() % 16 else x
+    n, length, heads, channels = x.shape
+    columns = heads * channels
+    return TensorDescriptor(x, [n, length, columns], [length * columns, columns, 1], [1, rows, width])
+
+
+def _blocks(x: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of so many whole rows of a contiguous tensor."""
+    width = x.shape[-1]
+    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, width])
 
 
 def _starts(counts: Tensor) -> Tensor:
@@ -124,6 +150,7 @@ class _Layout:
         self.tokens = self.C // substeps
         self.packed, self.device, self.dtype = cu_host is not None, q.device, q.dtype
         self.kept = kept(q, v, substeps, cu_host)
+        self.tma = self.tokens * substeps == self.C and not self.packed and _copied(q, v)
         if cu_host is None:
             self.rows, self.longest = self.B, -(-self.T // self.tokens)
             self.chunks = self.B * self.longest
@@ -161,6 +188,24 @@ class _Layout:
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         return self.T, self.tokens, self.H, self.heads, self.K
+
+    def tokens_of(self, x: Tensor | None, width: int) -> Any:
+        """What moves tiles of so many channels of a tensor ``[B, rows, heads, D]`` whose rows are those of chunks."""
+        return _rows(x, self.C, width) if self.tma and x is not None and x.shape[1] == self.T * self.substeps else x
+
+    def operands(self, modes: _Modes, erase: Tensor, read: Tensor, write: Tensor) -> tuple[Any, Any, Any]:
+        """What moves the operands of serial passes: what is erased, written and read."""
+        if not self.tma:
+            return erase, write, read
+        if not modes.vector:
+            k = _rows(write, self.C, self.K)
+            return k, k, self.tokens_of(read, self.K)
+        e, w = _blocks(erase, self.C), _blocks(write, self.C)
+        return e, w, e if modes.untied else _blocks(read, self.C) if self.substeps == 1 else read
+
+    def matrices(self, x: Tensor) -> Any:
+        """What moves the matrices of chunks."""
+        return _blocks(x, self.C) if self.tma else x
 
     def rare(self) -> tuple[int]:
         """Programs of what few chunks of a call need, 64 chunks each at most: one each where all may need it."""
@@ -308,21 +353,19 @@ def _walk(
 ) -> None:
     """One serial pass over parts from their states ``S``: the reading and the final states, or (``S`` None) what each
     part adds to a state and by what it multiplies it."""
-    settings = launch_settings("moves" if S is None else "state", layout.K, layout.V, v.dtype, modes.vector)
-    erase, read, write = local["operands"]
+    kernel = "moves" if S is None else "written" if layout.tma and modes.write else "state"
+    settings = launch_settings(kernel, layout.K, layout.V, v.dtype, modes.vector)
+    BV = settings["BV"]
     width = layout.V + (layout.K if S is None else 0)
-    state_kernel[(parts.count * layout.H * _cdiv(width, settings["BV"]),)](
-        erase,
-        write,
-        read,
-        v,
-        w,
+    state_kernel[(parts.count * layout.H * _cdiv(width, BV),)](
+        *layout.operands(modes, *local["operands"]),
+        *(x if S is None else layout.tokens_of(x, BV) for x in (v, w)),
         local["rows"],
         local["decays"],
-        local["matrices"],
+        layout.matrices(local["matrices"]),
         S,
         last,
-        o,
+        layout.tokens_of(o, BV),
         None,
         None,
         parts.cu,
@@ -347,6 +390,7 @@ def _walk(
         LAST=last is not None,
         MOVES=S is None,
         PACKED=layout.packed,
+        TMA=layout.tma,
         **settings,
     )
 
@@ -567,26 +611,27 @@ def backward(
     R, L = q.new_empty(layout.chunks, H, V, C), torch.empty_like(v)
     dv = torch.empty_like(v) if modes.write or modes.untied else L
     settings = launch_settings("adjoint", K, V, v.dtype, modes.vector and not modes.untied)
-    erase, read, write = local["operands"]
+    BV = settings["BV"]
+    tiles = layout.operands(modes, *local["operands"])
+    v_tiles, w_tiles, do_tiles = (layout.tokens_of(x, BV) for x in (v, w, do))
+    matrix_tiles = layout.matrices(matrices)
     parts = layout.whole if layout.parts is None else layout.parts
 
     def walk_back(last: Tensor, start: Tensor, S: Tensor | None) -> None:
         """Gradients of the states, and, side by side, the states again from ``S``."""
-        programs = parts.count * H * _cdiv(V, settings["BV"])
+        programs = parts.count * H * _cdiv(V, BV)
         adjoint_kernel[(programs * (1 if S is None else 2),)](
             0 if S is None else programs,
-            erase,
-            write,
-            read,
-            v,
-            w,
+            *tiles,
+            v_tiles,
+            w_tiles,
             local["rows"],
             local["decays"],
-            matrices,
+            matrix_tiles,
             last if S is None else S,
             entering,
             R,
-            do,
+            do_tiles,
             last,
             start,
             leaving,
@@ -609,6 +654,7 @@ def backward(
             VECTOR=modes.vector,
             UNTIED=modes.untied,
             PACKED=layout.packed,
+            TMA=layout.tma,
             **settings,
         )
 
