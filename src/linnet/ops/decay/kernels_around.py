@@ -282,13 +282,13 @@ def finish_kernel(
         tl.store(d_early_ptr + out, (d_early + own * late).to(d_early_ptr.dtype.element_ty), mask=mask)
         if GRAD and GATED:
             change = wrote - read
-            sum = tl.cumsum(change, 0) + reach[None, :]
+            keep, sum = tl.zeros([ROWS, BD], dtype=tl.float32) + 1.0, tl.cumsum(change, 0)
             if slow:  # there may be resets: nothing reaches across one, no rounding error of earlier tokens either
                 keep = tl.where(g > -150.0, 1.0, 0.0)
                 keep, sum = tl.associative_scan((keep, wrote - keep * read if BONUS else change), 0, linear)
-                sum += keep * reach[None, :]
-            dg = sum - (wrote if BONUS else change)
-            reach = tl.sum(tl.where((nth == ROWS - 1)[:, None], sum, 0.0), 0)
+            before = keep * reach[None, :]  # added last: a token's own change may be far larger
+            dg = (sum - (wrote if BONUS else change)) + before
+            reach = tl.sum(tl.where((nth == ROWS - 1)[:, None], sum + before, 0.0), 0)
             tl.store(dg_ptr + out, dg.to(dg_ptr.dtype.element_ty), mask=mask)
     if GRAD and u_ptr is not None:
         tl.store(du_ptr + slot * D + cols, du, mask=cols < D)
@@ -371,7 +371,6 @@ def gate_kernel(
     row_ptr,  # partial sums of late and of early tokens, [., H, tokens]
     col_ptr,
     w_ptr,  # [H, tokens]
-    like_ptr,  # of the dtype in which the passes read states
     edge_ptr,
     d_edge_ptr,
     d_first_ptr,
@@ -434,7 +433,6 @@ def gate_kernel(
         for k in range(0, SIZE, BLOCK):
             cols = k + tl.arange(0, BLOCK)
             S = tl.load(edge_ptr + slot * SIZE + cols, mask=cols < SIZE, other=0.0)
-            S = S.to(like_ptr.dtype.element_ty).to(tl.float32)  # as read: what is taken off below then cancels
             acc += S * tl.load(dS_at + cols, mask=cols < SIZE, other=0.0)
         if NORM:
             if first == origin:

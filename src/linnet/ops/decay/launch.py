@@ -256,7 +256,6 @@ def backward(
             row,
             col,
             w,
-            q,
             *sides,
             found["g"],
             found["w"],
