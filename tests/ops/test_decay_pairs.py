@@ -118,3 +118,11 @@ def test_gates_that_forget_all_have_no_gradient(bonus: bool) -> None:
     o, _ = decay(q, k, v, g.requires_grad_(), u=u, state=DecayState(S), backend="triton")
     (dg,) = torch.autograd.grad(o.sum(), g)
     assert (dg[g == -torch.inf] == 0).all() and dg[g > -torch.inf].any()
+
+
+def test_tiles_of_tensors_that_lie_anywhere() -> None:
+    x = torch.randn(1 + 20 * 2 * 16).half()[1:].view(1, 20, 2, 16)  # not at a multiple of 16 bytes
+    call = import_module("linnet.ops.decay.launch_walks").Call(x, x, None, None, None, None, 1.0, 64)
+    tile = call.tile(x, 16, True)
+    assert tile.base.data_ptr() % 16 == 0
+    assert torch.equal(tile.base, x.view(20, 32))

@@ -141,9 +141,10 @@ class Call:
 
     def tile(self, t: Tensor | None, width: int, tma: bool) -> Any:
         """What moves tiles of so many channels of a tensor ``[B, T, heads, D]``: a descriptor for the copy engine, or
-        the tensor itself."""
+        the tensor itself. Of a copy where it does not lie as that needs it; what a pass writes is new, and does."""
         if t is None or not tma:
             return t
+        t = t.clone() if t.data_ptr() % 16 else t
         return TensorDescriptor.from_tensor(t.view(self.tokens, -1), [self.chunk, width])
 
     def pair(
