@@ -31,7 +31,6 @@ TESTS = {str(n): n for n in (16, 32, 48, 64, 128, 256)}
     " of 0.001, three initialisations, of which the median counts. Share of rows in which every product is right.",
     needs=("deltaproduct",),
     budgets=("gpu",),
-    recorded=False,
 )
 def run(experiment: Experiment) -> Outcome:
     cells = experiment.compare(
