@@ -136,19 +136,15 @@ class Sample:
         exact = self.run(program, dtype=torch.float64)
         return exact, None if self.dtype == torch.float64 else self.rough(backend, program, exact)
 
-    def rough(
-        self, backend: str, program: Program, exact: Result, unit: torch.dtype | None = None, **options: Any
-    ) -> list[Result]:
-        """Results of ``program`` on these inputs and on inputs moved by what kernels round to ``unit``, the dtype of
-        the inputs unless given."""
+    def rough(self, backend: str, program: Program, exact: Result, **options: Any) -> list[Result]:
         # Matrix units take their operands in the dtype: the kernels round states and decayed writes to it as well, as
         # PyTorch's own products in that dtype would.
-        step = torch.finfo(unit or self.dtype).eps / 2 if backend == "triton" else torch.finfo(torch.float32).eps
-        step = max(step, torch.finfo(torch.float32).eps)
+        unit = torch.finfo(self.dtype).eps / 2 if backend == "triton" else torch.finfo(torch.float32).eps
+        unit = max(unit, torch.finfo(torch.float32).eps)
         runs = [self.run(program, exact, **options)]
         for i in range(3):
             generator = seeded(self.key, "nudged", i)
-            inputs, state = nudged(self.inputs, generator, step), nudged(self.state, generator, step)
+            inputs, state = nudged(self.inputs, generator, unit), nudged(self.state, generator, unit)
             runs.append(self.evaluate(program, inputs, state, exact, **options))
         return runs
 
@@ -262,9 +258,7 @@ def test_autocast(op: Op, case: Case, backend: str, device: torch.device) -> Non
 
         return run
 
-    rough = [sample.run(under_autocast("reference"), exact)]
-    if backend == "triton":  # whose matrix units take operands in the dtype of autocast; the reference has no products
-        rough += sample.rough(backend, sample.call("reference"), exact, torch.bfloat16)
+    rough = sample.run(under_autocast("reference"), exact)
     got = sample.check(under_autocast(backend), exact, rough, f"{backend}, under autocast")
     assert got.values[next(iter(got.values))].dtype == torch.bfloat16
 
