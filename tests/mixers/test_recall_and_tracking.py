@@ -60,7 +60,7 @@ class PairEmbedding(nn.Module):
         return self.key(tokens[..., 0]) + self.value(tokens[..., 1])
 
 
-def overwrites(size: int, *, keys: int = 6, values: int = 16, writes: int = 16, queries: int = 8):
+def overwrites(size: int, *, keys: int = 12, values: int = 16, writes: int = 32, queries: int = 8):
     """Keys written about three times each, then asked for: the class is the latest value."""
     key, value = torch.randint(keys, (size, writes)), torch.randint(values, (size, writes))
     asked = key.gather(1, torch.randint(writes, (size, queries)))
@@ -78,7 +78,7 @@ def accuracy(embed: nn.Module, model: Classifier, tokens: Tensor, classes: Tenso
 
 def overwrite_recall(mixer: str, steps: int) -> float:
     torch.manual_seed(0)
-    embed, model = PairEmbedding(6, 17), Classifier(mixer, 16, mlp=False)
+    embed, model = PairEmbedding(12, 17), Classifier(mixer, 16, mlp=False)
     trained(embed, model, overwrites, steps)
     return accuracy(embed, model, *overwrites(512))
 
@@ -87,10 +87,10 @@ def overwrite_recall(mixer: str, steps: int) -> float:
 @pytest.mark.parametrize(
     ("mixer", "steps"),
     [
-        ("deltanet(num_heads=2, head_dim=16, conv_size=0)", 200),
-        ("gated_deltanet(num_heads=2, head_dim=16, expand_v=1.0, conv_size=0)", 250),
-        ("kda(num_heads=2, head_dim=16, conv_size=0)", 150),
-        ("gated_deltanet2(num_heads=2, head_dim=16, conv_size=0)", 150),
+        ("deltanet(num_heads=2, head_dim=16, conv_size=0)", 300),
+        ("gated_deltanet(num_heads=2, head_dim=16, expand_v=1.0, conv_size=0)", 200),
+        ("kda(num_heads=2, head_dim=16, conv_size=0)", 200),
+        ("gated_deltanet2(num_heads=2, head_dim=16, conv_size=0)", 200),
     ],
 )
 def test_the_delta_rule_recalls_the_latest_value_of_a_key(mixer: str, steps: int) -> None:
@@ -100,7 +100,7 @@ def test_the_delta_rule_recalls_the_latest_value_of_a_key(mixer: str, steps: int
 @pytest.mark.slow
 def test_adding_alone_cannot_overwrite() -> None:
     options = "num_heads=2, expand_k=0.5, expand_v=0.5, feature_map='silu', normalize=False"
-    assert overwrite_recall(f"linear_attention({options})", 200) <= 0.5
+    assert overwrite_recall(f"linear_attention({options})", 300) <= 0.5
 
 
 def swaps(size: int, length: int = 16, slots: int = 3) -> tuple[Tensor, Tensor]:
