@@ -224,15 +224,6 @@ def payload(ptr, t0, h, H, V: tl.constexpr, r, values, valid, has, SUB: tl.const
         return tl.load(tile_at(ptr, t0.to(tl.int64) * SUB, h, H, V, r[:, None], values[None, :]), mask=mask, other=0.0)
 
 
-@triton.jit
-def payload_at(ptr, t0, h, H, V: tl.constexpr, r, values, valid, SUB: tl.constexpr, UNTIED: tl.constexpr):
-    """Addresses ``[BV, C]`` of what is written, and which rows have it: UNTIED, the last of each token."""
-    if UNTIED:
-        return tile_at(ptr, t0, h, H, V, (r // SUB)[None, :], values[:, None]), valid & (r % SUB == SUB - 1)
-    else:
-        return tile_at(ptr, t0.to(tl.int64) * SUB, h, H, V, r[None, :], values[:, None]), valid
-
-
 # ROWS: of each row of a chunk, in fp32: decay from the chunk's start over the key's length, decay to the chunk's end
 # over the key's length times beta, scale times decay over the query's length, beta (1 when it has channels), 1/|k|,
 # 1/|q| (1 without norm), log2 of the decay from the start, decay of the whole chunk. Of VECTOR only the middle three.
