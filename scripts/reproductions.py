@@ -125,7 +125,7 @@ def tracking() -> str:
         " the last tenth has to agree with it, and all do. A5, whose products no fixed depth of diagonal transitions or"
         " of softmax attention computes (unless TC0 is NC1), is tracked to four times the length by several reflections"
         " a token and by nonlinear recurrences (GRU, M2RNN), and by no other. The rotation of five that S5 is made of"
-        " takes four reflections: with four the rows hold longest, and with twice the width they hold throughout"
+        " takes four reflections: with four the rows hold longest, and with twice the width to four times the length"
         f" ([DeltaProduct](#{anchor('DeltaProduct: four reflections for S5')})). Parity asks for a negative eigenvalue"
         " or a nonlinearity; of those that have one, rwkv7, the LSTM, Gated DeltaNet-2 and two reflections did not"
         " learn it to this length.",
