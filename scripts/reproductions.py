@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from linnet.mixers import get_mixer, parse_spec
-from linnet.reproductions import Reproduction, reproductions
+from linnet.reproductions import reproductions
 from linnet.reproductions.base import draw
 from linnet.training import Cell, Comparison
 from linnet.training.report import draw as draw_comparison
@@ -75,22 +75,7 @@ def entry(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def open_entry(about: Reproduction) -> str:
-    """The section of one that has not been run."""
-    lines = [
-        f"## {about.title}",
-        "",
-        f"`linnet reproduce {about.name} --budget {about.budgets[0]}`: **not run yet**, so there is no figure here.",
-        "",
-        f"- **Paper**: {about.paper}",
-        f"- **Claim**: {about.claim}",
-        f"- **Published**: {about.published}",
-        f"- **To be run**: {about.setup}",
-    ]
-    return "\n".join(lines)
-
-
-def page(results: list[dict[str, Any]], waiting: list[Reproduction]) -> str:
+def page(results: list[dict[str, Any]]) -> str:
     """docs/reproductions.md."""
     head = (
         "# Reproductions\n\nMade from `reproductions/results` by `scripts/reproductions.py`. Each is the central claim"
@@ -101,9 +86,7 @@ def page(results: list[dict[str, Any]], waiting: list[Reproduction]) -> str:
     )
     table = ["| | claim | result |", "|---|---|---|"]
     table += [f"| [{cell(r['title'])}](#{anchor(r['title'])}) | {cell(r['claim'])} | {verdict(r)} |" for r in results]
-    table += [f"| [{cell(r.title)}](#{anchor(r.title)}) | {cell(r.claim)} | not run yet |" for r in waiting]
-    last = [open_entry(r) for r in waiting]
-    last += [tracking()] if TRACKING.is_file() else []
+    last = [tracking()] if TRACKING.is_file() else []
     last += [language(json.loads(LANGUAGE.read_text(encoding="utf-8")))] if LANGUAGE.is_file() else []
     return "\n\n".join([head, "\n".join(table), *map(entry, results), *last]) + "\n"
 
@@ -193,7 +176,7 @@ def main() -> None:
     unknown = [r["name"] for r in results if r["name"] not in known]
     if unknown:
         sys.exit(f"reproductions/results: no such reproduction: {', '.join(unknown)}")
-    text = page(results, [about for about in known.values() if not about.recorded])
+    text = page(results)
     plots = [PLOTS / f"{r['name']}.png" for r in results]
     if "--check" in sys.argv[1:]:
         stale = [] if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text else [PAGE]

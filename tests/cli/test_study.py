@@ -68,8 +68,6 @@ class TestReproduce:
         found = call("reproduce")
         assert found.exit_code == 0
         assert all(name in found.output for name in reproductions())
-        waiting = sum(not about.recorded for about in reproductions().values())
-        assert found.output.count("not run yet") == waiting
 
     def test_runs(self, tmp_path: Path) -> None:
         found = call("reproduce", "tfla", "--quick", "--out", tmp_path, "--results", tmp_path / "results")

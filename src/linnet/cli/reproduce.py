@@ -83,8 +83,7 @@ def _list(known: dict[str, Any]) -> None:
     for column in ("name", "claim", "budgets"):
         table.add_column(column, style="bold" if column == "name" else "", no_wrap=column != "claim")
     for name, about in known.items():
-        budgets = ", ".join(about.budgets)
-        table.add_row(name, escape(about.claim), budgets if about.recorded else f"{budgets}; not run yet")
+        table.add_row(name, escape(about.claim), ", ".join(about.budgets))
     console().print(table)
 
 

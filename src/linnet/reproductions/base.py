@@ -135,7 +135,6 @@ class Reproduction:
         run: the experiment.
         needs: mixers it cannot do without.
         budgets: the budgets it has a version for.
-        recorded: whether its result is on the page of results; False: it has not been run yet.
     """
 
     name: str
@@ -147,7 +146,6 @@ class Reproduction:
     run: Callable[[Experiment], Outcome]
     needs: tuple[str, ...] = ()
     budgets: tuple[str, ...] = ("cpu",)
-    recorded: bool = True
 
 
 def register_reproduction(
