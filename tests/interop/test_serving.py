@@ -137,6 +137,7 @@ def test_answers_are_those_of_offline_generation(served):
     sampled = served.complete("x", max_tokens=15, temperature=0.8, top_p=0.9, seed=5, n=2)
     for i, choice in enumerate(sampled.choices):
         assert choice.text == offline(model, "x", 15, temperature=0.8, top_p=0.9, seed=5 + i)
+    assert sampled.usage.prompt_tokens == 2  # read twice, asked once
     several = served.complete(["a", "bc"], max_tokens=5, temperature=0)
     assert [c.text for c in several.choices] == [offline(model, p, 5) for p in ("a", "bc")]
     ids = served.complete([END, *b"hello"], max_tokens=20, temperature=0)
@@ -188,6 +189,7 @@ def test_many_clients_of_all_kinds_at_once(served):
         ({"model": "tiny", "seed": 1.5}, 400, "seed"),
         ({"model": "tiny", "stream": "yes"}, 400, "stream: expected bool"),
         ({"model": "tiny", "logprobs": 3}, 400, "logprobs: not supported"),
+        ({"model": "tiny", "\ud800": 0}, 400, "\\ud800: unknown"),
         ({"model": "tiny", "user": "me", "temperatur": 0}, 400, "temperatur: unknown; takes max_tokens, model, n"),
         (b" " * 2_000_000, 413, "larger than 1048576 bytes"),
     ],
@@ -233,6 +235,9 @@ def test_a_full_queue_a_time_limit_and_a_failing_turn():
         forward, model.forward = model.forward, None
         with pytest.raises(openai.InternalServerError, match="server's log"):
             server.complete("y")
+        model.forward = lambda *given, **options: forward(*given, **options)._replace(logits=None)  # in drawing
+        with pytest.raises(openai.InternalServerError, match="server's log"):
+            server.complete("y")
         model.forward = forward
         assert server.complete("y", max_tokens=3, temperature=0).choices[0].text == offline(model, "y", 3)
     finally:
@@ -241,6 +246,24 @@ def test_a_full_queue_a_time_limit_and_a_failing_turn():
 
     with pytest.raises(Stopped):
         server.engine.submit(Job([1], print))
+
+
+def test_a_request_without_probabilities_fails_alone(served, monkeypatch):
+    model = served.engine.model
+    expected, forward = offline(model, "hello", 150), model.forward
+
+    def poisoned(tokens, state, segments=None, **options):
+        out = forward(tokens, state, segments, **options)
+        last = tokens[:, -1] if segments is None else tokens[0, segments.cu_seqlens[1:] - 1]
+        return out._replace(logits=out.logits.masked_fill((last == 200)[:, None, None], torch.nan))
+
+    monkeypatch.setattr(model, "forward", poisoned)
+    with ThreadPoolExecutor(1) as pool:
+        good = pool.submit(served.complete, "hello", max_tokens=150, temperature=0)
+        with pytest.raises(openai.InternalServerError, match="server's log"):
+            served.complete([END, 200], max_tokens=5)
+        assert good.result().choices[0].text == expected
+    assert served.idle()
 
 
 @pytest.mark.slow

@@ -121,7 +121,9 @@ def test_sampling_follows_the_distribution():
     expect(p * torch.tensor([1, 1, 0, 0, 0]) / p[:2].sum(), top_p=nucleus - 0.01)
     expect(p * torch.tensor([1, 1, 1, 0, 0]) / p[:3].sum(), top_p=nucleus + 0.01)
     expect(torch.tensor([1.0, 0, 0, 0, 0]), top_p=1e-9)
-    expect(torch.tensor([1.0, 0, 0, 0, 0]), temperature=0)
+    for cold in (0, 1e-9, 1e-40, 1e-320):
+        expect(torch.tensor([1.0, 0, 0, 0, 0]), temperature=cold)
+    expect(torch.tensor([1.0, 0, 0, 0, 0]), temperature=1e-40, top_p=0.9)
     in_k = p[:3] / p[:3].sum()  # top_p then counts within the three that top_k leaves
     both = torch.zeros(5)
     both[:2] = in_k[:2] / in_k[:2].sum()

@@ -80,7 +80,9 @@ def _sample(
 ) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    # From the largest down, and by no less than fp32 can divide by: a quotient of infinities would be no probability.
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
         values, ids = logits.topk(top_k, dim=-1)
     elif top_p is not None:

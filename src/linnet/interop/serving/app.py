@@ -64,7 +64,11 @@ class Refused(Exception):
 
     def response(self) -> Response:
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        message, param = (  # halves of surrogate pairs, which no answer can hold, escaped
+            None if text is None else text.encode(errors="backslashreplace").decode()
+            for text in (str(self), self.param)
+        )
+        error = {"message": message, "type": kind, "param": param, "code": self.code}
         headers = {"Retry-After": "1"} if self.status in (429, 503) else None
         return JSONResponse({"error": error}, self.status, headers)
 
@@ -318,7 +322,8 @@ def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
 
 
 def _usage(jobs: list[Job]) -> dict[str, int]:
-    prompt, drawn = sum(len(job.ids) for job in jobs), sum(job.drawn for job in jobs)
+    prompts = {id(job.ids): len(job.ids) for job in jobs}  # one for all `n` choices
+    prompt, drawn = sum(prompts.values()), sum(job.drawn for job in jobs)
     return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
 
 

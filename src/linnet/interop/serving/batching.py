@@ -9,6 +9,7 @@ rounding.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -186,8 +187,6 @@ class Engine:
                 with torch.inference_mode():
                     self._turn()
             except Exception:  # out of memory, say: these requests fail, the next ones find an empty batch
-                import logging
-
                 logging.getLogger("linnet.serving").exception("a turn failed")
                 self.counters["errors"] += 1
                 failed, self._reading, self._rows, self._state = [*self._reading, *self._rows], [], [], None
@@ -200,17 +199,17 @@ class Engine:
         self._drop()
         with self._wake:
             while self._waiting and len(self._rows) + len(self._reading) < self.limits.slots:
-                self._reading.append(self._start(self._waiting.popleft()))
+                self._reading.append(self._waiting.popleft())
+                self._start(self._reading[-1])
         if self._rows:
             self._decode()
         if self._reading:
             self._prefill()
 
-    def _start(self, job: Job) -> Job:
+    def _start(self, job: Job) -> None:
         job.text = TextStream(self.tokenizer, job.stop)
         job.generator = torch.Generator(self.device)
         job.generator.seed() if job.seed is None else job.generator.manual_seed(job.seed)
-        return job
 
     def _drop(self) -> None:
         """Let go of requests that were cancelled or have had their time."""
@@ -265,9 +264,9 @@ class Engine:
         if not ready:
             return
         jobs = [batch[i][0] for i in ready]
-        self._reading = [job for job in self._reading if job not in jobs]
         chosen = torch.tensor(ready, device=self.device)
         stays = self._draw(jobs, out.logits[:, -1].index_select(0, chosen))
+        self._reading = [job for job in self._reading if job not in jobs]  # until here they fail with a failing turn
         if stays:
             fresh = select_rows(out.state, chosen[torch.tensor(stays, device=self.device)])
             self._state = fresh if self._state is None else join_rows([self._state, fresh])
@@ -281,15 +280,22 @@ class Engine:
 
     def _draw(self, jobs: list[Job], logits: Tensor) -> list[int]:
         """A token for every job; the places of those that go on."""
+        broken = ~logits.amax(-1).isfinite()  # no probabilities: this row's request fails, and no other
+        logits = logits.masked_fill(broken[:, None], 0)
         drawn = [
             sample(row, temperature=job.temperature, top_k=job.top_k, top_p=job.top_p, generator=job.generator)
             for job, row in zip(jobs, logits.split(1), strict=True)
         ]
-        tokens, goes_on = torch.cat(drawn).tolist(), []  # the device is waited for once
+        tokens, goes_on = torch.cat(drawn).where(~broken, -1).tolist(), []  # the device is waited for once
         for i, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
+            assert job.text is not None
+            if token < 0:
+                logging.getLogger("linnet.serving").error("logits of a request are not finite")
+                self.counters["errors"] += 1
+                self._end(job, job.text(None), "error")
+                continue
             job.token, job.drawn = token, job.drawn + 1
             self.counters["generated_tokens"] += 1
-            assert job.text is not None
             if token == self.tokenizer.end:
                 self._end(job, job.text(None), "stop")
                 continue
