@@ -45,6 +45,12 @@ def test_stream_shows_what_is_not_utf8():
     assert feed(None) == "\ufffd"
 
 
+def test_a_stream_that_ends_within_a_character_says_so(tokenizer):
+    ids = [int(i) for i in tokenizer.encode("h€".encode())]
+    feed = tokenizer.stream()
+    assert "".join(feed(token) for token in (*ids[:-1], None)) == "h\ufffd"
+
+
 def test_saved_with_a_model(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)

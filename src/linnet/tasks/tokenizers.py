@@ -136,11 +136,18 @@ class JsonTokenizer:
         from tokenizers.decoders import DecodeStream
 
         decoder = DecodeStream(skip_special_tokens=False)
+        held: list[int] = []  # the tokens of an incomplete character, which the library never gives back
 
         def feed(token: int | None) -> str:
-            if token is None or token == self.end:
+            if token is None:
+                return self.backend.decode(held, skip_special_tokens=False)
+            if token == self.end:
                 return ""
-            return decoder.step(self.backend, token) or ""
+            held.append(token)
+            text = decoder.step(self.backend, token)
+            if text is not None:
+                held.clear()
+            return text or ""
 
         return feed
 
