@@ -673,6 +673,7 @@ def test_defaults_of_torch_do_not_matter(op: Op, case: Case, default: Any) -> No
         torch.testing.assert_close(named("out", got), named("out", want), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, of ops it takes slice by slice
 @every_case
 def test_other_derivatives_are_right_or_refused(op: Op, case: Case) -> None:
     """Those of `torch.func`, those of a derivative and those forward are never silently something else."""
@@ -691,6 +692,13 @@ def test_other_derivatives_are_right_or_refused(op: Op, case: Case) -> None:
 
     first = torch.func.grad(partial(loss, backend), argnums=tuple(range(len(moving))))(*moving.values())
     torch.testing.assert_close(first, gradients(backend)[1])
+
+    every = tuple(range(len(moving)))
+    several = [torch.stack([x, 0.5 * x]) for x in moving.values()]
+    found = torch.func.vmap(torch.func.grad(partial(loss, backend), argnums=every))(*several)
+    torch.testing.assert_close([x[0] for x in found], list(first))
+    half = torch.func.jacrev(partial(loss, backend), argnums=every)(*(x[1] for x in several))
+    torch.testing.assert_close([x[1] for x in found], list(half))
 
     def second(backend: str) -> list[Tensor]:
         given, grads = gradients(backend, create_graph=True)

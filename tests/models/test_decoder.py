@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from linnet.models import Decoder, DecoderConfig
@@ -560,3 +561,29 @@ def test_selective_checkpointing_keeps_an_op_whole():
         got = torch.autograd.grad((found * weight).sum(), given)
         for a, b in zip(got, torch.autograd.grad((layer(x)[0] * weight).sum(), given), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, of ops it takes slice by slice
+def test_gradients_of_each_sequence_under_vmap():
+    model, ids = decoder(), tokens(3, 9)
+
+    def loss(parameters, row):
+        logits = torch.func.functional_call(model, parameters, (row[None, :-1],)).logits
+        return F.cross_entropy(logits[0], row[1:])
+
+    parameters = dict(model.named_parameters())
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
+    for n, row in enumerate(ids):
+        want = torch.autograd.grad(loss(parameters, row), list(parameters.values()))
+        torch.testing.assert_close([g[n] for g in found.values()], list(want), **EXACT)
+    losses = torch.func.vmap(lambda row: model.loss(row[None, :-1], row[None, 1:]))(ids)
+    torch.testing.assert_close(losses, torch.stack([loss(parameters, row) for row in ids]), **EXACT)
+
+
+def test_fake_tensors_take_a_step_of_training():
+    with FakeTensorMode():
+        model = Decoder(config())
+        model.loss(tokens(2, 9), tokens(2, 9)).backward()
+        state = model(tokens(2, 9)).state
+        assert model(tokens(2, 1), state).logits.shape == (2, 1, VOCAB)
+    assert all(isinstance(p.grad, FakeTensor) for p in model.parameters())

@@ -18,7 +18,7 @@ from linnet.mixers import Mixer, build_mixer
 from linnet.mixers.base import parse_spec
 from linnet.mixers.parts import soft_cap
 from linnet.ops import Segments
-from linnet.ops.core import check_names, check_segments
+from linnet.ops.core import check_names, check_segments, readable
 
 from .io import atomic_folder, read_checkpoint, write_checkpoint
 from .mlp import GeGLU, MixtureOfExperts, SwiGLU, at_least_fp32
@@ -226,7 +226,7 @@ def refuse_tensors(where: str, problems: Sequence[str]) -> None:
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, uncounted: int | None = None) -> None:
     """Refuse ids outside the vocabulary but ``uncounted``, where looking at them costs no wait for a device."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if ids.device.type != "cpu" or not readable(ids):
         return
     if uncounted is not None:
         ids = ids.where(ids != uncounted, 0)
@@ -405,7 +405,7 @@ class Decoder(nn.Module):
         *,
         state: tuple[Any, ...] | None = None,
     ) -> Tensor:
-        """Mean cross entropy in nats per counted target, fp32; in training mode plus the auxiliary losses.
+        """Mean cross entropy in nats per counted target, at least fp32; in training mode plus the auxiliary losses.
 
         Under a wrapper that hooks ``forward`` (DDP) call it from the forward of a module that holds this one.
 

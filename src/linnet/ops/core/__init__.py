@@ -15,6 +15,7 @@ from .checks import (
     common_dtype,
     hint,
     no_autocast,
+    readable,
     value_checks,
 )
 from .differentiable import differentiable, once
@@ -80,6 +81,7 @@ __all__ = [
     "once",
     "ops",
     "overwriting_states",
+    "readable",
     "register_op",
     "repeat_rows",
     "resolve_backend",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .segments import Segments
 
@@ -30,6 +31,7 @@ __all__ = [
     "common_dtype",
     "hint",
     "no_autocast",
+    "readable",
     "value_checks",
 ]
 
@@ -228,10 +230,16 @@ def check_not_negative(name: str, x: Tensor) -> None:
 
 def _largest(x: Tensor) -> float:
     """The largest entry, 0 where values are not to be read."""
-    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # vmap has many at once
-    if hidden or not (_value_checks or x.device.type == "cpu") or x.numel() == 0:
+    if not (_value_checks or x.device.type == "cpu") or x.numel() == 0 or not readable(x):
         return 0.0
     return float(x.detach().max())
+
+
+def readable(x: Tensor) -> bool:
+    """Whether ``x`` has values that Python code can branch on: none in a graph that is captured, nor in a fake tensor,
+    and many at once under the ``vmap`` of ``torch.func``."""
+    captured = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not (captured or isinstance(x, FakeTensor))
 
 
 @contextmanager

@@ -16,6 +16,8 @@ __all__ = ["differentiable", "once"]
 class _Once(torch.autograd.Function):
     """``count`` gradients as they are; what they depend on follows, and no derivative goes there."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(name: str, count: int, *tensors: Tensor | None) -> Any:
         return tuple(None if g is None else g.view_as(g) for g in tensors[:count])
@@ -50,6 +52,26 @@ def _recorded() -> bool:
         return False
     modes = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
     return any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())
+
+
+def _transformable(name: str, **methods: Callable[..., Any]) -> Callable[..., Any]:
+    """An ``autograd.Function`` of these methods for ``torch.func``, whose ``vmap`` takes one slice after the other: an
+    implementation that adds in place, or a kernel, cannot take all of them at once."""
+
+    def part(x: Any, dim: Any, i: int) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [part(one, where, i) for one, where in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, i)
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        results = [function.apply(*part(args, in_dims, i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    named = {key: staticmethod(method) for key, method in {**methods, "vmap": vmap}.items()}
+    function: Any = type(name, (torch.autograd.Function,), named)
+    return function.apply
 
 
 def differentiable(
@@ -91,16 +113,19 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return once(name, ctx, lambda: gradients(backward, ctx, *grads))
+            run = functional_backward if torch._C._are_functorch_transforms_active() else backward
+            return once(name, ctx, lambda: gradients(run, ctx, *grads))
 
     # What `torch.func` wants to see. An op of `torch.library` has no gradient there, and under its jvp none of the
     # tangents, silently.
-    functional = {"forward": staticmethod(forward), "setup_context": staticmethod(setup), "backward": Eager.backward}
-    Functional: Any = type(name, (torch.autograd.Function,), functional)
+    functional = _transformable(name, forward=forward, setup_context=setup, backward=Eager.backward)
+    functional_backward = _transformable(
+        f"{name}_backward", forward=lambda *args: tuple(backward(*args)), setup_context=lambda ctx, inputs, output: None
+    )
 
     def call(x: Tensor, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            return Functional.apply(x, *args)
+            return functional(x, *args)
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta" or _recorded():
             return op(x, *args)
         return Eager.apply(x, *args)
