@@ -177,6 +177,25 @@ def test_half_precision_of_differences_is_widened(tmp_path):
     assert back.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("case", ["kimi_linear", "mamba2"])
+def test_each_tensor_keeps_its_dtype(case, tmp_path):
+    original(*CASES[case], tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    precise = ("A_log", "dt_bias", "e_score_correction_bias")
+    mixed = {key: x if key.endswith(precise) else x.bfloat16() for key, x in load_file(file).items()}
+    save_file(mixed, file, metadata={"format": "pt"})
+    assert convert(tmp_path / "theirs", tmp_path / "ours").dtype == torch.bfloat16
+    decoder = Decoder.load(tmp_path / "ours")
+    assert {x.dtype for x in decoder.state_dict().values()} == {torch.float32, torch.bfloat16}
+    assert decoder(torch.randint(40, (1, 9))).logits.dtype == torch.bfloat16
+    assert convert(tmp_path / "ours", tmp_path / "back", to=case.partition("-")[0]).dtype == torch.bfloat16
+    for key, x in load_file(tmp_path / "back" / "model.safetensors").items():
+        torch.testing.assert_close(mixed.get(key, x), x, rtol=0, atol=0)
+    convert(tmp_path / "back", tmp_path / "twice")
+    for key, x in Decoder.load(tmp_path / "twice").state_dict().items():
+        torch.testing.assert_close(decoder.state_dict()[key], x, rtol=0, atol=0)
+
+
 def test_the_command(tmp_path, capsys):
     from linnet.cli import main
 

@@ -21,7 +21,7 @@ def convert(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="`float32`, `bfloat16` or `float16`; as in the source where that loses nothing."),
+        typer.Option(help="`float32`, `bfloat16` or `float16`; each tensor as in the source where that loses nothing."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the target holds.")] = False,
 ) -> None:

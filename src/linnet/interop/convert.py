@@ -38,7 +38,7 @@ class Conversion(NamedTuple):
     Attributes:
         source, target: model types, "linnet" being ours.
         parameters: number of parameters.
-        dtype: of the tensors written.
+        dtype: of the embedding written.
         ignored: tensors of the source that are not part of the model.
     """
 
@@ -65,8 +65,8 @@ def convert(
         target: folder to write. A ``tokenizer.json`` comes along, and so does the source's configuration, from which
             the way back fills in what a decoder does not know.
         to: the layout to write ("llama", "qwen3", …); for a linnet model only.
-        dtype: of the tensors to write; that of the source when None, but fp32 where some tensors are computed (norm
-            weights that a layout stores as differences from 1), which half precision would round.
+        dtype: of the tensors to write; when None each keeps its own (decays are often fp32 among halves), but in fp32
+            where some are computed (norm weights that a layout stores as differences from 1), which halves would round.
         overwrite: replace ``target`` if it holds something.
 
     Raises:
@@ -113,7 +113,7 @@ def _import(
     config = layout.read(Fields(values))
     names, load = _open(folder)
     wanted, tensors = set[str](), dict[str, Tensor]()
-    missing: list[str] = []
+    missing, made = list[str](), list[str]()  # what they should have, and what they have not and we do
     for rule in layout.rules(Shape.of(config)):
         present = [next((name for name in either.split("|") if name in names), None) for either in rule.theirs]
         wanted.update(name for name in present if name is not None)
@@ -122,7 +122,9 @@ def _import(
             missing += absent
             continue
         parts = [load(str(name)) for name in present]
-        if layout.widen and dtype is None:
+        if not parts:
+            made += rule.ours
+        elif layout.widen and dtype is None:
             dtype = torch.promote_types(parts[0].dtype, torch.float32)
         parts = [x if dtype is None or not x.is_floating_point() else x.to(dtype) for x in parts]
         tensors |= _apply(rule.read, parts, rule.theirs, rule.ours)
@@ -131,10 +133,9 @@ def _import(
     ignored = [name for name in over if any(re.search(pattern, name) for pattern in layout.ignored)]
     problems = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in over if name not in ignored]
     refuse_tensors(str(folder), problems)
-    expected = Decoder.meta(config).state_dict()
-    found = dtype or next(iter(tensors.values())).dtype
-    tensors = {name: x.to(found) if x.is_floating_point() else x for name, x in tensors.items()}
-    check_tensors(str(folder), expected, tensors)
+    check_tensors(str(folder), Decoder.meta(config).state_dict(), tensors)
+    found = tensors["embed_tokens.weight"].dtype
+    tensors |= {name: tensors[name].to(found) for name in made}
     with atomic_folder(target, overwrite) as partial:
         write_checkpoint(partial, config.to_dict(), tensors)
         shutil.copyfile(folder / CONFIG_FILE, partial / SOURCE_FILE)
@@ -169,7 +170,7 @@ def _export(
         kept = kept if kept.get("model_type") == to else {}
     if kept and Shape.of(layout.read(Fields(kept))).facts() == facts:
         fields = {}  # theirs says the same, in its own words
-    type_ = next(iter(found.values())).dtype
+    type_ = tensors["embed_tokens.weight"].dtype
     header = {"architectures": [layout.architecture], "model_type": to, "dtype": str(type_).removeprefix("torch.")}
     with atomic_folder(target, overwrite) as partial:
         text = json.dumps(kept | fields | header, indent=2)
