@@ -236,6 +236,17 @@ def scripted(monkeypatch: pytest.MonkeyPatch, text: bytes):
     monkeypatch.setattr("linnet.models.stream", stream)
 
 
+def test_a_prompt_begins_as_documents_of_the_model_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from linnet.cli.generate import continuation
+    from linnet.tasks import ByteTokenizer
+
+    tokenizer, prompts = ByteTokenizer(), []
+    monkeypatch.setattr("linnet.models.stream", lambda model, prompt, **options: prompts.extend(prompt) or [])
+    for tokenizer.begin in (256, 7):
+        list(continuation(None, tokenizer, "a", max_new_tokens=9))  # type: ignore[arg-type]
+    assert prompts == [[256, 97], [7, 97]]
+
+
 @pytest.mark.parametrize(
     ("text", "stops", "expected"),
     [

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,14 @@ def test_a_file_without_an_end_of_document_gets_one(tmp_path):
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "words.json"))
     tokenizer = JsonTokenizer(tmp_path / "words.json")
     assert (tokenizer.end, tokenizer.vocab_size) == (2, 3)
+
+
+@pytest.mark.parametrize(("begin", "found"), [(5, 5), (None, None), (300, None), ("<s>", None)])
+def test_a_converted_model_says_what_begins_a_document(bpe, tmp_path, begin, found):
+    bpe.save(tmp_path)
+    assert bpe.begin == load_tokenizer(tmp_path).begin == bpe.end
+    (tmp_path / "source_config.json").write_text(json.dumps({"bos_token_id": begin}))
+    assert load_tokenizer(tmp_path).begin == (bpe.end if found is None else found)
 
 
 def test_errors(tmp_path, bpe):

@@ -93,7 +93,7 @@ def _measure(
     from linnet.evaluation.language import by_position, copy_bits, question_score, swap_accuracy
     from linnet.tasks.ruler import FAMILIES
 
-    ids = np.concatenate([np.array([tokenizer.end, *tokenizer.encode(text)], dtype=np.int64) for text in held_out])
+    ids = np.concatenate([np.array([tokenizer.begin, *tokenizer.encode(text)], dtype=np.int64) for text in held_out])
     size = sum(map(len, held_out))
     if context is None:
         context = min(8 * trained, len(ids) - 1)

@@ -121,7 +121,7 @@ def continuation(
     from linnet.models import stream
     from linnet.tasks import TextStream
 
-    ids = [tokenizer.end, *(int(i) for i in tokenizer.encode(prompt.encode()))]
+    ids = [tokenizer.begin, *(int(i) for i in tokenizer.encode(prompt.encode()))]
     text = TextStream(tokenizer, stop or ())
     for step in stream(model, [ids], stop=[tokenizer.end], **options):
         if piece := text(int(step.tokens[0])):

@@ -133,7 +133,7 @@ def question_score(
     score = 0.0
     for n in range(questions):
         question = make_question(family, budget, seeded(seed, n), lambda text: len(ids(text)), reserve)
-        prompt = [tokenizer.end, *ids(question.prompt)]
+        prompt = [tokenizer.begin, *ids(question.prompt)]
         made = generate(model, [prompt], max_new_tokens=reserve, temperature=0, stop=[tokenizer.end])
         text = tokenizer.decode([int(i) for i in made.tokens[0, : int(made.lengths[0])]]).decode(errors="replace")
         score += string_match(text, question.answers)
@@ -175,7 +175,7 @@ def swap_accuracy(
 
 def _log_probability(model: Decoder, tokenizer: Tokenizer, prompt: str, answer: str) -> float:
     """Of ``answer`` after ``prompt``; a token that spans both counts to the answer."""
-    both = [tokenizer.end, *(int(i) for i in tokenizer.encode((prompt + answer).encode()))]
-    given = [tokenizer.end, *(int(i) for i in tokenizer.encode(prompt.encode()))]
+    both = [tokenizer.begin, *(int(i) for i in tokenizer.encode((prompt + answer).encode()))]
+    given = [tokenizer.begin, *(int(i) for i in tokenizer.encode(prompt.encode()))]
     shared = next((i for i, (a, b) in enumerate(zip(given, both, strict=False)) if a != b), min(len(given), len(both)))
     return -float(_nats(model, torch.tensor([both]))[0, shared - 1 :].sum())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from linnet.models import Decoder, DecoderConfig, atomic_folder
 from linnet.models.decoder import check_tensors, refuse_tensors
-from linnet.models.io import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE, read_checkpoint, write_checkpoint
+from linnet.models.io import CONFIG_FILE, MODEL_TYPE, SOURCE_FILE, WEIGHTS_FILE, read_checkpoint, write_checkpoint
 from linnet.ops.core import check_choice
 from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
 from linnet.training import find_model
@@ -28,8 +28,6 @@ from linnet.training import find_model
 from .layouts import LAYOUTS, Fields, Layout, Shape
 
 __all__ = ["Conversion", "convert"]
-
-SOURCE_FILE = "source_config.json"  # their configuration, kept for the way back
 
 
 class Conversion(NamedTuple):

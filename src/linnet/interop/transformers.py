@@ -437,7 +437,8 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
 
 def fast_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerFast:
     """The tokenizer of a model or run folder for transformers, padding on the left, with the end-of-document token as
-    ``eos``, ``bos`` and padding. Texts are encoded without it, as everywhere in transformers.
+    ``eos`` and padding, and as ``bos`` but in a converted model that has one. Texts are encoded without it, as
+    everywhere in transformers.
 
     Args:
         folder: the folder.
@@ -458,8 +459,8 @@ def fast_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerFas
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(["<|endoftext|>"])
         assert backend.token_to_id("<|endoftext|>") == ByteTokenizer.end
-    end = backend.id_to_token(tokenizer.end)  # type: ignore[attr-defined]
-    given = {"bos_token": end, "eos_token": end, "pad_token": end, "padding_side": "left", **options}
+    begin, end = (backend.id_to_token(i) for i in (tokenizer.begin, tokenizer.end))  # type: ignore[attr-defined]
+    given = {"bos_token": begin, "eos_token": end, "pad_token": end, "padding_side": "left", **options}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **given)
 
 

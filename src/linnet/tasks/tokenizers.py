@@ -2,6 +2,7 @@
 
 Every tokenizer maps bytes to ids and back and has an end-of-document token. It marks both ends of each document, so
 that the first byte is predicted from something and bits per byte count everything a reader would have to be told.
+Converted models may know another token before a document, ``begin``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from linnet.models.io import SOURCE_FILE
 
 __all__ = ["ByteTokenizer", "JsonTokenizer", "TextStream", "Tokenizer", "load_tokenizer", "make_tokenizer", "train_bpe"]
 
@@ -28,11 +31,13 @@ class Tokenizer(Protocol):
         name: for people, e.g. ``"byte"``.
         vocab_size: one more than the largest id.
         end: id of the end-of-document token.
+        begin: id before the first token of a document: ``end``, but in a converted model what its makers put there.
     """
 
     name: str
     vocab_size: int
     end: int
+    begin: int
 
     def encode(self, text: bytes) -> np.ndarray:
         """Ids of ``text`` (1-D, unsigned), without end-of-document tokens."""
@@ -57,7 +62,7 @@ class ByteTokenizer:
 
     name = "byte"
     vocab_size = 257
-    end = 256
+    begin = end = 256
 
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
@@ -114,7 +119,8 @@ class JsonTokenizer:
         if end is None:
             backend.add_special_tokens([_END])
             end = _END
-        self.end: int = backend.token_to_id(end)
+        self.begin: int = backend.token_to_id(end)
+        self.end: int = self.begin
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -243,7 +249,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: damaged ({error}); restore it from a copy") from error
-    return ByteTokenizer() if content == {"linnet": "byte"} else JsonTokenizer(file)
+    if content == {"linnet": "byte"}:
+        return ByteTokenizer()
+    tokenizer, source = JsonTokenizer(file), Path(folder, SOURCE_FILE)
+    if source.is_file():
+        begin = json.loads(source.read_text(encoding="utf-8")).get("bos_token_id")
+        if isinstance(begin, int) and 0 <= begin < tokenizer.vocab_size:
+            tokenizer.begin = begin
+    return tokenizer
 
 
 def _library():

@@ -306,7 +306,7 @@ class _Endpoint:
         tokenizer, vocab = self.engine.tokenizer, self.engine.model.config.vocab_size
         if isinstance(prompt, str):
             try:
-                return [tokenizer.end, *(int(i) for i in tokenizer.encode(prompt.encode()))]
+                return [tokenizer.begin, *(int(i) for i in tokenizer.encode(prompt.encode()))]
             except ValueError as error:  # half of a surrogate pair
                 raise Refused(400, f"prompt: not a text ({error})", "prompt") from None
         whole = isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
