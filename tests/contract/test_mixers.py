@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,16 @@ def test_state_dict_round_trip(kind: type[Mixer], options: dict[str, Any], devic
     other.load_state_dict(mixer.state_dict(), strict=True)
     assert torch.equal(other(x)[0], mixer(x)[0])
     assert torch.equal(copy.deepcopy(mixer)(x)[0], mixer(x)[0])
+
+
+@every
+def test_a_state_is_saved_and_loaded(kind: type[Mixer], options: dict[str, Any], device: torch.device) -> None:
+    state, file = _warm(_make(kind, options, device)), BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    _same_structure(loaded, state)
+    assert all(torch.equal(a, b) for a, b in zip(state_tensors(loaded), state_tensors(state), strict=True))
 
 
 @every

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from linnet.ops.core import Identity, Segments, check_choice, check_names, check_type, import_modules
+from linnet.ops.core import Identity, Segments, check_choice, check_names, check_type, import_modules, loadable
 
 __all__ = ["Card", "Mixer", "build_mixer", "get_mixer", "mixers", "parse_spec", "register_mixer", "split_specs"]
 
@@ -87,6 +87,7 @@ def register_mixer(name: str, card: Card) -> Callable[[type[M]], type[M]]:
             raise ValueError(f"mixer {name!r} is already registered")
         cls.name, cls.card = name, card
         cls.__init__ = _checked(cls.__init__, name)
+        loadable(cls.init_state)
         _mixers[name] = cls
         return cls
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -91,6 +89,6 @@ class MinGRU(Mixer):
         h, memory = scan(a, (write * new).to(x.dtype), state=memory, segments=segments)
         return self.o_proj(h), parts.ScanConvState(memory, tail)
 
-    def init_state(self, rows: int) -> Any:
+    def init_state(self, rows: int) -> parts.ScanConvState:
         tail = None if self.conv is None else self.conv.init_state(rows)
         return parts.ScanConvState(parts.scan_state(self.o_proj.weight, rows, self.width), tail)

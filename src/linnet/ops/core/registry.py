@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice
+from .state import loadable
 
 __all__ = [
     "BACKENDS",
@@ -116,6 +117,7 @@ def register_op(op: Op) -> Op:
     """Add ``op`` to the registry; its name must be new."""
     if op.name in _ops:
         raise ValueError(f"op {op.name!r} is already registered")
+    loadable(op.function)
     _ops[op.name] = op
     return op
 

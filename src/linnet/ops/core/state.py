@@ -3,6 +3,9 @@
 A state is a NamedTuple of tensors (or of further states, or ``None`` for a part a mode does not use). Axis 0 of
 every tensor is the row: one sequence of a batch, or one segment of a packed sequence. Nothing here mutates, and no op
 overwrites a state it was given, unless the caller says so with :func:`overwriting_states`.
+
+``torch.save`` stores states; ``torch.load`` reads those of registered ops and mixers, whose modules must be imported (a
+model that is built has imported its own).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ __all__ = [
     "detach",
     "following",
     "join_rows",
+    "loadable",
     "map_state",
     "named_tensors",
     "overwriting_states",
@@ -98,6 +102,16 @@ def join_rows(states: Sequence[Any]) -> Any:
 def state_bytes(state: Any) -> int:
     """Memory the state occupies, in bytes."""
     return sum(x.numel() * x.element_size() for x in state_tensors(state))
+
+
+def loadable(function: Callable[..., Any]) -> None:
+    """Let ``torch.load`` read, as it reads tensors, the states that ``function`` is annotated to return."""
+    try:
+        hint = get_type_hints(function).get("return")
+    except NameError:  # of an annotation that only a type checker can read
+        return
+    kinds: list[Any] = [hint, *get_args(hint)]
+    torch.serialization.add_safe_globals([kind for kind in kinds if hasattr(kind, "_fields")])
 
 
 _overwriting: ContextVar[bool] = ContextVar("overwriting", default=False)
