@@ -31,7 +31,8 @@ class TrainingConfig:
         weight_decay: of AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101), on matrices only.
         beta1, beta2, adam_eps: moments of AdamW.
         clip: gradients are scaled down to this global norm; 0 leaves them.
-        accumulate: micro-batches of one step in each process; the step's result does not depend on it.
+        accumulate: micro-batches of one step in each process; the step's result does not depend on it, but for what
+            balances experts, which looks at one micro-batch of a process.
         precision: "no" (fp32), "bf16" or "fp16" (autocast, with loss scaling; GPUs only). Weights stay fp32.
         compile: run each layer through torch.compile.
         gradient_checkpointing: recompute each layer in the backward pass to save memory.
