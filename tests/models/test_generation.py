@@ -76,7 +76,7 @@ def test_rows_finish_on_their_own(model):
 def test_ends_when_all_rows_have_finished(model):
     ids = tokens(1, 5)
     first = greedy_by_hand(model, ids, 1)
-    out = generate(model, ids, max_new_tokens=50, temperature=0, stop=[int(first)])
+    out = generate(model, ids, max_new_tokens=np.int64(50), temperature=0, stop=np.array([first[0, 0], 1]))
     assert out.tokens.tolist() == first.tolist() and out.lengths.tolist() == [1]
 
 

@@ -205,7 +205,7 @@ def _draw(
         tokens = drawn if tokens is None else torch.where(finished, tokens, drawn)
         finished = finished | torch.isin(tokens, stops)
         yield tokens, finished
-        if count == max_new_tokens or (stop and bool(finished.all())):
+        if count == max_new_tokens or (stops.numel() and bool(finished.all())):
             return
         step.advance(tokens.unsqueeze(1))
 
@@ -327,7 +327,7 @@ def _check_options(
     stop: Sequence[int],
     generator: torch.Generator | None,
 ) -> None:
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
