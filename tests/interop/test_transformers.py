@@ -177,6 +177,18 @@ def test_a_saved_folder_is_one_layout_for_both(tmp_path):
     lm.save_pretrained(tmp_path / "hf")
     expected = lm(ids).logits
     torch.testing.assert_close(Decoder.load(tmp_path / "hf")(ids).logits, expected)
+    lm.config.return_dict = False
+    assert torch.equal(lm(ids)[0], expected)
+    lm.config.return_dict = True
+    lm.save_pretrained(tmp_path / "large", max_shard_size="8KB")
+    torch.testing.assert_close(Decoder.load(tmp_path / "large")(ids).logits, expected)
+    index = tmp_path / "large" / "model.safetensors.index.json"
+    next((tmp_path / "large").glob("*2-of-*")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model in .*model-00002-of-\d+.safetensors is missing"):
+        Decoder.load(tmp_path / "large")
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json: not a list of weight files \(KeyError"):
+        Decoder.load(tmp_path / "large")
     lm.model.save(tmp_path / "run" / "model")
     for folder in (tmp_path / "hf", tmp_path / "run" / "model", tmp_path / "run"):
         again, report = LinnetForCausalLM.from_pretrained(folder, output_loading_info=True)

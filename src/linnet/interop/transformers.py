@@ -1,7 +1,7 @@
 """linnet decoders as models of the `transformers` library (extra ``hf``).
 
 Importing this module registers them, so that a folder written by ``linnet train``, :meth:`linnet.Decoder.save` or
-``save_pretrained`` (the same files: ``config.json`` and ``model.safetensors``) loads by its name:
+``save_pretrained`` (the same files: ``config.json`` and ``model.safetensors``, large ones in shards) loads by its name:
 
 >>> import linnet.interop.transformers
 >>> model = AutoModelForCausalLM.from_pretrained("runs/default-small/model")
@@ -386,7 +386,7 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return the cache (default: the config's, except in training).
             logits_to_keep: only those of the last so many positions (with 1, of the last token of each row), or at
                 these indices; 0 keeps all.
-            return_dict: a tuple when False.
+            return_dict: a tuple when False (default: the config's).
             kwargs: ``num_items_in_batch`` and other arguments of the loss.
 
         Raises:
@@ -430,6 +430,8 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
                 if self.model.config.z_loss:
                     total = self.model.z_loss(at_least_fp32(logits[:, :-1]), goals)
                     loss = loss + total / (own if count is None else count)
+        if return_dict is None:
+            return_dict = self.config.return_dict
         held: dict[str, Any] = {_CACHE: cache if use_cache else None}
         result = CausalLMOutputWithPast(loss=loss, logits=logits, **held)
         return result.to_tuple() if return_dict is False else result

@@ -144,7 +144,7 @@ def write_checkpoint(folder: str | Path, config: Mapping[str, Any], tensors: Map
 def read_checkpoint(
     folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what :func:`write_checkpoint` wrote: the config and the tensors by name.
+    """Read what :func:`write_checkpoint` wrote, or transformers from that: the config and the tensors by name.
 
     Args:
         device: where the tensors go (default: the CPU).
@@ -162,10 +162,10 @@ def read_checkpoint(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating dtype or None, got {dtype!r}")
     folder = recover_folder(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"folder: no model in {folder} ({name} is missing)")
-    file = folder / CONFIG_FILE
+    file, shards = folder / CONFIG_FILE, _shards(folder)
+    for needed in (file, *shards):
+        if not needed.is_file():
+            raise FileNotFoundError(f"folder: no model in {folder} ({needed.name} is missing)")
     try:
         header = json.loads(file.read_text(encoding="utf-8"))
         version, config = header["format_version"], dict(header["config"])
@@ -176,14 +176,26 @@ def read_checkpoint(
             f"{file}: expected format version {FORMAT_VERSION}, got {version!r}; it was written by linnet "
             f"{header.get('linnet_version')}, use that version or a newer one"
         )
-    file = folder / WEIGHTS_FILE
     tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(file, "pt", device="cpu" if place.type == "meta" else str(place)) as weights:
-            for name in weights.keys():  # noqa: SIM118 (not a mapping)
-                x = weights.get_tensor(name)
-                # A copy: on the CPU these are windows into the mapped file, at addresses that matmuls run slowly on.
-                tensors[name] = x.to(place, dtype if x.is_floating_point() else None, copy=True)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or truncated ({error}); restore it from a copy") from error
+    for file in shards:
+        try:
+            with safe_open(file, "pt", device="cpu" if place.type == "meta" else str(place)) as weights:
+                for name in weights.keys():  # noqa: SIM118 (not a mapping)
+                    x = weights.get_tensor(name)
+                    # A copy: on the CPU these are windows into the mapped file, at addresses slow for matmuls.
+                    tensors[name] = x.to(place, dtype if x.is_floating_point() else None, copy=True)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or truncated ({error}); restore it from a copy") from error
     return config, tensors
+
+
+def _shards(folder: Path) -> list[Path]:
+    """``model.safetensors``; or the files that transformers makes of a large one, which an index lists."""
+    whole, index = folder / WEIGHTS_FILE, folder / f"{WEIGHTS_FILE}.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(folder / name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: not a list of weight files ({error!r}); the file is damaged") from error
