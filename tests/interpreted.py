@@ -34,6 +34,9 @@ def hasten(patch: pytest.MonkeyPatch) -> None:
     _look_up_dtypes(patch)
     _patch_once(patch)
     _scan_slices(patch)
+    _share_shapes(patch)
+    _agree_at_once(patch)
+    _check_sums_at_once(patch)
 
 
 def _look_up_dtypes(patch: pytest.MonkeyPatch) -> None:
@@ -96,3 +99,66 @@ def _scan_slices(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(ScanOps, "generic_scan", scan)
     patch.setattr(ReduceOps, "generic_reduce", reduce)
+
+
+def _share_shapes(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter makes objects for the shape of every result and for each of its sizes; here they are shared."""
+    from triton.language import core
+
+    of_tensor, of_type = core.tensor.__init__, core.block_type.__init__
+    tensors, types = dict[str, Any](), dict[Any, Any]()
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in tensors:
+            of_tensor(self, handle, type)
+            tensors[type.name] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = tensors[type.name]
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+        if key not in types:
+            of_type(self, element_ty, shape)
+            types[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = types[key]
+
+    patch.setattr(core.tensor, "__init__", tensor)
+    patch.setattr(core.block_type, "__init__", block_type)
+
+
+def _agree_at_once(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter finds the common type and shape of any two operands; here not of two that are alike."""
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+
+    find = TritonSemantic.binary_op_type_checking_impl
+
+    def common(
+        self: Any, lhs: Any, rhs: Any, left: bool = False, right: bool = False, check: bool = True, ratio: bool = False
+    ) -> Any:
+        if not ratio and isinstance(lhs, core.tensor) and isinstance(rhs, core.tensor):
+            alike = str(lhs.type) == str(rhs.type) and not lhs.dtype.is_ptr()
+            if alike:
+                return lhs, rhs
+        return find(self, lhs, rhs, left, right, check, ratio)
+
+    patch.setattr(TritonSemantic, "binary_op_type_checking_impl", common)
+
+
+def _check_sums_at_once(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter calculates every sum and product of integers once more in its own 64 bits, and then does not
+    look at it; here NumPy does, and one that does not fit fails."""
+    import numpy as np
+    from triton.language.semantic import TritonSemantic
+
+    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+        kind = lhs.dtype
+        if kind.int_bitwidth < 64:
+            exact = operations[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+            fits = exact.min() >= kind.get_int_min_value() and exact.max() <= kind.get_int_max_value()
+            assert fits, f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
+
+    patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", check)

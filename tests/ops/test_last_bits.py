@@ -24,11 +24,24 @@ if INTERPRETED:
         tl.store(parts_ptr + r, whole - behind)
         tl.store(parts_ptr + C + r, part - rest)
 
+    @triton.jit
+    def square_kernel(x_ptr):
+        tl.store(x_ptr, tl.load(x_ptr) * tl.load(x_ptr))
+
 
 @pytest.mark.slow
 @starts_the_interpreter
 def test_last_bits_in_the_interpreter() -> None:
     run_interpreted(__file__)
+
+
+@in_the_interpreter
+def test_integers_do_not_overflow() -> None:
+    x = torch.tensor([2**15 - 1, 2**16], dtype=torch.int32)
+    square_kernel[(1,)](x)
+    assert x[0] == (2**15 - 1) ** 2
+    with pytest.raises(Exception, match="int32 overflow detected for operation mul"):
+        square_kernel[(1,)](x[1:])
 
 
 @in_the_interpreter
