@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -22,11 +27,48 @@ in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="started by the 
 
 def run_interpreted(file: str, *options: str) -> None:
     """Run the tests of a file in the interpreter; they must pass."""
-    command = [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider", *options]
     # The interpreter turns arrays of one element into numbers, which NumPy is about to forbid.
-    command += ["-W", "ignore:Conversion of an array:DeprecationWarning"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, f"pytest ended with {done.returncode}:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    warnings = "-W", "ignore:Conversion of an array:DeprecationWarning"
+    # Plugins would be loaded by every process, and no test here is asynchronous.
+    command = file, "-q", "-p", "no:cacheprovider", "-p", "no:anyio", *warnings, *options
+    process = _process()
+    assert process.stdin and process.stdout
+    try:
+        process.stdin.write(json.dumps(command) + "\n")
+        process.stdin.flush()
+        code, printed = json.loads(process.stdout.readline() or '[1, "the process has ended"]')
+    except BaseException:  # what it is doing is of no use any more
+        os.killpg(process.pid, signal.SIGKILL)
+        _process.cache_clear()
+        raise
+    assert code == 0, f"pytest ended with {code}:\n{printed[-8000:]}"
+
+
+@functools.cache
+def _process() -> subprocess.Popen[str]:
+    """One process of this session with Triton's interpreter. It forks for every run, so that PyTorch and Triton are
+    loaded once."""
+    command, surroundings = [sys.executable, __file__], {**os.environ, "TRITON_INTERPRET": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=surroundings, start_new_session=True, **pipes)
+
+
+def _serve() -> None:
+    """Run pytest with the options on each line, in a process of its own; print its exit code and what it said."""
+    for module in ("linnet.mixers", "triton.runtime.interpreter"):
+        import_module(module)
+    for line in sys.stdin:
+        with tempfile.TemporaryFile("w+") as log:
+            child = os.fork()
+            if not child:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                code = pytest.main(json.loads(line))
+                sys.stdout.flush()
+                os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            log.seek(0)
+            print(json.dumps([code, log.read()]), flush=True)
 
 
 def hasten(patch: pytest.MonkeyPatch) -> None:
@@ -162,3 +204,7 @@ def _check_sums_at_once(patch: pytest.MonkeyPatch) -> None:
             assert fits, f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
 
     patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", check)
+
+
+if __name__ == "__main__":
+    _serve()
