@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 
@@ -35,6 +36,15 @@ def _quick_interpreter() -> Iterator[None]:
         if INTERPRETED:
             hasten(patch)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _permanent() -> None:
+    """What is there between two files mostly stays. Training and compiling call the garbage collector again and again,
+    which need not look through all of it every time, nor as often on its own."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)
