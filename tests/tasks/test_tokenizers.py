@@ -75,6 +75,18 @@ def test_specs(tmp_path, bpe):
     assert make_tokenizer(str(tmp_path / "tokenizer.json")).vocab_size == 300
 
 
+def test_what_a_file_says_of_cutting_and_padding_does_not_reach_documents(bpe, tmp_path):
+    from tokenizers import Tokenizer
+
+    bpe.save(tmp_path)
+    cutting = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    cutting.enable_truncation(4)
+    cutting.enable_padding(length=9)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS:
+        np.testing.assert_array_equal(load_tokenizer(tmp_path).encode(text.encode()), bpe.encode(text.encode()))
+
+
 def test_a_file_without_an_end_of_document_gets_one(tmp_path):
     from tokenizers import Tokenizer, models
 

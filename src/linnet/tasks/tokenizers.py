@@ -115,6 +115,8 @@ class JsonTokenizer:
 
     def _start(self, backend, name: str) -> None:
         self.backend, self.name = backend, name
+        backend.no_truncation()  # which files may ask for, and which would quietly cut documents
+        backend.no_padding()
         end = next((t for t in _KNOWN_ENDS if backend.token_to_id(t) is not None), None)
         if end is None:
             backend.add_special_tokens([_END])
