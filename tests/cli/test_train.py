@@ -16,6 +16,7 @@ from linnet.cli.generate import printable
 from linnet.cli.train import _literal
 from linnet.mixers import split_specs
 from linnet.models import Decoder
+from linnet.tasks import train_bpe
 from linnet.training import checkpoints
 
 runner = CliRunner()
@@ -122,6 +123,17 @@ class TestTrain:
         found = call("generate", out, "--prompt", "Once", "--max-new-tokens", 5, "--seed", 0)
         assert found.exit_code == 0
         assert found.output.startswith("Once")
+
+    def test_a_tokenizer_that_loses_text_is_noted(self, text: Path, tmp_path: Path) -> None:
+        from tokenizers.normalizers import Lowercase, Sequence
+
+        lossy = train_bpe([file.read_bytes() for file in text.iterdir()], 260)
+        notes = []
+        for lossy.backend.normalizer in (Sequence([]), Lowercase()):
+            lossy.save(tmp_path)
+            done = train(tmp_path / f"run{len(notes)}", text, "--tokenizer", tmp_path / "tokenizer.json", "--steps", 1)
+            notes.append("does not give back the held-out text" in " ".join(done.output.split()))
+        assert notes == [False, True]
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from linnet.tasks import ByteTokenizer, JsonTokenizer, load_tokenizer, make_tokenizer, train_bpe
+from linnet.tasks import ByteTokenizer, JsonTokenizer, gives_back, load_tokenizer, make_tokenizer, train_bpe
 
 TEXTS = ["def f(x):\n    return x + 1\n", "Ein Täßchen Kaffee, 3 € 😀\n\n\ttabs", "", " leading and trailing "]
 
@@ -85,6 +85,17 @@ def test_what_a_file_says_of_cutting_and_padding_does_not_reach_documents(bpe, t
     cutting.save(str(tmp_path / "tokenizer.json"))
     for text in TEXTS:
         np.testing.assert_array_equal(load_tokenizer(tmp_path).encode(text.encode()), bpe.encode(text.encode()))
+
+
+def test_a_tokenizer_that_loses_text_is_known(bpe, tokenizer):
+    from tokenizers.normalizers import Lowercase
+
+    documents = [text.encode() for text in TEXTS]
+    assert gives_back(tokenizer, documents)
+    assert not gives_back(bpe, [b"a<|endoftext|>b"])
+    lossy = train_bpe(documents, 300)
+    lossy.backend.normalizer = Lowercase()
+    assert not gives_back(lossy, documents)
 
 
 def test_a_file_without_an_end_of_document_gets_one(tmp_path):

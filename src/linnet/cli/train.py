@@ -246,6 +246,7 @@ class _Session:
         import torch
 
         from linnet.ops import backend
+        from linnet.tasks import gives_back
         from linnet.training import train as run_training
 
         out, corpus = self.console, self.corpus
@@ -262,6 +263,12 @@ class _Session:
             f"{number(corpus.held_out_bytes)} held out; {self.training.steps} steps of "
             f"{number(self.text.batch_tokens)} tokens. Ctrl-C saves and stops."
         )
+        if not gives_back(self.tokenizer, corpus.held_out):
+            out.print(
+                "[yellow]Note:[/] tokenizer (--tokenizer): it does not give back the held-out text byte for byte, so "
+                "that bits per byte cannot be compared with those of a compressor",
+                soft_wrap=True,
+            )
         with backend(self.options["backend"]):
             result = run_training(
                 self.model,

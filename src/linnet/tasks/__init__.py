@@ -3,7 +3,16 @@
 from .base import IGNORE, Sample, Task, TaskData, build_task, get_task, register_task, seeded, tasks
 from .corpus import Corpus, load_corpus
 from .text import Batch, TextData
-from .tokenizers import ByteTokenizer, JsonTokenizer, TextStream, Tokenizer, load_tokenizer, make_tokenizer, train_bpe
+from .tokenizers import (
+    ByteTokenizer,
+    JsonTokenizer,
+    TextStream,
+    Tokenizer,
+    gives_back,
+    load_tokenizer,
+    make_tokenizer,
+    train_bpe,
+)
 
 __all__ = [
     "IGNORE",
@@ -19,6 +28,7 @@ __all__ = [
     "Tokenizer",
     "build_task",
     "get_task",
+    "gives_back",
     "load_corpus",
     "load_tokenizer",
     "make_tokenizer",

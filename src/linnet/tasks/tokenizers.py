@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,16 @@ import numpy as np
 
 from linnet.models.io import SOURCE_FILE
 
-__all__ = ["ByteTokenizer", "JsonTokenizer", "TextStream", "Tokenizer", "load_tokenizer", "make_tokenizer", "train_bpe"]
+__all__ = [
+    "ByteTokenizer",
+    "JsonTokenizer",
+    "TextStream",
+    "Tokenizer",
+    "gives_back",
+    "load_tokenizer",
+    "make_tokenizer",
+    "train_bpe",
+]
 
 FILE = "tokenizer.json"
 _END = "<|endoftext|>"
@@ -190,6 +200,13 @@ class TextStream:
         certain = min(found) if found else len(self._held) - (0 if token is None else keep)
         piece, self._held = self._held[:certain], self._held[certain:]
         return piece
+
+
+def gives_back(tokenizer: Tokenizer, documents: Iterable[bytes]) -> bool:
+    """Whether ``tokenizer`` gives back documents byte for byte, by the beginnings of some of them. Where it does not,
+    bits per byte mean little: nobody could tell the text from its tokens."""
+    beginnings = (document[: 1 << 14].decode("utf-8", "ignore").encode() for document in islice(documents, 16))
+    return all(tokenizer.decode(tokenizer.encode(text)) == text for text in beginnings)  # type: ignore[arg-type]
 
 
 def train_bpe(documents: Iterable[bytes], vocab_size: int) -> JsonTokenizer:
