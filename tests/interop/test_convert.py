@@ -145,6 +145,10 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path):
     (tmp_path / "theirs" / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match=r"model.safetensors: damaged"):
         convert(tmp_path / "theirs", tmp_path / "ours")
+    for target in ("theirs", "."):
+        with pytest.raises(ValueError, match="target: expected a folder that does not hold the source"):
+            convert(tmp_path / "theirs", tmp_path / target, overwrite=True)
+    assert (tmp_path / "theirs" / "config.json").is_file()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert(tmp_path / "nowhere", tmp_path / "ours")
 

@@ -70,13 +70,15 @@ def convert(
     Raises:
         FileNotFoundError: there is no checkpoint.
         FileExistsError: ``target`` holds something and ``overwrite`` is false.
-        ValueError: an architecture or option that is not supported, or a checkpoint that is damaged, partial or not
-            what its configuration says; names the file, and the fields or tensors.
+        ValueError: an architecture or option that is not supported, a checkpoint that is damaged, partial or not what
+            its configuration says (names the file, and the fields or tensors), or a ``target`` that holds the source.
     """
     source = Path(source)
     folder = source if (source / CONFIG_FILE).is_file() or not source.is_dir() else find_model(source)
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"source: no checkpoint in {folder} ({CONFIG_FILE} is missing)")
+    if folder.resolve().is_relative_to(Path(target).resolve()):
+        raise ValueError(f"target: expected a folder that does not hold the source {folder}, got {target}")
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         kind = str(values.get("model_type"))
