@@ -266,8 +266,10 @@ def test_auto_tokenizer_of_a_folder(tmp_path):
     assert (tokenizer.padding_side, tokenizer("é").input_ids) == ("left", [195, 169])
     assert transformers.AutoTokenizer.from_pretrained(tmp_path, padding_side="right").padding_side == "right"
     tokenizer.save_pretrained(tmp_path)  # in transformers' layout, which linnet reads too
-    (tmp_path / "source_config.json").write_text('{"bos_token_id": 65}')
-    assert fast_tokenizer(tmp_path).bos_token_id == 65
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "source_config.json").write_text('{"bos_token_id": 257}')
+    assert fast_tokenizer(tmp_path).bos_token == "<s>"
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)("é").input_ids == [195, 169]
     assert load_tokenizer(tmp_path).encode("é".encode()).tolist() == [195, 169]
 

@@ -273,7 +273,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     tokenizer, source = JsonTokenizer(file), Path(folder, SOURCE_FILE)
     if source.is_file():
         begin = json.loads(source.read_text(encoding="utf-8")).get("bos_token_id")
-        if isinstance(begin, int) and 0 <= begin < tokenizer.vocab_size:
+        known = tokenizer.backend.get_added_tokens_decoder()
+        if isinstance(begin, int) and begin in known:  # else a default that fits another vocabulary
             tokenizer.begin = begin
     return tokenizer
 
