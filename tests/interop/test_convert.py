@@ -86,6 +86,7 @@ def test_same_logits_and_nothing_lost(case, tmp_path):
     name, options = CASES[case]
     kind = case.partition("-")[0]
     model = original(name, options, tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     done = convert(tmp_path / "theirs", tmp_path / "ours")
     assert (done.source, done.target, done.ignored) == (kind, "linnet", [])
     decoder = Decoder.load(tmp_path / "ours")
@@ -101,6 +102,8 @@ def test_same_logits_and_nothing_lost(case, tmp_path):
     torch.testing.assert_close(packed.view_as(expected), expected, **close)
 
     back = convert(tmp_path / "ours", tmp_path / "back", to=kind)
+    for beside in ("generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / beside).read_bytes() == (tmp_path / "theirs" / beside).read_bytes()
     assert back.parameters >= done.parameters - 40 * 16
     again, report = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))

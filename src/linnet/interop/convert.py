@@ -29,6 +29,9 @@ from .layouts import LAYOUTS, Fields, Layout, Shape
 
 __all__ = ["Conversion", "convert"]
 
+# What lies beside their weights and means nothing to a decoder: kept as source_NAME for the way back.
+_BESIDE = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 
 class Conversion(NamedTuple):
     """What :func:`convert` did.
@@ -61,7 +64,7 @@ def convert(
         source: a folder in a public layout (``config.json`` and safetensors), which becomes a linnet model; or a linnet
             model or run folder, which becomes one in the layout ``to``.
         target: folder to write. A ``tokenizer.json`` comes along, and so does the source's configuration, from which
-            the way back fills in what a decoder does not know.
+            the way back fills in what a decoder does not know, with those of its tokenizer and of generation.
         to: the layout to write ("llama", "qwen3", …); for a linnet model only.
         dtype: of the tensors to write; when None each keeps its own (decays are often fp32 among halves), but in fp32
             where some are computed (norm weights that a layout stores as differences from 1), which halves would round.
@@ -139,7 +142,8 @@ def _import(
     with atomic_folder(target, overwrite) as partial:
         write_checkpoint(partial, config.to_dict(), tensors)
         shutil.copyfile(folder / CONFIG_FILE, partial / SOURCE_FILE)
-        _copy_tokenizer(folder, partial)
+        for name in (TOKENIZER_FILE, *_BESIDE):
+            _copy(folder / name, partial / (name if name == TOKENIZER_FILE else f"source_{name}"))
     return Conversion(kind, MODEL_TYPE, sum(x.numel() for x in tensors.values()), found, ignored)
 
 
@@ -180,7 +184,9 @@ def _export(
             partial / WEIGHTS_FILE,
             metadata={"format": "pt"},
         )
-        _copy_tokenizer(folder, partial)
+        _copy(folder / TOKENIZER_FILE, partial / TOKENIZER_FILE)
+        for name in _BESIDE if kept else ():
+            _copy(folder / f"source_{name}", partial / name)
     return Conversion(MODEL_TYPE, to, sum(x.numel() for x in found.values()), type_, [])
 
 
@@ -209,6 +215,6 @@ def _open(folder: Path) -> tuple[set[str], Callable[[str], Tensor]]:
     return set(where), lambda name: where[name].get_tensor(name)
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    if (source / TOKENIZER_FILE).is_file():
-        shutil.copyfile(source / TOKENIZER_FILE, target / TOKENIZER_FILE)
+def _copy(source: Path, target: Path) -> None:
+    if source.is_file():
+        shutil.copyfile(source, target)
