@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ DEPARTURES = {"samba-mamba2-421m": 0.005, "deltaproduct-213m": 0.004, "deltaprod
 OWN = {"default-small", "default-340m"}
 
 
+@cache
 def size(name: str, **choices: str) -> int:
     preset = presets.info(name)
     model = Decoder.meta(preset.choose(**choices))
