@@ -226,7 +226,7 @@ def refuse_tensors(where: str, problems: Sequence[str]) -> None:
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, uncounted: int | None = None) -> None:
     """Refuse ids outside the vocabulary but ``uncounted``, where looking at them costs no wait for a device."""
-    if ids.device.type != "cpu" or not readable(ids):
+    if not readable(ids) or ids.device.type != "cpu":
         return
     if uncounted is not None:
         ids = ids.where(ids != uncounted, 0)

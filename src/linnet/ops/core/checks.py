@@ -230,7 +230,7 @@ def check_not_negative(name: str, x: Tensor) -> None:
 
 def _largest(x: Tensor) -> float:
     """The largest entry, 0 where values are not to be read."""
-    if not (_value_checks or x.device.type == "cpu") or x.numel() == 0 or not readable(x):
+    if not readable(x) or not (_value_checks or x.device.type == "cpu") or x.numel() == 0:
         return 0.0
     return float(x.detach().max())
 
