@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
 from threading import Thread, get_ident
@@ -9,8 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+import linnet
 import linnet.ops.core.compiling
+from linnet.ops import ConvState, conv
 from linnet.ops.core.compiling import Kernel, compile_together, compiling
 
 triton = pytest.importorskip("triton")
@@ -27,6 +32,28 @@ class Recorder:
 
     def warmup(self, x: Any, grid: Any) -> None:
         self.calls.append(("compile", (grid, x)))
+
+
+def _delta(x: Tensor) -> Tensor:
+    return linnet.delta(x, x, x, beta=x.new_empty(x.shape[:3]), backend="triton")[0]
+
+
+def _dplr(x: Tensor) -> Tensor:
+    return linnet.dplr(x, x, x, x, x, x, backend="triton")[0]
+
+
+def _conv(x: Tensor) -> Tensor:
+    state = ConvState(x.new_empty(2, 3, 32, dtype=torch.float32))
+    return conv(x.flatten(2), x.new_empty(32, 4), state=state, backend="triton")[0].view(x.shape)
+
+
+@pytest.mark.parametrize("call", [_delta, _dplr, _conv])
+@pytest.mark.parametrize("length", [1, 9])
+def test_no_kernel_is_launched_on_fake_tensors(call: Callable[[Tensor], Tensor], length: int) -> None:
+    """Also not by a decoding step, which launches its kernel outside of any registered op."""
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(2, length, 2, 16, dtype=torch.bfloat16, device="cuda")
+        assert call(x).shape == x.shape
 
 
 @pytest.mark.skipif(not hasattr(triton, "AsyncCompileMode"), reason="Triton is older than 3.5")

@@ -18,7 +18,7 @@ from linnet.mixers import Mixer, build_mixer
 from linnet.mixers.base import parse_spec
 from linnet.mixers.parts import soft_cap
 from linnet.ops import Segments
-from linnet.ops.core import check_names, check_segments, readable
+from linnet.ops.core import check_names, check_segments, concrete
 
 from .io import atomic_folder, read_checkpoint, write_checkpoint
 from .mlp import GeGLU, MixtureOfExperts, SwiGLU, at_least_fp32
@@ -226,7 +226,7 @@ def refuse_tensors(where: str, problems: Sequence[str]) -> None:
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, uncounted: int | None = None) -> None:
     """Refuse ids outside the vocabulary but ``uncounted``, where looking at them costs no wait for a device."""
-    if not readable(ids) or ids.device.type != "cpu":
+    if not concrete(ids) or ids.device.type != "cpu":
         return
     if uncounted is not None:
         ids = ids.where(ids != uncounted, 0)

@@ -17,6 +17,7 @@ from ..core import (
     check_floating,
     check_segments,
     common_dtype,
+    concrete,
     differentiable,
     no_autocast,
     resolve_backend,
@@ -112,7 +113,7 @@ def _run_kernels(
         given is not None and given.requires_grad for given in (x, weight, bias, tail)
     )
     alone = x.shape[1] == 1 and segments is None and tail is not None
-    if alone and not training and not torch.compiler.is_compiling():
+    if alone and not training and concrete(x):
         from . import launch
 
         y, after = launch.step(x, weight, bias, tail, silu)  # type: ignore[arg-type]

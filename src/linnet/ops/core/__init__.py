@@ -13,9 +13,9 @@ from .checks import (
     check_segments,
     check_type,
     common_dtype,
+    concrete,
     hint,
     no_autocast,
-    readable,
     value_checks,
 )
 from .differentiable import differentiable, once
@@ -69,6 +69,7 @@ __all__ = [
     "check_type",
     "chunk_table",
     "common_dtype",
+    "concrete",
     "detach",
     "differentiable",
     "following",
@@ -83,7 +84,6 @@ __all__ = [
     "once",
     "ops",
     "overwriting_states",
-    "readable",
     "register_op",
     "repeat_rows",
     "resolve_backend",

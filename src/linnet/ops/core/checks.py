@@ -29,9 +29,9 @@ __all__ = [
     "check_segments",
     "check_type",
     "common_dtype",
+    "concrete",
     "hint",
     "no_autocast",
-    "readable",
     "value_checks",
 ]
 
@@ -230,14 +230,14 @@ def check_not_negative(name: str, x: Tensor) -> None:
 
 def _largest(x: Tensor) -> float:
     """The largest entry, 0 where values are not to be read."""
-    if not readable(x) or not (_value_checks or x.device.type == "cpu") or x.numel() == 0:
+    if not concrete(x) or not (_value_checks or x.device.type == "cpu") or x.numel() == 0:
         return 0.0
     return float(x.detach().max())
 
 
-def readable(x: Tensor) -> bool:
-    """Whether ``x`` has values that Python code can branch on: none in a graph that is captured, nor in a fake tensor,
-    and many at once under the ``vmap`` of ``torch.func``."""
+def concrete(x: Tensor) -> bool:
+    """Whether ``x`` has values, for Python code to branch on, and memory, for a kernel to be launched on: neither in a
+    graph that is captured or in a fake tensor, and those of many under the ``vmap`` of ``torch.func``."""
     captured = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return not (captured or isinstance(x, FakeTensor))
 

@@ -18,6 +18,7 @@ from ..core import (
     check_number,
     check_segments,
     common_dtype,
+    concrete,
     differentiable,
     resolve_backend,
 )
@@ -117,7 +118,7 @@ def run(
     given = (q, k, v, g, gv, u, w, S, z)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     step = q.shape[1] == 1 and segments is None and backend == "auto"  # nothing to chunk or to register
-    if step and name == "triton" and not training and not torch.compiler.is_compiling():
+    if step and name == "triton" and not training and concrete(q):
         from . import launch, launch_step
 
         o, (S, z) = launch_step.step(q, k, v, g, gv, u, w, launch.State(S, z), floor, scale, eps)

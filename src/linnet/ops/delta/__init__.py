@@ -18,6 +18,7 @@ from ..core import (
     check_number,
     check_segments,
     common_dtype,
+    concrete,
     differentiable,
     resolve_backend,
 )
@@ -89,7 +90,7 @@ def delta(
     name = resolve_backend(backend, BACKENDS if kernels_cover(q, substeps) else BACKENDS[:2], q)
     size = chunk_length(chunk_size, chunked.default_chunk(substeps), q.shape[1], name)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, w, S))
-    if name == "triton" and q.shape[1] == 1 and segments is None and not training and not torch.compiler.is_compiling():
+    if name == "triton" and q.shape[1] == 1 and segments is None and not training and concrete(q):
         from . import launch
 
         o, S = launch.step(q, k, v, beta, g, w, S, scale, l2norm, substeps)

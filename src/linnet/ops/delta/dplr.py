@@ -14,6 +14,7 @@ from ..core import (
     check_number,
     check_segments,
     common_dtype,
+    concrete,
     differentiable,
     resolve_backend,
 )
@@ -71,7 +72,7 @@ def dplr(
     name = resolve_backend(backend, BACKENDS if kernels_cover(q) else BACKENDS[:2], q)
     size = chunk_length(chunk_size, chunked.default_chunk(1), q.shape[1], name)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, a, b, g, S))
-    if name == "triton" and q.shape[1] == 1 and segments is None and not training and not torch.compiler.is_compiling():
+    if name == "triton" and q.shape[1] == 1 and segments is None and not training and concrete(q):
         from . import launch
 
         o, S = launch.step(q, k, v, None, g, None, S, scale, False, 1, (a, b))
