@@ -1,4 +1,4 @@
-"""Serial passes of the delta engine compute the same, to the last bit, however their tiles come, in the interpreter."""
+"""The delta engine's kernels compute the same, to the last bit, however their tiles come, in the interpreter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from interpreted import in_the_interpreter, run_interpreted, starts_the_interpre
 
 MODES: dict[str, dict[str, Any]] = {
     "scalar": {},
+    "scalar, several tiles of keys and values": {"width": 64},
     "no gate, parts": {"gate": None, "length": 1},
     "vector": {"gate": "vector"},
     "erase and write, parts": {"gate": "vector", "channelwise": True, "length": 1},
+    "erase and write, several tiles of keys and values": {"gate": None, "channelwise": True, "width": 64},
     "substeps": {"substeps": 2},
     "substeps that leave rows of a chunk": {"substeps": 3},
     "vector, substeps": {"gate": "vector", "substeps": 2},
@@ -34,12 +36,13 @@ def results(
     untied: bool = False,
     substeps: int = 1,
     length: int = 9,
+    width: int = 16,
 ) -> list[Tensor]:
     """What a call and its backward pass compute; the last chunk of a sequence is not full."""
     from linnet.ops.delta import launch
 
     generator = torch.Generator().manual_seed(0)
-    B, T, H, K, V = 2, 37, 2, 16, 16
+    B, T, H, K, V = 2, 37, 2, width, width
     R, heads = (T, H) if untied else (T * substeps, 1)
 
     def random(*shape: int) -> Tensor:
@@ -62,6 +65,8 @@ def results(
 def test_tiles_come_either_way(mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from linnet.ops.delta import launch
 
+    settings = launch.launch_settings  # tiles as large either way
+    monkeypatch.setattr(launch, "launch_settings", lambda *given: settings(*given[:5], True))
     by_address = results(**mode)
     monkeypatch.setattr(launch, "_copied", lambda q, v: True)
     for one, other in zip(by_address, results(**mode), strict=True):

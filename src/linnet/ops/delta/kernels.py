@@ -233,18 +233,84 @@ def payload(ptr, t0, h, H, V: tl.constexpr, r, values, valid, has, SUB: tl.const
 # rows of the chunk itself, 0 when the channel forgets too much for one factor a row (see prepare_kernel).
 
 
+@triton.jit
+def reading(r, SUB: tl.constexpr):
+    """Rows of a chunk that read: the last of each token. ``prepare_kernel`` writes out no others."""
+    return r % SUB == SUB - 1
+
+
+@triton.jit
+def erasing(r, UNTIED: tl.constexpr):
+    """Rows of a chunk that erase: all, or, UNTIED, the first of each token. ``prepare_kernel`` writes out no others."""
+    if UNTIED:
+        return r % 2 == 0
+    else:
+        return tl.full(r.shape, True, tl.int1)
+
+
+@triton.jit
+def key_tile(
+    ptr, slot, start, sequence, rows, head, heads, row, k0, mask, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    VECTOR: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Tile ``[C, BK]`` from key ``k0`` on: rows of a tensor ``[rows, heads, K]``, or, VECTOR, what ``prepare_kernel``
+    wrote out. TMA takes rows that are not asked for too, but for those behind the end of a sequence of so many rows."""
+    cols = k0 + tl.arange(0, BK)[None, :]
+    wide = within(cols, K, BK)
+    if TMA and VECTOR:
+        return ptr.load([slot.to(tl.int32) * C, k0])
+    elif TMA:
+        return moved(ptr, sequence, (start - sequence.to(tl.int64) * rows).to(tl.int32), head * K + k0, C, BK)
+    elif VECTOR:
+        at = ptr + slot * C * K + (tl.arange(0, C)[:, None] * K + cols)
+        return tl.load(at, mask=mask[:, None] & wide, other=0.0)
+    else:
+        return tl.load(tile_at(ptr, start, head, heads, K, row[:, None], cols), mask=mask[:, None] & wide, other=0.0)
+
+
+@triton.jit
+def matrix_tile(ptr, slot, WHICH: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
+    """A (0) or P (1) of a chunk."""
+    if TMA:
+        return ptr.load([(slot.to(tl.int32) * 2 + WHICH) * C, 0])
+    else:
+        r = tl.arange(0, C)
+        return tl.load(ptr + slot * (2 * C * C) + WHICH * C * C + (r[:, None] * C + r[None, :]))
+
+
+@triton.jit
+def keep_matrix(ptr, slot, WHICH: tl.constexpr, x, C: tl.constexpr, TMA: tl.constexpr):
+    """Store A (0) or P (1) of a chunk."""
+    if TMA:
+        ptr.store([(slot.to(tl.int32) * 2 + WHICH) * C, 0], x.to(ptr.dtype))
+    else:
+        r = tl.arange(0, C)
+        at = ptr + slot * (2 * C * C) + WHICH * C * C + (r[:, None] * C + r[None, :])
+        tl.store(at, x.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def lifted(w, decays_ptr, k0, K: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr):
+    """Keys written under as rows of their own chunk meet them, and how many channels hard_kernel takes instead."""
+    hard = 0
+    if VECTOR and GATE != 0:
+        cols = k0 + tl.arange(0, BK)
+        lift = tl.load(decays_ptr + 2 * K + cols, mask=within(cols, K, BK), other=1.0)
+        hard = tl.sum((lift == 0.0).to(tl.int32), 0)
+        w = (w.to(tl.float32) * lift[None, :]).to(w.dtype)
+    return w, hard
+
+
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
 def local_kernel(
-    q_ptr,
-    k_ptr,
     beta_ptr,
     g_ptr,
     rows_ptr,  # [chunks, H, 8, C], see ROWS
     decays_ptr,  # [chunks, H, 3, K], see DECAYS
     matrices_ptr,  # A and P, [chunks, H, 2, C, C]
-    erase_ptr,  # VECTOR: what prepare_kernel made, [chunks, H, C, K]
-    read_ptr,
+    erase_ptr,  # k and q from the second on, or the operands written out by prepare_kernel, [chunks, H, C, K]
     write_ptr,
+    read_ptr,
     cu_ptr,
     table_ptr,
     scale,
@@ -264,6 +330,8 @@ def local_kernel(
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
     FINE: tl.constexpr,
+    APART: tl.constexpr,  # A is made before P is begun, in two walks over the keys
+    TMA: tl.constexpr,  # tiles come through descriptors, but for tokens that several rows share
 ):
     pid = tl.program_id(0)
     h = pid % H
@@ -271,14 +339,17 @@ def local_kernel(
     hq = h // (H // HQ)
     slot = pid.to(tl.int64)
     t0, tokens = _span(chunk, cu_ptr, table_ptr, T, CT, PACKED)
+    sequence = chunk if PACKED else chunk // tl.cdiv(T, CT)
     r = tl.arange(0, C)
     rows_ptr += slot * (8 * C)
     row, col = r[:, None], r[None, :]
 
     valid = r < tokens * SUB
-    reads = valid & (r % SUB == SUB - 1)
     s0 = t0.to(tl.int64) * SUB
-    tile = slot * C * K + row * K
+    all_rows = tl.full([C], True, tl.int1)
+    written = all_rows if VECTOR else valid
+    asked = all_rows if UNTIED else reading(r, SUB) if VECTOR else valid & reading(r, SUB)
+    COPIED: tl.constexpr = TMA and (UNTIED or SUB == 1)
     T_ = tl.zeros([C, C], dtype=tl.float32)
     P = tl.zeros([C, C], dtype=tl.float32)
     q2 = tl.zeros([C], dtype=tl.float32)
@@ -289,65 +360,29 @@ def local_kernel(
         beta = tl.load(tile_at(beta_ptr, s0, h, H, 1, r, 0), mask=valid, other=1.0).to(tl.float32)
         if GATE != 0:
             g = row_gates(g_ptr, t0, h, H, r, valid, SUB)
-    # In 16 bits what is read and what is erased are two products of one walk over the keys. In fp32 there is room for
-    # one at a time, and they take two walks. UNTIED, a row erases or reads, and both are one product.
-    ONE: tl.constexpr = not EXACT and not UNTIED
-    for k0 in range(0, 0 if ONE or UNTIED else K, BK):
-        cols = k0 + tl.arange(0, BK)
-        wide = within(cols, K, BK)
-        if VECTOR:
-            fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
-            w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            e = tl.load(erase_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            if GATE != 0:
-                lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
-                w = (w.to(tl.float32) * lift[None, :]).to(e.dtype)
-        else:
-            at, mask = tile_at(k_ptr, s0, hq, HQ, K, row, cols[None, :]), valid[:, None] & wide[None, :]
-            w = tl.load(at, mask=mask, other=0.0)
-            e = w
-        T_ = tl.dot(e, tl.trans(w), T_, input_precision="ieee")
     for k0 in range(0, K, BK):
-        cols = k0 + tl.arange(0, BK)
-        wide = within(cols, K, BK)
-        if VECTOR:
-            fits = tl.full([C, 1], True, tl.int1) & wide[None, :]
-            w = tl.load(write_ptr + tile + cols[None, :], mask=fits, other=0.0)
-            asked = fits if UNTIED else reading(r, SUB)[:, None] & wide[None, :]
-            q = tl.load(read_ptr + tile + cols[None, :], mask=asked, other=0.0)
-            if GATE != 0:
-                lift = tl.load(decays_ptr + 2 * K + cols, mask=wide, other=1.0)
-                hard += tl.sum((lift == 0.0).to(tl.int32), 0)
-                w = (w.to(tl.float32) * lift[None, :]).to(q.dtype)
-        else:
-            at, mask = tile_at(k_ptr, s0, hq, HQ, K, row, cols[None, :]), valid[:, None] & wide[None, :]
-            w = tl.load(at, mask=mask, other=0.0)
-            at, mask = tile_at(q_ptr, t0, hq, HQ, K, row // SUB, cols[None, :]), reads[:, None] & wide[None, :]
-            q = tl.load(at, mask=mask, other=0.0)
-            if NORM:
+        w = key_tile(write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, k0, written, K, C, BK, VECTOR, TMA)
+        w, few = lifted(w, decays_ptr, k0, K, BK, VECTOR, GATE)
+        hard += few
+        if not APART:
+            q = key_tile(read_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, k0, asked, K, C, BK, VECTOR, COPIED)
+            if NORM and not VECTOR:
                 q2 += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
-        P = tl.dot(q, tl.trans(w), P, input_precision="ieee")
-        if ONE:
+            P = tl.dot(q, tl.trans(w), P, input_precision="ieee")
+        if not UNTIED:
             e = w
             if VECTOR:
-                e = tl.load(erase_ptr + tile + cols[None, :], mask=fits, other=0.0)
+                e = key_tile(erase_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, k0, all_rows, K, C, BK, VECTOR, TMA)
             T_ = tl.dot(e, tl.trans(w), T_, input_precision="ieee")
-    if UNTIED:
-        T_ = P
+    if UNTIED:  # a row erases or reads, and both are one product
+        T_ = tl.where(erasing(r, UNTIED)[:, None], P, 0.0)
         P = tl.where(reading(r, SUB)[:, None], P, 0.0)
-    dtype = matrices_ptr.dtype.element_ty
-    matrices_ptr += slot * (2 * C * C) + (row * C + col)
-    if VECTOR:
-        if GATE != 0:
-            if hard > 0:  # what hard_kernel has left
-                P += tl.load(matrices_ptr + C * C).to(tl.float32)
-    else:
+    if not VECTOR:
         rows_ptr += r
         beta = tl.where(tl.abs(beta) < least, least, beta)
         r_k = tl.zeros([C], dtype=tl.float32) + 1.0
-        r_q = tl.zeros([C], dtype=tl.float32) + 1.0
         if NORM:  # a key's square as the products of equal keys are rounded, so that those have length one
-            r_k, r_q = over_length(tl.sum(tl.where(row == col, T_, 0.0), 1)), over_length(q2)
+            r_k = over_length(tl.sum(tl.where(row == col, T_, 0.0), 1))
         seen = tl.zeros([C], dtype=tl.float32)
         left = seen
         if GATE != 0:
@@ -361,36 +396,56 @@ def local_kernel(
                 middle = tl.where(steep, 0.0, middle)
                 rise = tl.where(steep, 1.0, tl.exp2((coarse - middle) + fine))
                 fall = tl.where(steep, 1.0, tl.exp2((middle - coarse) - fine))
-            if steep:
-                P = P * between(coarse, fine, C)
             tl.store(rows_ptr + 6 * C, seen)
             tl.store(rows_ptr + 7 * C, tl.exp2(seen + left))
         tl.store(rows_ptr, r_k * tl.exp2(seen))
         tl.store(rows_ptr + C, r_k * beta * tl.exp2(left))
-        tl.store(rows_ptr + 2 * C, r_q * scale * tl.exp2(seen))
         tl.store(rows_ptr + 3 * C, beta)
         tl.store(rows_ptr + 4 * C, r_k)
-        tl.store(rows_ptr + 5 * C, r_q)
-        read, erase, write = r_q * scale, r_k, r_k * beta
+        erase, write = r_k, r_k * beta
         if GATE != 0 and not EXACT:
-            read, erase, write = read * rise, erase * rise, write * fall
-        P = P * read[:, None] * write[None, :]
-    tl.store(matrices_ptr + C * C, tl.where(row >= col, P, 0.0).to(dtype))
-    if UNTIED:
-        T_ = tl.where(erasing(r, UNTIED)[:, None], T_, 0.0)
-    if VECTOR:
-        if GATE != 0:
-            if hard > 0:
-                T_ += tl.load(matrices_ptr).to(tl.float32)
-    else:
-        if GATE != 0:
-            if steep:
-                T_ = T_ * between(coarse, fine, C)
-        T_ = T_ * erase[:, None] * write[None, :]
-        if EXACT and NORM:
-            T_ = right_lengths(T_, beta, r_k)
-    A = inverse(tl.where(row > col, T_, 0.0), EXACT, FINE)
-    tl.store(matrices_ptr, A.to(dtype))
+            erase, write = erase * rise, write * fall
+    for turn in tl.static_range(2):
+        if (turn == 0) == APART:
+            if VECTOR:
+                if GATE != 0:
+                    if hard > 0:  # what hard_kernel has left
+                        T_ += matrix_tile(matrices_ptr, slot, 0, C, TMA).to(tl.float32)
+            else:
+                if GATE != 0:
+                    if steep:
+                        T_ = T_ * between(coarse, fine, C)
+                T_ = T_ * erase[:, None] * write[None, :]
+                if EXACT and NORM:
+                    T_ = right_lengths(T_, beta, r_k)
+            A = inverse(tl.where(row > col, T_, 0.0), EXACT, FINE)
+            keep_matrix(matrices_ptr, slot, 0, A, C, TMA)
+        else:
+            for k0 in range(0, K if APART else 0, BK):
+                w = key_tile(write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, k0, written, K, C, BK, VECTOR, TMA)
+                w, _ = lifted(w, decays_ptr, k0, K, BK, VECTOR, GATE)
+                q = key_tile(read_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, k0, asked, K, C, BK, VECTOR, COPIED)
+                if NORM and not VECTOR:
+                    q2 += tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
+                P = tl.dot(q, tl.trans(w), P, input_precision="ieee")
+            if VECTOR:
+                if GATE != 0:
+                    if hard > 0:
+                        P += matrix_tile(matrices_ptr, slot, 1, C, TMA).to(tl.float32)
+            else:
+                if GATE != 0:
+                    if steep:
+                        P = P * between(coarse, fine, C)
+                r_q = tl.zeros([C], dtype=tl.float32) + 1.0
+                if NORM:
+                    r_q = over_length(q2)
+                tl.store(rows_ptr + 2 * C, r_q * scale * tl.exp2(seen))
+                tl.store(rows_ptr + 5 * C, r_q)
+                read = r_q * scale
+                if GATE != 0 and not EXACT:
+                    read = read * rise
+                P = P * read[:, None] * write[None, :]
+            keep_matrix(matrices_ptr, slot, 1, tl.where(row >= col, P, 0.0), C, TMA)
 
 
 @triton.jit
@@ -403,51 +458,6 @@ def stretch(n, cu_ptr, first_ptr, T, CT, LENGTH, PACKED: tl.constexpr):
         first = n // parts * T + n % parts * LENGTH
         end = tl.minimum(first + LENGTH, (n // parts + 1) * T)
         return first, end, n // parts * tl.cdiv(T, CT) + n % parts * (LENGTH // CT)
-
-
-@triton.jit
-def reading(r, SUB: tl.constexpr):
-    """Rows of a chunk that read: the last of each token. ``prepare_kernel`` writes out no others."""
-    return r % SUB == SUB - 1
-
-
-@triton.jit
-def erasing(r, UNTIED: tl.constexpr):
-    """Rows of a chunk that erase: all, or, UNTIED, the first of each token. ``prepare_kernel`` writes out no others."""
-    if UNTIED:
-        return r % 2 == 0
-    else:
-        return tl.full(r.shape, True, tl.int1)
-
-
-@triton.jit
-def key_tile(
-    ptr, slot, start, sequence, rows, head, heads, row, mask, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    VECTOR: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Tile ``[C, BK]``: rows of a tensor ``[rows, heads, K]``, or, VECTOR, what ``prepare_kernel`` wrote out. TMA takes
-    rows that are not asked for too, but for those behind the end of a sequence of so many rows."""
-    cols = tl.arange(0, BK)[None, :]
-    wide = within(cols, K, BK)
-    if TMA and VECTOR:
-        return ptr.load([slot.to(tl.int32) * C, 0])
-    elif TMA:
-        return moved(ptr, sequence, (start - sequence.to(tl.int64) * rows).to(tl.int32), head * K, C, BK)
-    elif VECTOR:
-        at = ptr + slot * C * K + (tl.arange(0, C)[:, None] * K + cols)
-        return tl.load(at, mask=mask[:, None] & wide, other=0.0)
-    else:
-        return tl.load(tile_at(ptr, start, head, heads, K, row[:, None], cols), mask=mask[:, None] & wide, other=0.0)
-
-
-@triton.jit
-def matrix_tile(ptr, slot, WHICH: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
-    """A (0) or P (1) of a chunk."""
-    if TMA:
-        return ptr.load([(slot.to(tl.int32) * 2 + WHICH) * C, 0])
-    else:
-        r = tl.arange(0, C)
-        return tl.load(ptr + slot * (2 * C * C) + WHICH * C * C + (r[:, None] * C + r[None, :]))
 
 
 @triton.jit
@@ -474,7 +484,7 @@ def factors(
 
 @triton.jit(do_not_specialize=["T", "CT", "LENGTH", "H", "HQ"])
 def state_kernel(
-    erase_ptr,  # k, k and q themselves, or the operands written out by prepare_kernel
+    erase_ptr,  # k and q themselves, from the second on, or the operands written out by prepare_kernel
     write_ptr,
     read_ptr,
     v_ptr,
@@ -567,10 +577,12 @@ def state_kernel(
             at = S_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
             tl.store(at, S.to(S_ptr.dtype.element_ty), mask=inside)
         k = key_tile(
-            write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, all_rows if VECTOR else valid, K, C, BK, VECTOR, TMA
+            write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, 0, all_rows if VECTOR else valid, K, C, BK, VECTOR, TMA
         )
         if VECTOR:
-            e = key_tile(erase_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, erasing(r, UNTIED), K, C, BK, VECTOR, TMA)
+            e = key_tile(
+                erase_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, 0, erasing(r, UNTIED), K, C, BK, VECTOR, TMA
+            )
         else:
             e = k
         Sb = S.to(k.dtype)
@@ -604,7 +616,21 @@ def state_kernel(
         if OUTPUT:
             asked = reading(r, SUB) if VECTOR else reads
             q = key_tile(
-                read_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, asked, K, C, BK, VECTOR, TMA and (UNTIED or SUB == 1)
+                read_ptr,
+                slot,
+                t0,
+                sequence,
+                T,
+                hq,
+                HQ,
+                r // SUB,
+                0,
+                asked,
+                K,
+                C,
+                BK,
+                VECTOR,
+                TMA and (UNTIED or SUB == 1),
             )
             o = tl.dot(Sb, tl.trans(q), input_precision="ieee")
             if not VECTOR:

@@ -105,7 +105,7 @@ def adjoint(
         at = dS_ptr + slot * K * V + (values[:, None] * K + keys[None, :])
         tl.store(at, dS.to(dS_ptr.dtype.element_ty), mask=inside)
         k = key_tile(
-            write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, all_rows if VECTOR else valid, K, C, BK, VECTOR, TMA
+            write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, 0, all_rows if VECTOR else valid, K, C, BK, VECTOR, TMA
         )
         if TMA and SUB == 1:
             do = tl.trans(moved(do_ptr, sequence, t0 - sequence * T, h * V + value, C, BV))
@@ -136,12 +136,12 @@ def adjoint(
         elif VECTOR:
             asked = reading(r, SUB)
         q = key_tile(
-            read_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, asked, K, C, BK, VECTOR, TMA and (UNTIED or SUB == 1)
+            read_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, 0, asked, K, C, BK, VECTOR, TMA and (UNTIED or SUB == 1)
         )
         if UNTIED:
             pass
         elif VECTOR:
-            e = key_tile(erase_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, all_rows, K, C, BK, VECTOR, TMA)
+            e = key_tile(erase_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, 0, all_rows, K, C, BK, VECTOR, TMA)
             Lb = (-L).to(k.dtype)
         else:
             e = k
@@ -221,36 +221,89 @@ def adjoint_kernel(
 
 
 @triton.jit
+def value_tile(
+    ptr, t0, h, H, v0, sequence, T, rows, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SUB: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Tile ``[C, BV]`` of a tensor ``[tokens times SUB, H, V]``: so many rows of a chunk, else zero."""
+    if TMA:
+        return moved(ptr, sequence, (t0 - sequence * T) * SUB, h * V + v0, C, BV)
+    else:
+        values = v0 + tl.arange(0, BV)[None, :]
+        at = tile_at(ptr, t0.to(tl.int64) * SUB, h, H, V, tl.arange(0, C)[:, None], values)
+        return tl.load(at, mask=rows[:, None] & within(values, V, BV), other=0.0)
+
+
+@triton.jit
+def keep_value_tile(
+    ptr, x, t0, h, H, v0, sequence, T, rows, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SUB: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """The inverse of :func:`value_tile`."""
+    if TMA:
+        ptr.store([sequence, (t0 - sequence * T) * SUB, h * V + v0], tl.reshape(x.to(ptr.dtype), [1, C, BV]))
+    else:
+        values = v0 + tl.arange(0, BV)[None, :]
+        at = tile_at(ptr, t0.to(tl.int64) * SUB, h, H, V, tl.arange(0, C)[:, None], values)
+        tl.store(at, x.to(ptr.dtype.element_ty), mask=rows[:, None] & within(values, V, BV))
+
+
+@triton.jit
 def value_tiles(
-    do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads,
-    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SUB: tl.constexpr, UNTIED: tl.constexpr,
+    do_ptr, R_ptr, L_ptr, slot, t0, h, H, v0, sequence, T, valid, reads,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SUB: tl.constexpr, UNTIED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a chunk's values: gradients of the reading ``[C, BV]``, R ``[BV, C]``, L ``[C, BV]``. UNTIED, the first
     has the rows of both."""
     r = tl.arange(0, C)
     values = v0 + tl.arange(0, BV)
     has = within(values, V, BV)
-    if UNTIED:
-        do_ptr, reads = tl.where(erasing(r, UNTIED)[:, None], L_ptr, do_ptr), valid
-    at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
-    do = tl.load(at, mask=reads[:, None] & has[None, :], other=0.0)
-    every = has[:, None] & tl.full([1, C], True, tl.int1)
-    R = tl.load(R_ptr + (values[:, None] * C + r[None, :]), mask=every, other=0.0)
+    if TMA and SUB == 1:
+        do = value_tile(do_ptr, t0, h, H, v0, sequence, T, reads, V, C, BV, 1, TMA)
+    else:
+        if UNTIED:
+            do_ptr, reads = tl.where(erasing(r, UNTIED)[:, None], L_ptr, do_ptr), valid
+        at = tile_at(do_ptr, t0, h, H, V, (r // SUB)[:, None], values[None, :])
+        do = tl.load(at, mask=reads[:, None] & has[None, :], other=0.0)
+    if TMA:
+        R = R_ptr.load([slot.to(tl.int32) * V + v0, 0])
+    else:
+        every = has[:, None] & tl.full([1, C], True, tl.int1)
+        R = tl.load(R_ptr + slot * C * V + (values[:, None] * C + r[None, :]), mask=every, other=0.0)
     if UNTIED:
         L = do
     else:
-        at = tile_at(L_ptr, s0, h, H, V, r[:, None], values[None, :])
-        L = tl.load(at, mask=valid[:, None] & has[None, :], other=0.0)
+        L = value_tile(L_ptr, t0, h, H, v0, sequence, T, valid, V, C, BV, SUB, TMA)
     return do, R, L
 
 
 @triton.jit
-def state_tiles(S_ptr, dS_ptr, v0, k0, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def state_tiles(
+    S_ptr, dS_ptr, slot, v0, k0, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
     """Tiles ``[BV, BK]`` of the state that a chunk reads and of the gradient of the one it leaves."""
-    values, cols = v0 + tl.arange(0, BV), k0 + tl.arange(0, BK)
-    inside = within(values, V, BV)[:, None] & (cols < K)[None, :]
-    at = values[:, None] * K + cols[None, :]
-    return tl.load(S_ptr + at, mask=inside, other=0.0), tl.load(dS_ptr + at, mask=inside, other=0.0)
+    if TMA:
+        value = slot.to(tl.int32) * V + v0
+        return S_ptr.load([value, k0]), dS_ptr.load([value, k0])
+    else:
+        values, cols = v0 + tl.arange(0, BV), k0 + tl.arange(0, BK)
+        inside = within(values, V, BV)[:, None] & (cols < K)[None, :]
+        at = slot * K * V + (values[:, None] * K + cols[None, :])
+        return tl.load(S_ptr + at, mask=inside, other=0.0), tl.load(dS_ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def keep_operand(
+    ptr, x, slot, k0, mask, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """Store a tile ``[C, BK]`` where :func:`key_tile` has its operands, in the rows asked for."""
+    if TMA:
+        ptr.store([slot.to(tl.int32) * C, k0], x.to(ptr.dtype))
+    else:
+        cols = k0 + tl.arange(0, BK)[None, :]
+        at = ptr + slot * C * K + (tl.arange(0, C)[:, None] * K + cols)
+        tl.store(at, x.to(ptr.dtype.element_ty), mask=mask[:, None] & within(cols, K, BK))
 
 
 @triton.jit
@@ -269,16 +322,14 @@ def sum_before(x, start, below):
 
 @triton.jit(do_not_specialize=["T", "CT", "H", "HQ"])
 def gradient_kernel(
-    q_ptr,
-    k_ptr,
     v_ptr,
     g_ptr,
     w_ptr,
     rows_ptr,  # VECTOR: the first three become sums over the keys of read, erase and write times their gradients
     decays_ptr,
-    erase_ptr,  # VECTOR: operands, replaced by their gradients
-    read_ptr,
+    erase_ptr,  # k and q, from the second on, or, VECTOR, operands, replaced by their gradients
     write_ptr,
+    read_ptr,
     do_ptr,
     S_ptr,
     R_ptr,
@@ -313,12 +364,15 @@ def gradient_kernel(
     UNTIED: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
+    TMA: tl.constexpr,  # tiles come through descriptors, but for tokens that several rows share
 ):
     pid = tl.program_id(0)
     h = pid % H
     hq = h // (H // HQ)
     slot = pid.to(tl.int64)
-    t0, tokens = _span(pid // H, cu_ptr, table_ptr, T, CT, PACKED)
+    chunk = pid // H
+    t0, tokens = _span(chunk, cu_ptr, table_ptr, T, CT, PACKED)
+    sequence = chunk if PACKED else chunk // tl.cdiv(T, CT)
     r = tl.arange(0, C)
     row, col = r[:, None], r[None, :]
     valid = r < tokens * SUB
@@ -329,13 +383,16 @@ def gradient_kernel(
     rows_ptr += slot * (8 * C)
     total_ptr = rows_ptr + 7 * C
     rows_ptr += r
-    R_ptr += slot * C * V
-    S_ptr += slot * K * V
-    dS_ptr += slot * K * V
-    dtype = do_ptr.dtype.element_ty
-    FINE: tl.constexpr = do_ptr.dtype.element_ty == tl.float16
+    dtype = D1_ptr.dtype.element_ty
+    FINE: tl.constexpr = D1_ptr.dtype.element_ty == tl.float16
+    COPIED: tl.constexpr = TMA and (UNTIED or SUB == 1)
+    all_rows = tl.full([C], True, tl.int1)
+    written = all_rows if VECTOR else valid
+    asked = all_rows if UNTIED else reading(r, SUB) if VECTOR else reads
     ONE: tl.constexpr = V <= BV  # values in one tile: read once
-    do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, 0, valid, reads, V, C, BV, SUB, UNTIED)
+    do, R, L = value_tiles(
+        do_ptr, R_ptr, L_ptr, slot, t0, h, H, 0, sequence, T, valid, reads, V, C, BV, SUB, UNTIED, TMA
+    )
 
     s_q = tl.zeros([C], dtype=tl.float32)
     s_e = tl.zeros([C], dtype=tl.float32)
@@ -358,7 +415,9 @@ def gradient_kernel(
     if not UNTIED:
         dT = tl.dot(L, R, input_precision="ieee")
     for v0 in range(BV, V, BV):
-        do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads, V, C, BV, SUB, UNTIED)
+        do, R, L = value_tiles(
+            do_ptr, R_ptr, L_ptr, slot, t0, h, H, v0, sequence, T, valid, reads, V, C, BV, SUB, UNTIED, TMA
+        )
         dP = tl.dot(do, R, dP, input_precision="ieee")
         if not UNTIED:
             dT = tl.dot(L, R, dT, input_precision="ieee")
@@ -388,7 +447,7 @@ def gradient_kernel(
         D2_ptr += slot * (C * C) + (row * C + col)
         tl.store(D2_ptr, dT.to(dtype))
     tl.debug_barrier()
-    if VECTOR:  # else in the loop: there are no registers to keep them in
+    if VECTOR or TMA:  # else in the loop: beside tiles by address there are no registers to keep them in
         D1 = tl.load(D1_ptr)
         if not UNTIED:
             D2 = tl.load(D2_ptr)
@@ -400,13 +459,11 @@ def gradient_kernel(
         keys = cols[None, :]
         wide = within(keys, K, BK)
         k_in, q_in = valid[:, None] & wide, reads[:, None] & wide
-        if VECTOR:
-            at = slot * C * K + (row * K + keys)
-            fits = tl.full([C, 1], True, tl.int1) & wide
-            asked = fits if UNTIED else reading(r, SUB)[:, None] & wide
         if not ONE:
-            do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, 0, valid, reads, V, C, BV, SUB, UNTIED)
-        S, dS = state_tiles(S_ptr, dS_ptr, 0, k0, K, V, BK, BV)
+            do, R, L = value_tiles(
+                do_ptr, R_ptr, L_ptr, slot, t0, h, H, 0, sequence, T, valid, reads, V, C, BV, SUB, UNTIED, TMA
+            )
+        S, dS = state_tiles(S_ptr, dS_ptr, slot, 0, k0, K, V, BK, BV, TMA)
         end = tl.zeros([BK], dtype=tl.float32)  # through the state that crosses the chunk
         if GATE != 0:
             if VECTOR:
@@ -418,8 +475,10 @@ def gradient_kernel(
             de = tl.dot(L, S, input_precision="ieee")
         dw = tl.dot(tl.trans(R), dS, input_precision="ieee")
         for v0 in range(BV, V, BV):
-            do, R, L = value_tiles(do_ptr, R_ptr, L_ptr, t0, s0, h, H, v0, valid, reads, V, C, BV, SUB, UNTIED)
-            S, dS = state_tiles(S_ptr, dS_ptr, v0, k0, K, V, BK, BV)
+            do, R, L = value_tiles(
+                do_ptr, R_ptr, L_ptr, slot, t0, h, H, v0, sequence, T, valid, reads, V, C, BV, SUB, UNTIED, TMA
+            )
+            S, dS = state_tiles(S_ptr, dS_ptr, slot, v0, k0, K, V, BK, BV, TMA)
             dq = tl.dot(do, S, dq, input_precision="ieee")
             if not UNTIED:
                 de = tl.dot(L, S, de, input_precision="ieee")
@@ -430,15 +489,11 @@ def gradient_kernel(
                 else:
                     reach += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
 
+        q = key_tile(read_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, k0, asked, K, C, BK, VECTOR, COPIED)
+        w = key_tile(write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, k0, written, K, C, BK, VECTOR, TMA)
         if VECTOR:
-            q = tl.load(read_ptr + at, mask=asked, other=0.0)
             if not UNTIED:
-                e = tl.load(erase_ptr + at, mask=fits, other=0.0)
-            w = tl.load(write_ptr + at, mask=fits, other=0.0)
-        else:
-            k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0)
-            q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0)
-        if VECTOR:
+                e = key_tile(erase_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, k0, all_rows, K, C, BK, VECTOR, TMA)
             wx = w
             if GATE != 0:
                 inside = within(cols, K, BK)
@@ -451,14 +506,14 @@ def gradient_kernel(
                     part -= de * e.to(tl.float32)
                 end += tl.sum(part, 0)
             dq += tl.dot(D1, wx, input_precision="ieee")
-            tl.store(read_ptr + at, dq.to(dtype), mask=asked)
+            keep_operand(read_ptr, dq, slot, k0, asked, K, C, BK, COPIED)
             part = dq * q.to(tl.float32)
             change = -part
             pairs = tl.dot(tl.trans(D1), q, input_precision="ieee")
             if not UNTIED:
                 s_q += tl.sum(part, 1)
                 de += tl.dot(D2, wx, input_precision="ieee")
-                tl.store(erase_ptr + at, (-de).to(dtype), mask=fits)
+                keep_operand(erase_ptr, -de, slot, k0, all_rows, K, C, BK, TMA)
                 erased = de * e.to(tl.float32)
                 s_e -= tl.sum(erased, 1)
                 change += erased
@@ -467,7 +522,7 @@ def gradient_kernel(
                 dw = tl.fma(pairs, tl.zeros([C, BK], dtype=tl.float32) + lift[None, :], dw)
             else:
                 dw += pairs
-            tl.store(write_ptr + at, dw.to(dtype), mask=fits)
+            keep_operand(write_ptr, dw, slot, k0, all_rows, K, C, BK, TMA)
             part = dw * w.to(tl.float32)
             if not UNTIED:
                 s_w += tl.sum(part, 1)
@@ -485,13 +540,15 @@ def gradient_kernel(
                 else:
                     dg_row += tl.sum(dg, 1)
         else:
+            k = w
             if FINE:
                 k = (k.to(tl.float32) * r_k[:, None]).to(dtype)
                 q = (q.to(tl.float32) * r_q[:, None]).to(dtype)
             dq, de, dw = dq * c_q[:, None], de * c_e[:, None], dw * c_w[:, None]
             if GATE != 0:
                 dg_row += tl.sum(dq * q.to(tl.float32) - de * k.to(tl.float32), 1)
-            D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
+            if not TMA:
+                D1, D2 = tl.load(D1_ptr), tl.load(D2_ptr)
             dq += tl.dot(D1, k, input_precision="ieee")
             de += tl.dot(D2, k, input_precision="ieee")
             dw += tl.dot(tl.trans(D1), q, input_precision="ieee")
@@ -513,16 +570,11 @@ def gradient_kernel(
             tl.store(tile_at(dk_ptr, s0, h, H, K, row, keys), dw.to(dtype), mask=k_in)
     if W:
         for v0 in range(0, V, BV):
-            values = v0 + tl.arange(0, BV)
-            has = within(values, V, BV)[None, :]
-            inside = valid[:, None] & has
-            L = tl.load(tile_at(L_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
-            v = tl.load(tile_at(v_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
-            dw = (L.to(tl.float32) * v.to(tl.float32)).to(dw_ptr.dtype.element_ty)
-            tl.store(tile_at(dw_ptr, s0, h, H, V, row, values[None, :]), dw, mask=inside)
-            w = tl.load(tile_at(w_ptr, s0, h, H, V, row, values[None, :]), mask=inside, other=0.0)
-            dv = (L.to(tl.float32) * w.to(tl.float32)).to(dv_ptr.dtype.element_ty)
-            tl.store(tile_at(dv_ptr, s0, h, H, V, row, values[None, :]), dv, mask=inside)
+            dz = value_tile(L_ptr, t0, h, H, v0, sequence, T, valid, V, C, BV, SUB, TMA).to(tl.float32)
+            v = value_tile(v_ptr, t0, h, H, v0, sequence, T, valid, V, C, BV, SUB, TMA).to(tl.float32)
+            by = value_tile(w_ptr, t0, h, H, v0, sequence, T, valid, V, C, BV, SUB, TMA).to(tl.float32)
+            keep_value_tile(dw_ptr, dz * v, t0, h, H, v0, sequence, T, valid, V, C, BV, SUB, TMA)
+            keep_value_tile(dv_ptr, dz * by, t0, h, H, v0, sequence, T, valid, V, C, BV, SUB, TMA)
     if VECTOR:
         if NORM:
             tl.store(rows_ptr, s_q)
@@ -534,8 +586,9 @@ def gradient_kernel(
             for k0 in range(0, K - BK, BK):
                 keys = (k0 + tl.arange(0, BK))[None, :]
                 k_in, q_in = valid[:, None] & within(keys, K, BK), reads[:, None] & within(keys, K, BK)
-                k = tl.load(tile_at(k_ptr, s0, hq, HQ, K, row, keys), mask=k_in, other=0.0).to(tl.float32)
-                q = tl.load(tile_at(q_ptr, t0, hq, HQ, K, token, keys), mask=q_in, other=0.0).to(tl.float32)
+                k = key_tile(write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, k0, written, K, C, BK, VECTOR, TMA)
+                q = key_tile(read_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, k0, asked, K, C, BK, VECTOR, COPIED)
+                k, q = k.to(tl.float32), q.to(tl.float32)
                 at = tile_at(dq_ptr, t0, h, H, K, token, keys)
                 dq = tl.load(at, mask=q_in, other=0.0).to(tl.float32)
                 tl.store(at, (dq - q * (s_q * r_q * r_q)[:, None]).to(dtype), mask=q_in)

@@ -40,8 +40,9 @@ def _block(n: int) -> int:
 
 
 @cache
-def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: bool) -> dict[str, int]:
-    """Tile sizes, warps and pipeline depth, by the sizes of keys and values; T never enters."""
+def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: bool, tma: bool = False) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth, by the sizes of keys and values, and by whether the tiles of what is local
+    to a chunk come through descriptors; T never enters."""
     fp32 = dtype == torch.float32
     # In 16 bits no tile is narrower than 64: with tiles of 16 channels gradients of gates came out wrong on Hopper.
     BK, BV = (_block(K), min(32, _block(V))) if fp32 else (max(64, _block(K)), 64)
@@ -52,15 +53,19 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
         return {"BK": BK, "num_warps": 8, "num_stages": 1}
     if kernel in ("local", "untied"):  # the untied form has one product where the others have two
         warps = 4 if fp32 else 1 if kernel == "untied" else 2
-        return {"BK": min(BK, 64), "num_warps": warps, "num_stages": 1 if fp32 else 3}
+        apart = fp32 and kernel == "local"  # in fp32 there is room for one product at a time
+        if tma and kernel == "local" and not vector:  # one warp has room for one product, and needs no barriers
+            return {"BK": 32, "APART": True, "num_warps": 1, "num_stages": 3}
+        return {"BK": min(BK, 64), "APART": apart, "num_warps": warps, "num_stages": 1 if fp32 else 3}
     if kernel == "gradient":
+        # In 16 bits a single block of 32 keys is computed wrongly on Hopper, and blocks of 32 beside 256 values end in
+        # illegal accesses; two to four of them beside at most 128 values are right.
+        narrow = (vector or tma) and 64 <= K <= 128 and V <= 128
         return {
-            # In 16 bits a single block of 32 keys is computed wrongly on Hopper, and blocks of 32 beside 256 values end
-            # in illegal accesses; two to four of them beside at most 128 values are right.
-            "BK": min(BK, 32) if fp32 else 32 if vector and 64 <= K <= 128 and V <= 128 else 64,
-            "BV": min(32, _block(V)) if fp32 else min(max(64, _block(V)), 128),
+            "BK": min(BK, 32) if fp32 else 32 if narrow else 64,
+            "BV": min(32, _block(V)) if fp32 else 64 if V % 128 == 64 else min(max(64, _block(V)), 128),
             "num_warps": 4,
-            "num_stages": 1,
+            "num_stages": 2 if tma and narrow else 1,
         }
     if fp32:
         return {"BK": BK, "BV": min(BV, 32 if BK <= 128 else 16), "num_warps": 8, "num_stages": 1}
@@ -112,10 +117,10 @@ def _rows(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(x, [n, length, columns], [length * columns, columns, 1], [1, rows, width])
 
 
-def _blocks(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of so many whole rows of a contiguous tensor."""
+def _blocks(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """Tiles of so many rows of a contiguous tensor, whole ones or so many columns of them."""
     width = x.shape[-1]
-    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, width])
+    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, columns or width])
 
 
 def _starts(counts: Tensor) -> Tensor:
@@ -193,19 +198,23 @@ class _Layout:
         """What moves tiles of so many channels of a tensor ``[B, rows, heads, D]`` whose rows are those of chunks."""
         return _rows(x, self.C, width) if self.tma and x is not None and x.shape[1] == self.T * self.substeps else x
 
-    def operands(self, modes: _Modes, erase: Tensor, read: Tensor, write: Tensor) -> tuple[Any, Any, Any]:
-        """What moves the operands of serial passes: what is erased, written and read."""
+    def operands(self, modes: _Modes, erase: Tensor, read: Tensor, write: Tensor, width: int) -> tuple[Any, Any, Any]:
+        """What moves so many channels of the operands of a chunk: what is erased, if it is not the same as what is
+        written, what is written and what is read."""
+        if not modes.vector:
+            return None, self.tokens_of(write, width), self.tokens_of(read, width)
         if not self.tma:
             return erase, write, read
-        if not modes.vector:
-            k = _rows(write, self.C, self.K)
-            return k, k, self.tokens_of(read, self.K)
-        e, w = _blocks(erase, self.C), _blocks(write, self.C)
-        return e, w, e if modes.untied else _blocks(read, self.C) if self.substeps == 1 else read
+        e, w = _blocks(erase, self.C, width), _blocks(write, self.C, width)
+        return e, w, e if modes.untied else _blocks(read, self.C, width) if self.substeps == 1 else read
 
     def matrices(self, x: Tensor) -> Any:
         """What moves the matrices of chunks."""
         return _blocks(x, self.C) if self.tma else x
+
+    def states(self, x: Tensor, rows: int, columns: int) -> Any:
+        """What moves tiles of what is kept of every chunk by value."""
+        return _blocks(x, rows, columns) if self.tma else x
 
     def rare(self) -> tuple[int]:
         """Programs of what few chunks of a call need, 64 chunks each at most: one each where all may need it."""
@@ -310,15 +319,19 @@ def _local(
             PACKED=layout.packed,
             **launch_settings("hard", layout.K, layout.V, q.dtype, True),
         )
+    settings = launch_settings(
+        "untied" if modes.untied else "local", layout.K, layout.V, q.dtype, modes.vector, layout.tma
+    )
+    erase, write, read = layout.operands(modes, *local["operands"], settings["BK"])
     local_kernel[(layout.chunks * layout.H,)](
-        q,
-        k,
         beta,
         g,
         local["rows"],
         local["decays"],
-        local["matrices"],
-        *(local["operands"] if modes.vector else (None, None, None)),
+        layout.matrices(local["matrices"]),
+        erase,
+        write,
+        read,
         layout.cu,
         layout.table,
         scale,
@@ -333,7 +346,8 @@ def _local(
         PACKED=layout.packed,
         EXACT=q.dtype == torch.float32,
         FINE=q.dtype == torch.float16,
-        **launch_settings("untied" if modes.untied else "local", layout.K, layout.V, q.dtype, modes.vector),
+        TMA=layout.tma,
+        **settings,
     )
     return local
 
@@ -358,7 +372,7 @@ def _walk(
     BV = settings["BV"]
     width = layout.V + (layout.K if S is None else 0)
     state_kernel[(parts.count * layout.H * _cdiv(width, BV),)](
-        *layout.operands(modes, *local["operands"]),
+        *layout.operands(modes, *local["operands"], layout.K),
         *(x if S is None else layout.tokens_of(x, BV) for x in (v, w)),
         local["rows"],
         local["decays"],
@@ -612,7 +626,7 @@ def backward(
     dv = torch.empty_like(v) if modes.write or modes.untied else L
     settings = launch_settings("adjoint", K, V, v.dtype, modes.vector and not modes.untied)
     BV = settings["BV"]
-    tiles = layout.operands(modes, *local["operands"])
+    tiles = layout.operands(modes, *local["operands"], K)
     v_tiles, w_tiles, do_tiles = (layout.tokens_of(x, BV) for x in (v, w, do))
     matrix_tiles = layout.matrices(matrices)
     parts = layout.whole if layout.parts is None else layout.parts
@@ -673,29 +687,31 @@ def backward(
     grads = {"S": dS0, "v": dv} | {name: torch.empty_like(x) for name, x in wanted.items() if x is not None}
     D1 = q.new_empty(layout.chunks, H, C, C)
     D2 = D1 if modes.untied else torch.empty_like(D1)
-    settings = launch_settings("gradient", K, V, v.dtype, modes.vector and not modes.untied)
-    operands = local["operands"] if modes.vector else (None, None, None)
+    settings = launch_settings("gradient", K, V, v.dtype, modes.vector and not modes.untied, layout.tma)
+    BK, BV = settings["BK"], settings["BV"]
+    v_tiles, w_tiles, do_tiles, L_tiles, dv_tiles, dw_tiles = (
+        layout.tokens_of(x, BV)
+        for x in (v if modes.write else None, w, do, L, dv if modes.write else None, grads.get("w"))
+    )
+    if modes.untied:  # rows of the two alternate
+        do_tiles, L_tiles = do, L
     gradient_kernel[(layout.chunks * H,)](
-        q,
-        k,
-        v,
+        v_tiles,
         g,
-        w,
+        w_tiles,
         local["rows"],
         local["decays"],
-        *operands,
-        do,
-        entering,
-        R,
-        leaving,
-        L,
+        *layout.operands(modes, *local["operands"], BK),
+        do_tiles,
+        *(layout.states(x, BV, width) for x, width in ((entering, BK), (R, C), (leaving, BK))),
+        L_tiles,
         D1,
         D2,
         _below(C, v.dtype, v.device) if modes.vector and modes.gate else None,
         dq,
         dk,
-        dv if modes.write else None,
-        grads.get("w"),
+        dv_tiles,
+        dw_tiles,
         grads.get("beta"),
         grads.get("g"),
         layout.cu,
@@ -712,10 +728,12 @@ def backward(
         UNTIED=modes.untied,
         NORM=l2norm,
         PACKED=layout.packed,
+        TMA=layout.tma,
         **settings,
     )
     if modes.vector:
         del entering, leaving, R
+        operands = local["operands"]
         flags = {
             "C": C,
             "SUB": substeps,
