@@ -63,7 +63,9 @@ CALLS = {
 
 @pytest.mark.parametrize(
     ("target", "name"),
-    [(HOPPER, name) for name in CALLS if name != "lstm"] + [(BLACKWELL, "lstm"), (MI300, "lstm"), (MI300, "m2rnn")],
+    [(HOPPER, name) for name in CALLS if name != "lstm"]
+    + [(target, name) for target in (BLACKWELL, MI300) for name in ("lstm", "m2rnn wide")]
+    + [(MI300, "m2rnn")],
     ids=lambda x: x if isinstance(x, str) else str(x.arch),
 )
 def test_compiles(target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +85,8 @@ def test_compiles(target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found) == 2, "one launch forward, one backward"
     for one in found:
         assert build(one, target).metadata.shared <= SHARED_MEMORY[target]
+
+
+def test_last_programs_leave_no_gpu_idle() -> None:
+    """192 programs of which 132 run at a time take 3 rounds of half a sequence each, not 2 of a whole one."""
+    assert [launch_m2rnn.stretches(n, 132) for n in (96, 132, 165, 192, 264, 6000)] == [1, 1, 4, 2, 1, 1]

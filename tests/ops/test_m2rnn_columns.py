@@ -1,5 +1,5 @@
 """The M2RNN's kernels for states of many columns, on few of them in Triton's interpreter: of so many that the weights
-and their gradient do not fit together, and of those that are transposed forward."""
+and their gradient do not fit together, and of those that are transposed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ def test_many_columns(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "NARROW", 16)
     monkeypatch.setattr(launch, "STRIP", 16)
     monkeypatch.setattr(launch, "turned", lambda *given: turned)
+    monkeypatch.setattr(launch, "stretches", lambda *given: 2)
     torch.manual_seed(0)
-    lengths, H, K, V = [34, 0, 1], 2, 35 if turned else 5, 20
+    lengths, H, K, V = [34, 0, 1], 2, 70 if turned else 5, 20
     T, segments = sum(lengths), Segments.from_lengths(lengths)
-    given = [torch.randn(1, T, 1, K), torch.randn(1, T, 1, K), torch.randn(1, T, H, V), -torch.rand(1, T, H)]
+    given = [x / max(1, K / 35) ** 0.5 for x in (torch.randn(1, T, 1, K), torch.randn(1, T, 1, K))]
+    given += [torch.randn(1, T, H, V), -torch.rand(1, T, H)]
     given += [torch.randn(H, V, V) / 4, torch.randn(len(lengths), H, K, V)]
     results = []
     for dtype, backend in ((torch.float64, "chunked"), (torch.float32, "triton")):
