@@ -28,8 +28,9 @@ def nats(network, ids):
 
 
 @torch.no_grad()
-def test_carries_a_constant_state_over_windows(tokens):
-    network = model("gla(num_heads=2)", "retnet(num_heads=2)")
+@pytest.mark.parametrize("second", ["retnet(num_heads=2)", "attention(num_heads=2, window=50)"])
+def test_carries_a_bounded_state_over_windows(tokens, second):
+    network = model("gla(num_heads=2)", second)
     expected = nats(network, tokens) / math.log(2) / 123
     assert bits_per_byte(network, tokens, 123, context=32, batch_size=1) == pytest.approx(expected, rel=1e-5)
     assert bits_per_byte(network, tokens, 123, context=300, batch_size=1) == pytest.approx(expected, rel=1e-5)
@@ -39,7 +40,9 @@ def test_carries_a_constant_state_over_windows(tokens):
 def test_drops_a_growing_state(tokens):
     network = model("attention(num_heads=2)", "gla(num_heads=2)")
     expected = sum(nats(network, tokens[at : at + 61]) for at in range(0, 300, 60)) / math.log(2) / 300
-    assert bits_per_byte(network, tokens, 300, context=60, batch_size=1) == pytest.approx(expected, rel=1e-5)
+    for form in (network, lambda tokens, state: network(tokens, state)):  # it is seen from outside too
+        found = bits_per_byte(form, tokens, 300, context=60, batch_size=1, device="cpu")
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()

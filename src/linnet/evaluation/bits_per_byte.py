@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linnet.mixers import Mixer
 from linnet.ops.core import state_bytes
 
 __all__ = ["bits_per_byte"]
@@ -34,8 +36,9 @@ def bits_per_byte(
     """Bits per byte of a language model on a text.
 
     The text is laid out as ``batch_size`` strips that are read side by side in windows of ``context`` tokens. A model
-    whose state does not grow carries it from window to window, so that each strip is one long reading; a growing
-    state (full attention) is dropped at each window, where the context then begins anew.
+    whose state is bounded (recurrent layers, attention in a window) carries it from window to window, so that each
+    strip is one long reading; a growing state (full attention) is dropped at each window, where the context then
+    begins anew.
 
     Args:
         model: a :class:`linnet.Decoder` in evaluation mode, or anything called like it.
@@ -78,7 +81,14 @@ def bits_per_byte(
         out = model(x[:, window], state=state)
         nats += F.cross_entropy(out.logits.flatten(0, 1).float(), y[:, window].flatten(), reduction="sum")
         if carry is None and at + context < length:
-            longer = model(x[:, at + context : at + context + 1], state=out.state).state
-            carry = state_bytes(longer) == state_bytes(out.state)
+            carry = not _grows(model, x[:, at + context : at + context + 1], out.state)
         state = out.state if carry else None
     return float(nats) / math.log(2) / (num_bytes * scored / pairs)
+
+
+def _grows(model: Model, token: Tensor, state: Any) -> bool:
+    """Whether the state grows with every token for ever; a window that is not full yet does not."""
+    mixers = [m for m in model.modules() if isinstance(m, Mixer)] if isinstance(model, nn.Module) else []
+    if mixers:
+        return any(not m.card.constant_state and getattr(m, "window", None) is None for m in mixers)
+    return state_bytes(model(token, state=state).state) > state_bytes(state)
