@@ -248,15 +248,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch, text: bytes):
     monkeypatch.setattr("linnet.models.stream", stream)
 
 
-def test_a_prompt_begins_as_documents_of_the_model_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_begins_and_stops_as_documents_of_the_model_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from linnet.cli.generate import continuation
     from linnet.tasks import ByteTokenizer
 
-    tokenizer, prompts = ByteTokenizer(), []
-    monkeypatch.setattr("linnet.models.stream", lambda model, prompt, **options: prompts.extend(prompt) or [])
-    for tokenizer.begin in (256, 7):
+    tokenizer, asked = ByteTokenizer(), []
+    monkeypatch.setattr("linnet.models.stream", lambda model, prompt, stop, **_: asked.append((*prompt, stop)) or [])
+    for tokenizer.begin, tokenizer.ends in ((256, (256,)), (7, (256, 8))):
         list(continuation(None, tokenizer, "a", max_new_tokens=9))  # type: ignore[arg-type]
-    assert prompts == [[256, 97], [7, 97]]
+    assert asked == [([256, 97], (256,)), ([7, 97], (256, 8))]
 
 
 @pytest.mark.parametrize(

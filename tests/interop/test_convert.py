@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from linnet.interop.convert import convert
 from linnet.models import Decoder, DecoderConfig
 from linnet.ops import Segments
+from linnet.tasks import load_tokenizer
 
+tokenizers = pytest.importorskip("tokenizers", reason="needs linnet[hf]")
 transformers = pytest.importorskip("transformers", reason="needs linnet[hf]")
 pytestmark = pytest.mark.filterwarnings("default")  # libraries that are not ours warn about themselves
 
@@ -87,8 +89,13 @@ def test_same_logits_and_nothing_lost(case, tmp_path):
     kind = case.partition("-")[0]
     model = original(name, options, tmp_path / "theirs")
     (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "theirs" / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.add_special_tokens(["</s>", "<|user|>", "<|eot|>"])
+    words.save(str(tmp_path / "theirs" / "tokenizer.json"))
     done = convert(tmp_path / "theirs", tmp_path / "ours")
     assert (done.source, done.target, done.ignored) == (kind, "linnet", [])
+    assert load_tokenizer(tmp_path / "ours").ends == (2, 4)
     decoder = Decoder.load(tmp_path / "ours")
     ids = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(1))
     expected = model(ids, use_cache=False).logits
@@ -144,6 +151,12 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path):
     attempt({}, "the field 'low_freq_factor' is missing", rope_parameters={"rope_type": "llama3", "factor": 8.0})
     attempt({}, "attention_bias = True is not supported", attention_bias=True)
     attempt({}, "model_type: expected one of llama, .* got 'gpt2'", model_type="gpt2")
+    settings = tmp_path / "theirs" / "generation_config.json"
+    settings.write_text('{"eos_token_id": [2, 40]}')
+    where = "eos_token_id: expected a token id or a list of them, from 0 to 39, got"
+    attempt({}, rf"generation_config.json: {where} \[2, 40\]")
+    settings.unlink()
+    attempt({}, f"config.json: {where} -1", eos_token_id=-1)
     attempt({}, "'rwkv' is RWKV-4, for which linnet has no mixer", model_type="rwkv")
     (tmp_path / "theirs" / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match=r"model.safetensors: damaged"):

@@ -114,7 +114,7 @@ def served(one_thread):
     server.stop()
 
 
-def test_answers_are_those_of_offline_generation(served):
+def test_answers_are_those_of_offline_generation(served, monkeypatch):
     model = served.engine.model
     assert [m.id for m in served.client.models.list()] == ["tiny"]
     assert served.client.models.retrieve("tiny").id == "tiny"
@@ -130,10 +130,16 @@ def test_answers_are_those_of_offline_generation(served):
     assert [p.choices[0].finish_reason for p in pieces if p.choices][-1] in ("length", "stop")
     options = {"max_tokens": 40, "temperature": 1.0, "seed": 3}
     varied = offline(model, "hello", 40, temperature=1.0, seed=3)
-    stop = next(c for c in varied[3:] if c not in varied[:3])
+    stop = next(c for c in varied[3:] if c.isascii() and c not in varied[:3])
     cut = served.complete("hello", stop=stop, **options)
     assert cut.choices[0].text == varied[: varied.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
+    whole = served.complete("hello", **options)
+    monkeypatch.setattr(served.engine.tokenizer, "ends", (END, ord(stop)))
+    ended = served.complete("hello", **options)
+    assert (ended.choices[0].text, ended.choices[0].finish_reason) == (cut.choices[0].text, "stop")
+    assert ended.usage.completion_tokens == cut.usage.completion_tokens <= whole.usage.completion_tokens
+    monkeypatch.undo()
     sampled = served.complete("x", max_tokens=15, temperature=0.8, top_p=0.9, seed=5, n=2)
     for i, choice in enumerate(sampled.choices):
         assert choice.text == offline(model, "x", 15, temperature=0.8, top_p=0.9, seed=5 + i)

@@ -104,6 +104,11 @@ def test_a_file_without_an_end_of_document_gets_one(tmp_path):
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "words.json"))
     tokenizer = JsonTokenizer(tmp_path / "words.json")
     assert (tokenizer.end, tokenizer.vocab_size) == (2, 3)
+    own = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    own.add_special_tokens(["<|finish|>"])
+    own.save(str(tmp_path / "words.json"))
+    tokenizer = JsonTokenizer(tmp_path / "words.json", [2])  # unless it is known where texts stop
+    assert (tokenizer.begin, tokenizer.end, tokenizer.ends, tokenizer.vocab_size) == (2, 2, (2,), 3)
 
 
 @pytest.mark.parametrize(("begin", "known"), [(300, True), (None, False), (5, False), (301, False), ("<s>", False)])
@@ -114,6 +119,40 @@ def test_a_converted_model_says_what_begins_a_document(tmp_path, begin, known):
     assert load_tokenizer(tmp_path).begin == tokenizer.end
     (tmp_path / "source_config.json").write_text(json.dumps({"bos_token_id": begin}))
     assert load_tokenizer(tmp_path).begin == (begin if known else tokenizer.end)
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "ends"),
+    [
+        ([301, 0, 300], 5, [0, 301, 300]),
+        (301, [300], [0, 301]),
+        (None, [300, 301], [0, 300, 301]),
+        (None, 300, [0, 300]),
+        (None, None, [0]),
+        ([], 300, [0]),
+        ([5, 302, 300], None, [0, 300]),  # ordinary and unknown ones: of another vocabulary
+    ],
+)
+def test_a_converted_model_says_where_texts_stop(tmp_path, settings, config, ends):
+    tokenizer = train_bpe([t.encode() * 20 for t in TEXTS], 300)
+    tokenizer.backend.add_special_tokens(["<|eot|>", "<|eom|>"])
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).ends == (0,)
+    for name, said in (("config", config), ("generation_config", settings)):
+        (tmp_path / f"source_{name}.json").write_text(json.dumps({"eos_token_id": said}))
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.end, list(loaded.ends)) == (0, ends)
+    assert loaded.decode([*loaded.encode(b"ab"), *ends]) == b"ab"
+    feed = loaded.stream()
+    assert "".join(map(feed, [*ends, *map(int, loaded.encode(b"ab")), None])) == "ab"
+
+
+@pytest.mark.parametrize("said", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [1, -1]}', "[]", "{"])
+def test_where_texts_stop_is_ids(bpe, tmp_path, said):
+    bpe.save(tmp_path)
+    (tmp_path / "source_generation_config.json").write_text(said)
+    with pytest.raises(ValueError, match=r"generation_config\.json: (eos_token_id: expected a token id|damaged)"):
+        load_tokenizer(tmp_path)
 
 
 def test_errors(tmp_path, bpe):

@@ -123,7 +123,7 @@ def continuation(
 
     ids = [tokenizer.begin, *(int(i) for i in tokenizer.encode(prompt.encode()))]
     text = TextStream(tokenizer, stop or ())
-    for step in stream(model, [ids], stop=[tokenizer.end], **options):
+    for step in stream(model, [ids], stop=tokenizer.ends, **options):
         if piece := text(int(step.tokens[0])):
             yield piece
         if text.stopped:

@@ -134,7 +134,7 @@ def question_score(
     for n in range(questions):
         question = make_question(family, budget, seeded(seed, n), lambda text: len(ids(text)), reserve)
         prompt = [tokenizer.begin, *ids(question.prompt)]
-        made = generate(model, [prompt], max_new_tokens=reserve, temperature=0, stop=[tokenizer.end])
+        made = generate(model, [prompt], max_new_tokens=reserve, temperature=0, stop=tokenizer.ends)
         text = tokenizer.decode([int(i) for i in made.tokens[0, : int(made.lengths[0])]]).decode(errors="replace")
         score += string_match(text, question.answers)
     return score / questions

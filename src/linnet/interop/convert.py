@@ -20,17 +20,27 @@ from torch import Tensor
 
 from linnet.models import Decoder, DecoderConfig, atomic_folder
 from linnet.models.decoder import check_tensors, refuse_tensors
-from linnet.models.io import CONFIG_FILE, MODEL_TYPE, SOURCE_FILE, WEIGHTS_FILE, read_checkpoint, write_checkpoint
+from linnet.models.io import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    MODEL_TYPE,
+    SOURCE,
+    SOURCE_FILE,
+    WEIGHTS_FILE,
+    read_checkpoint,
+    write_checkpoint,
+)
 from linnet.ops.core import check_choice
 from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
+from linnet.tasks.tokenizers import end_ids
 from linnet.training import find_model
 
 from .layouts import LAYOUTS, Fields, Layout, Shape
 
 __all__ = ["Conversion", "convert"]
 
-# What lies beside their weights and means nothing to a decoder: kept as source_NAME for the way back.
-_BESIDE = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# What lies beside their weights and means nothing to a decoder: kept as source_NAME for the way back and the tokenizer.
+_BESIDE = (GENERATION_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Conversion(NamedTuple):
@@ -74,7 +84,8 @@ def convert(
         FileNotFoundError: there is no checkpoint.
         FileExistsError: ``target`` holds something and ``overwrite`` is false.
         ValueError: an architecture or option that is not supported, a checkpoint that is damaged, partial or not what
-            its configuration says (names the file, and the fields or tensors), or a ``target`` that holds the source.
+            its configuration says (names the file, and the fields or tensors), an ``eos_token_id`` outside the
+            vocabulary, or a ``target`` that holds the source.
     """
     source = Path(source)
     folder = source if (source / CONFIG_FILE).is_file() or not source.is_dir() else find_model(source)
@@ -114,6 +125,7 @@ def _import(
     overwrite: bool,
 ) -> Conversion:
     config = layout.read(Fields(values))
+    end_ids(folder, vocab_size=config.vocab_size)  # here, not when a text is to end
     names, load = _open(folder)
     wanted, tensors = set[str](), dict[str, Tensor]()
     missing, made = list[str](), list[str]()  # what they should have, and what they have not and we do
@@ -143,7 +155,7 @@ def _import(
         write_checkpoint(partial, config.to_dict(), tensors)
         shutil.copyfile(folder / CONFIG_FILE, partial / SOURCE_FILE)
         for name in (TOKENIZER_FILE, *_BESIDE):
-            _copy(folder / name, partial / (name if name == TOKENIZER_FILE else f"source_{name}"))
+            _copy(folder / name, partial / (name if name == TOKENIZER_FILE else f"{SOURCE}{name}"))
     return Conversion(kind, MODEL_TYPE, sum(x.numel() for x in tensors.values()), found, ignored)
 
 
@@ -186,7 +198,7 @@ def _export(
         )
         _copy(folder / TOKENIZER_FILE, partial / TOKENIZER_FILE)
         for name in _BESIDE if kept else ():
-            _copy(folder / f"source_{name}", partial / name)
+            _copy(folder / f"{SOURCE}{name}", partial / name)
     return Conversion(MODEL_TYPE, to, sum(x.numel() for x in found.values()), type_, [])
 
 

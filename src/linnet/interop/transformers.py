@@ -294,9 +294,9 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the folder may also be a whole run of ``linnet train``. Generation ends with the document
-        where the folder holds a tokenizer that says how documents end. A ``quantization_config`` that does not say
-        itself what to leave out leaves out gates, routers and the head."""
+        """As in transformers; the folder may also be a whole run of ``linnet train``. Generation stops at any of the
+        ``ends`` of the tokenizer that the folder holds, unless it is told where. A ``quantization_config`` that does
+        not say itself what to leave out leaves out gates, routers and the head."""
         folder = _model_folder(pretrained_model_name_or_path)
         if kwargs.get("quantization_config") is not None:
             config: Any = kwargs.get("config") or LinnetConfig.from_pretrained(folder)
@@ -304,7 +304,9 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
         loaded = super().from_pretrained(folder, *args, **kwargs)
         settings = (loaded[0] if isinstance(loaded, tuple) else loaded).generation_config
         if settings.eos_token_id is None and isinstance(folder, str) and Path(folder, TOKENIZER_FILE).is_file():
-            settings.eos_token_id = settings.pad_token_id = load_tokenizer(folder).end
+            tokenizer = load_tokenizer(folder)
+            settings.pad_token_id = tokenizer.end
+            settings.eos_token_id = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.end
         return loaded
 
     def save_pretrained(

@@ -2,7 +2,7 @@
 
 Every tokenizer maps bytes to ids and back and has an end-of-document token. It marks both ends of each document, so
 that the first byte is predicted from something and bits per byte count everything a reader would have to be told.
-Converted models may know another token before a document, ``begin``.
+Converted models may know another token before a document, ``begin``, and more tokens to stop at, ``ends``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from linnet.models.io import SOURCE_FILE
+from linnet.models.io import CONFIG_FILE, GENERATION_FILE, SOURCE, SOURCE_FILE
 
 __all__ = [
     "ByteTokenizer",
@@ -42,19 +42,21 @@ class Tokenizer(Protocol):
         vocab_size: one more than the largest id.
         end: id of the end-of-document token.
         begin: id before the first token of a document: ``end``, but in a converted model what its makers put there.
+        ends: ids at which generation stops: ``end``, and in a converted model those at which its makers stop.
     """
 
     name: str
     vocab_size: int
     end: int
     begin: int
+    ends: tuple[int, ...]
 
     def encode(self, text: bytes) -> np.ndarray:
         """Ids of ``text`` (1-D, unsigned), without end-of-document tokens."""
         ...
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """The bytes of ``ids``; end-of-document tokens give nothing."""
+        """The bytes of ``ids``; those of ``ends`` give nothing."""
         ...
 
     def stream(self) -> Callable[[int | None], str]:
@@ -73,6 +75,7 @@ class ByteTokenizer:
     name = "byte"
     vocab_size = 257
     begin = end = 256
+    ends = (end,)
 
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
@@ -98,21 +101,24 @@ class JsonTokenizer:
     """A tokenizer of the `tokenizers` library.
 
     Args:
-        file: its JSON file. If it knows none of the usual end-of-document tokens, one is added.
+        file: its JSON file. If it knows none of the usual end-of-document tokens, the first of ``ends`` is taken, or
+            one is added.
+        ends: more ids at which generation stops. Those that are no special tokens of the file are passed over: they
+            are defaults that fit another vocabulary.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a tokenizer, or the `tokenizers` package is missing.
     """
 
-    def __init__(self, file: str | Path):
+    def __init__(self, file: str | Path, ends: Sequence[int] = ()):
         backend = _library()
         if not Path(file).is_file():
             raise FileNotFoundError(
                 f"tokenizer: no file {str(file)!r} (give 'byte', 'bpe:SIZE' or a tokenizers JSON file)"
             )
         try:
-            self._start(backend.Tokenizer.from_file(str(file)), Path(file).name)
+            self._start(backend.Tokenizer.from_file(str(file)), Path(file).name, ends)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"tokenizer: {file} is not a tokenizers JSON file ({error})") from error
 
@@ -123,16 +129,19 @@ class JsonTokenizer:
         self._start(backend, name)
         return self
 
-    def _start(self, backend, name: str) -> None:
+    def _start(self, backend, name: str, ends: Sequence[int] = ()) -> None:
         self.backend, self.name = backend, name
         backend.no_truncation()  # which files may ask for, and which would quietly cut documents
         backend.no_padding()
-        end = next((t for t in _KNOWN_ENDS if backend.token_to_id(t) is not None), None)
-        if end is None:
+        special = backend.get_added_tokens_decoder()
+        found = [i for t in _KNOWN_ENDS if (i := backend.token_to_id(t)) is not None][:1]
+        found += [i for i in ends if i in special]
+        if not found:
             backend.add_special_tokens([_END])
-            end = _END
-        self.begin: int = backend.token_to_id(end)
-        self.end: int = self.begin
+            found = [backend.token_to_id(_END)]
+        self.begin: int = found[0]
+        self.end: int = found[0]
+        self.ends: tuple[int, ...] = tuple(dict.fromkeys(found))
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -148,7 +157,7 @@ class JsonTokenizer:
         return np.array(self.backend.encode(plain, add_special_tokens=False).ids, dtype=dtype)
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        return self.backend.decode([int(i) for i in ids if int(i) != self.end], skip_special_tokens=False).encode()
+        return self.backend.decode([int(i) for i in ids if int(i) not in self.ends], skip_special_tokens=False).encode()
 
     def stream(self) -> Callable[[int | None], str]:
         from tokenizers.decoders import DecodeStream
@@ -159,7 +168,7 @@ class JsonTokenizer:
         def feed(token: int | None) -> str:
             if token is None:
                 return self.backend.decode(held, skip_special_tokens=False)
-            if token == self.end:
+            if token in self.ends:
                 return ""
             held.append(token)
             text = decoder.step(self.backend, token)
@@ -259,7 +268,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: the folder has none.
-        ValueError: its file is damaged.
+        ValueError: its file is damaged, or what a converted model came with (:func:`end_ids`).
     """
     file = Path(folder, FILE)
     if not file.is_file():
@@ -270,13 +279,41 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ValueError(f"{file}: damaged ({error}); restore it from a copy") from error
     if content == {"linnet": "byte"}:
         return ByteTokenizer()
-    tokenizer, source = JsonTokenizer(file), Path(folder, SOURCE_FILE)
+    tokenizer, source = JsonTokenizer(file, end_ids(folder, SOURCE)), Path(folder, SOURCE_FILE)
     if source.is_file():
         begin = json.loads(source.read_text(encoding="utf-8")).get("bos_token_id")
         known = tokenizer.backend.get_added_tokens_decoder()
         if isinstance(begin, int) and begin in known:  # else a default that fits another vocabulary
             tokenizer.begin = begin
     return tokenizer
+
+
+def end_ids(folder: str | Path, prefix: str = "", vocab_size: int | None = None) -> list[int]:
+    """Ids at which generation stops by the files of a transformers checkpoint: ``eos_token_id``, one or a list, of
+    ``generation_config.json`` or else of ``config.json``; none where neither says.
+
+    Args:
+        folder: where the files are.
+        prefix: of their names.
+        vocab_size: number of ids there are; None for any.
+
+    Raises:
+        ValueError: a file is damaged, or says something else than ids, or ids outside the vocabulary.
+    """
+    for name in (GENERATION_FILE, CONFIG_FILE):
+        file = Path(folder, f"{prefix}{name}")
+        try:
+            said = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file}: damaged ({error!r}); restore it from a copy") from error
+        if said is None:
+            continue
+        ids = said if isinstance(said, list) else [said]
+        if not all(type(i) is int and i >= 0 and (vocab_size is None or i < vocab_size) for i in ids):
+            expected = "a token id or a list of them" + ("" if vocab_size is None else f", from 0 to {vocab_size - 1}")
+            raise ValueError(f"{file}: eos_token_id: expected {expected}, got {said!r}")
+        return ids
+    return []
 
 
 def _library():

@@ -117,7 +117,7 @@ class Engine:
 
     Args:
         model: the decoder, in evaluation mode.
-        tokenizer: its tokenizer; the end of a document ends a request.
+        tokenizer: its tokenizer; any of its ``ends`` ends a request.
         limits: what is given.
 
     Attributes:
@@ -296,7 +296,7 @@ class Engine:
                 continue
             job.token, job.drawn = token, job.drawn + 1
             self.counters["generated_tokens"] += 1
-            if token == self.tokenizer.end:
+            if token in self.tokenizer.ends:
                 self._end(job, job.text(None), "stop")
                 continue
             piece = job.text(token)
