@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from linnet.evaluation import bits_per_byte
 from linnet.models import Decoder
@@ -251,6 +252,17 @@ class TestNothingIsLost:
         with pytest.raises(ValueError, match="cannot be divided into 3 micro-batches"):
             run(accumulate=3)
         assert not run.out.exists()
+
+    def test_accelerate_is_as_others_left_it(self, run):
+        """The Trainer of transformers keeps its precision there, of which a run, though it fails, has its own."""
+        state = Accelerator(mixed_precision="no", cpu=True).state
+        try:
+            with pytest.raises(ValueError, match="micro-batches"):
+                run(accumulate=3, precision="bf16")
+            assert run(steps=1, precision="bf16").result.finished
+            assert state.mixed_precision == "no"
+        finally:
+            state._reset_state(reset_partial_state=True)
 
     def test_keeps_the_last_checkpoints(self, run):
         killed = run.out / "checkpoints" / ".step-00000003.partial"  # in the middle of a save

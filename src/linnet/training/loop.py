@@ -27,7 +27,7 @@ from .checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint, sa
 from .compiling import allow_graphs
 from .config import TrainingConfig
 from .monitor import Monitor
-from .processes import any_process, make_accelerator, release, stop_signals, summed
+from .processes import accelerated, any_process, stop_signals, summed
 from .schedules import learning_rate
 
 if TYPE_CHECKING:
@@ -149,30 +149,29 @@ def train(
     """
     out = Path(out)
     check_run_folder(out, resume)
-    accelerator = make_accelerator(model, precision=config.precision, device=config.device)
-    main = accelerator.is_main_process
-    data.batch(0, 0, accelerator.num_processes * config.accumulate)  # complains before anything is written
-    run = _Run(model, data, config, out, accelerator, evaluate, extras, on_save)
-    if resume:
-        run.resume()
-    new = not out.exists()
-    if main and not resume:
-        out.mkdir(parents=True, exist_ok=True)
-        content = {"training": config.to_dict(), "model": model.config.to_dict(), **(settings or {})}
-        (out / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if main:
-        run.monitor = Monitor(out, steps=config.steps, start=run.step, console=console)
-        for doubt in _doubts(config, data):
-            run.monitor.say(f"[yellow]Note:[/] {doubt}")
-    try:
-        run.go()
-        return run.result()
-    finally:
-        if run.monitor is not None:
-            run.monitor.close()
-        release(accelerator)
-        if main and run.step == 0:  # no step came to its end: the same call, mended, finds its folder free
-            _take_back(out, new)
+    with accelerated(model, precision=config.precision, device=config.device) as accelerator:
+        main = accelerator.is_main_process
+        data.batch(0, 0, accelerator.num_processes * config.accumulate)  # complains before anything is written
+        run = _Run(model, data, config, out, accelerator, evaluate, extras, on_save)
+        if resume:
+            run.resume()
+        new = not out.exists()
+        if main and not resume:
+            out.mkdir(parents=True, exist_ok=True)
+            content = {"training": config.to_dict(), "model": model.config.to_dict(), **(settings or {})}
+            (out / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if main:
+            run.monitor = Monitor(out, steps=config.steps, start=run.step, console=console)
+            for doubt in _doubts(config, data):
+                run.monitor.say(f"[yellow]Note:[/] {doubt}")
+        try:
+            run.go()
+            return run.result()
+        finally:
+            if run.monitor is not None:
+                run.monitor.close()
+            if main and run.step == 0:  # no step came to its end: the same call, mended, finds its folder free
+                _take_back(out, new)
 
 
 def _doubts(config: TrainingConfig, data: Batches) -> Iterator[str]:

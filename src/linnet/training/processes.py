@@ -15,11 +15,15 @@ from torch import nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["any_process", "make_accelerator", "release", "stop_signals", "summed"]
+__all__ = ["accelerated", "any_process", "stop_signals", "summed"]
 
 
-def make_accelerator(model: nn.Module, *, precision: str, device: str = "auto") -> Accelerator:
+@contextmanager
+def accelerated(model: nn.Module, *, precision: str, device: str = "auto") -> Iterator[Accelerator]:
     """The Accelerator for this process, as `accelerate launch` (or `torchrun`) has set up its surroundings.
+
+    Accelerate keeps one set of settings for the process. Where that is the only one, what others keep there, as the
+    Trainer of transformers does, is set aside, and is as it was when the run ends, however it ends.
 
     Sharding (`--use_fsdp --fsdp_version 2`) wraps each layer of ``model.layers``. Weights stay fp32 and compute runs
     under autocast, so that a sharded run computes what a single process computes: a cast of whole layers would round
@@ -33,6 +37,27 @@ def make_accelerator(model: nn.Module, *, precision: str, device: str = "auto") 
     Raises:
         ValueError: fp16 without a GPU, FSDP 1, or another kind of distributed training.
     """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    kept = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in kept]
+    if before[0].get("num_processes", 1) == 1:
+        for state in kept:
+            state.clear()
+    try:
+        accelerator = _accelerator(model, precision, device)
+        try:
+            yield accelerator
+        finally:
+            accelerator.free_memory()
+    finally:
+        if kept[0].get("num_processes", 1) == 1:
+            for state, content in zip(kept, before, strict=True):
+                state.clear()
+                state.update(content)
+
+
+def _accelerator(model: nn.Module, precision: str, device: str) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -84,15 +109,6 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(summed(accelerator, torch.tensor(int(flag), device=accelerator.device)).item())
-
-
-def release(accelerator: Accelerator) -> None:
-    """Forget what Accelerate keeps for the process, so that the next run in it may use other settings."""
-    from accelerate.state import AcceleratorState
-
-    accelerator.free_memory()
-    if accelerator.num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @contextmanager
