@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -279,12 +279,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ValueError(f"{file}: damaged ({error}); restore it from a copy") from error
     if content == {"linnet": "byte"}:
         return ByteTokenizer()
-    tokenizer, source = JsonTokenizer(file, end_ids(folder, SOURCE)), Path(folder, SOURCE_FILE)
-    if source.is_file():
-        begin = json.loads(source.read_text(encoding="utf-8")).get("bos_token_id")
-        known = tokenizer.backend.get_added_tokens_decoder()
-        if isinstance(begin, int) and begin in known:  # else a default that fits another vocabulary
-            tokenizer.begin = begin
+    tokenizer = JsonTokenizer(file, end_ids(folder, SOURCE))
+    begin = _setting(Path(folder, SOURCE_FILE), "bos_token_id")
+    if type(begin) is int and begin in tokenizer.backend.get_added_tokens_decoder():  # else of another vocabulary
+        tokenizer.begin = begin
     return tokenizer
 
 
@@ -302,10 +300,7 @@ def end_ids(folder: str | Path, prefix: str = "", vocab_size: int | None = None)
     """
     for name in (GENERATION_FILE, CONFIG_FILE):
         file = Path(folder, f"{prefix}{name}")
-        try:
-            said = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file}: damaged ({error!r}); restore it from a copy") from error
+        said = _setting(file, "eos_token_id")
         if said is None:
             continue
         ids = said if isinstance(said, list) else [said]
@@ -314,6 +309,14 @@ def end_ids(folder: str | Path, prefix: str = "", vocab_size: int | None = None)
             raise ValueError(f"{file}: eos_token_id: expected {expected}, got {said!r}")
         return ids
     return []
+
+
+def _setting(file: Path, name: str) -> Any:
+    """What a JSON file says about ``name``; None where there is no file or it says nothing."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged ({error!r}); restore it from a copy") from error
 
 
 def _library():
