@@ -37,6 +37,7 @@ def test_m2rnn_over_several_pieces(lengths, clip):
         (72, 100, torch.float16, 1e-2),
         (64, 64, torch.bfloat16, 2e-2),
         (64, 128, torch.bfloat16, 2e-2),
+        (128, 128, torch.bfloat16, 2e-2),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])

@@ -80,7 +80,7 @@ def test_compiles(target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launch_numerics = launch.numerics
     for module in (launch, launch_m2rnn, launch_para):
         monkeypatch.setattr(module, "numerics", numerics)
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda *given: 132)
     found = launches(lambda: CALLS[name]()[0].sum().backward())
     assert len(found) == 2, "one launch forward, one backward"
     for one in found:

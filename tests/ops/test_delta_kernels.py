@@ -88,7 +88,7 @@ def test_compiles_for_hopper(name: str, kernel: str) -> None:
 
 
 def test_parts_are_for_few_heads_and_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda *given: 132)
     gpu = torch.device("cuda")
     assert launch.part_length(512, 132, gpu) == 512 and launch.part_length(16, 4, gpu) == 16
     assert [launch.part_length(512, programs, gpu) for programs in (2, 8, 33)] == [32, 32, 128]

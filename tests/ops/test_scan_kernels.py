@@ -51,7 +51,7 @@ def recorded(
     monkeypatch.setattr(
         launch, "team", lambda algebra, rows, T, D, device, **how: team(algebra, rows, T, D, gpu, **how)
     )
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda *given: 132)
     factors, tail = {"complex": ((2,), (2,)), "block": ((2, 2), (2,))}.get(algebra, ((), ()))
     a, b = torch.empty(1, T, D, *factors, dtype=dtype), torch.empty(1, T, D, *tail, dtype=dtype)
     if constant:
@@ -86,7 +86,7 @@ def test_compiles_for_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_selective_scan_compiles_for_hopper(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_selective, "processors", lambda device: 132)
+    monkeypatch.setattr(launch_selective, "multiprocessors", lambda *given: 132)
     D, S, T = 96, 16, 200
     x, B, A, h = torch.empty(1, T, D), torch.empty(1, T, 1, S), torch.empty(D, S), torch.empty(1, D, S)
     ids = torch.zeros(T, dtype=torch.int32) if packed else None

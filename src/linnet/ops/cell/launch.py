@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
 from ..core import uploaded
+from ..core.tiles import multiprocessors
 from .cells import CELLS, Tensors
 from .kernels import KINDS, backward_kernel, forward_kernel
 from .kernels_wide import wide_backward_kernel, wide_forward_kernel
@@ -105,7 +105,7 @@ def forward(
     flags |= {"SAVE": keep and len(state) > 1, "PACKED": cu_host is not None}
     if D > WIDE:
         shared = torch.stack([state[0].to(x.dtype)] * 2)
-        settings = wide_settings(D, gates, False, triton.cdiv(N, 16) * H, _multiprocessors(x.device))
+        settings = wide_settings(D, gates, False, triton.cdiv(N, 16) * H, multiprocessors(x.device, 1))
         for first, programs, counter in _shares(N, H, D, settings, x.device):
             wide_forward_kernel[(programs,)](
                 *tensors, shared, counter, start, order, first, N, T, H, D,
@@ -125,14 +125,9 @@ def _shares(
     head) it takes and its number of programs; and the counters of all."""
     units, parts = triton.cdiv(N, settings["BN"]) * H, triton.cdiv(D, settings["BC"])
     counters = torch.zeros(units, dtype=torch.int32, device=device)
-    at_once = max(1, _multiprocessors(device) // parts)
+    at_once = max(1, multiprocessors(device, 1) // parts)
     for first in range(0, units, at_once):
         yield first, min(at_once, units - first) * parts, counters
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def backward(
@@ -163,7 +158,7 @@ def backward(
         a = torch.baddbmm(inputs, past, R)
     dx, dg = torch.empty_like(x), torch.empty_like(y) if kind == "gru" else None
     if D > WIDE:
-        settings = wide_settings(D, cell.gates, True, triton.cdiv(N, 16) * H, _multiprocessors(x.device))
+        settings = wide_settings(D, cell.gates, True, triton.cdiv(N, 16) * H, multiprocessors(x.device, 1))
     else:
         settings = launch_settings(D, cell.gates, x.dtype)
     tiles = triton.cdiv(N, settings["BN"])

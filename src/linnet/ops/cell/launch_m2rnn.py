@@ -9,8 +9,9 @@ import triton
 from torch import Tensor
 
 from ..core import uploaded
+from ..core.tiles import multiprocessors
 from .kernels_m2rnn import m2rnn_backward_kernel, m2rnn_backward_turned_kernel, m2rnn_forward_kernel
-from .launch import _multiprocessors, numerics
+from .launch import numerics
 from .m2rnn import KEEP, kept_states
 
 NARROW = 128  # columns up to which a program has room for the weights, their transpose and their gradient at once
@@ -19,8 +20,8 @@ STRIP = 64  # beyond, rows of that gradient at a time
 
 def turned(K: int, V: int, dtype: torch.dtype, packed: bool, backward: bool) -> bool:
     """Whether a kernel has its states transposed. From 64 columns on that is faster in 16 bits, in the backward pass
-    from 128 on; these are the cases in which a GPU has so far computed it right."""
-    columns, rows = ((128,), 64) if backward else ((64, 128), 32)
+    at 128; these are the cases in which a GPU has so far computed it right."""
+    columns, rows = ((128,), 128) if backward else ((64, 128), 32)
     return dtype == torch.bfloat16 and V in columns and K % rows == 0 and not packed
 
 
@@ -125,7 +126,7 @@ def backward(
     units, wide = rows * H * parts, V > NARROW
     dq, dk, dv = v.new_empty(B, T, H, K), v.new_empty(B, T, H, K), _partial(v, parts)
     dg, dS = dS.new_empty(parts, B, T, H), dS.clone()
-    slots = _multiprocessors(q.device) * _residents(settings)
+    slots = multiprocessors(q.device, 1) * _residents(settings)
     cuts = stretches(units, slots) if transposed else 1
     at_once = units if cuts == 1 else slots
     dW = dS.new_empty(cuts * parts, rows, *W.shape)

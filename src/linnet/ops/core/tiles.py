@@ -1,4 +1,4 @@
-"""Whether tiles can be moved by the bulk tensor copy engine, by descriptors, rather than address by address."""
+"""What a GPU has that launch settings depend on: the bulk tensor copy engine, multiprocessors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["has_tma"]
+__all__ = ["has_tma", "multiprocessors"]
 
 
 @cache
@@ -15,3 +15,9 @@ def has_tma(device: torch.device) -> bool:
     if device.type not in ("cuda", "meta") or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device if device.type == "cuda" else None)[0] >= 9
+
+
+@cache
+def multiprocessors(device: torch.device, otherwise: int) -> int:
+    """Multiprocessors of a GPU; ``otherwise`` for the interpreter, which has none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else otherwise

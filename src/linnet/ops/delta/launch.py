@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core import chunk_table, following, uploaded
 from ..core.compiling import Kernel, compile_together, compiling
-from ..core.tiles import has_tma
+from ..core.tiles import has_tma, multiprocessors
 from . import kernels, kernels_around, kernels_backward, kernels_step
 from .kept import chunk_rows, kept
 
@@ -82,11 +82,6 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
     return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": max(1, min(3, room // stage))}
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
 def part_length(chunks: int, programs: int, device: torch.device) -> int:
     """Chunks of the parts in which to walk sequences of so many, where whole ones would have so many programs.
 
@@ -95,15 +90,15 @@ def part_length(chunks: int, programs: int, device: torch.device) -> int:
     four for each part. The interpreter, where nothing is gained, has short sequences only.
     """
     step, launches = (4, 24) if device.type == "cuda" else (0, 0)
-    parts = _multiprocessors(device) // max(1, programs)
+    parts = multiprocessors(device, 8) // max(1, programs)
     parts = max(1, min(parts, isqrt(2 * chunks // step) if step else chunks))
     length = _cdiv(chunks, parts)
     return length if 2 * length + step * parts + launches <= chunks else chunks
 
 
 def _copied(q: Tensor, v: Tensor) -> bool:
-    """Whether serial passes may have their tiles from the copy engine: tiles of 16 bits that channels fill. States of
-    more than 128 keys leave little or no room to fetch tiles ahead."""
+    """Whether kernels may have their tiles from the copy engine: tiles of 16 bits that channels fill. States of more
+    than 128 keys leave serial passes little or no room to fetch tiles ahead."""
     full = q.shape[3] in (64, 128) and v.shape[3] % 64 == 0
     return q.dtype != torch.float32 and full and q.numel() > 0 and has_tma(q.device)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.tiles import multiprocessors
 from .kernels import BLOCK, COMPLEX, MINMAX, REAL, scan_kernel
 from .kernels_team import team_kernel
 
@@ -30,7 +30,7 @@ def tile(
         return {"W": 2, "L": 4, "BD": 8, "V": 1, "AHEAD": 2 if algebra == "real" else 1, "num_warps": 2}
     L = (8 if algebra == "block" and not half else 16) // (2 if packed else 1)
     V = 2 if D > 32 and D % 2 == 0 and algebra in ("real", "minmax") else 1
-    BD = _channels(rows, D, processors(device)) if V == 2 else min(32, 1 << (D - 1).bit_length())
+    BD = _channels(rows, D, multiprocessors(device, 16)) if V == 2 else min(32, 1 << (D - 1).bit_length())
     ahead = 2 if half and not grad and algebra != "block" else 1
     return {"W": 256 * V // BD, "L": L, "BD": BD, "V": V, "AHEAD": ahead, "num_warps": 8}
 
@@ -51,12 +51,6 @@ def _channels(rows: int, D: int, room: int) -> int:
     return BD if 9 * programs(BD) >= 4 * room else 64  # below, pieces read twice are faster than an idle device
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return 16 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def team(
     algebra: str, rows: int, T: int, D: int, device: torch.device, *, half: bool, packed: bool
 ) -> dict[str, int] | None:
@@ -73,7 +67,7 @@ def team(
     V, W, L = 2 if D % 2 == 0 else 1, 4, 16
     columns = rows * -(-D // (32 * V))
     members = 32
-    while members * columns > 2 * processors(device):  # two programs of four warps are on a processor at a time
+    while members * columns > 2 * multiprocessors(device, 16):  # two programs of four warps are on one at a time
         members //= 2
     if members < 8 or 16 * members * W * L > T:
         return None
@@ -84,7 +78,7 @@ def _piece(columns: int, T: int, step: int, device: torch.device) -> int:
     """Tokens of a piece, where there are so many columns of channels: the whole sequence where they fill most of the
     device, or where it is too short to be worth the two launches more that pieces take. Each processor has one program
     at a time, and all the same work, so what counts is not to begin another round of them."""
-    room = processors(device)
+    room = multiprocessors(device, 16)
     tiles = -(-T // step)
     if columns * 3 >= room or tiles <= (2 if device.type == "cpu" else 16):
         return T

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.tiles import multiprocessors
 from .kernels_selective import backward_kernel, backward_local_kernel, carry_kernel, forward_kernel
-from .launch import processors
 from .selective import tile_length
 
 __all__ = ["backward", "forward"]
@@ -97,7 +97,7 @@ def backward(
     dB, dC = (edges.new_empty(call.blocks, *B.shape) for _ in range(2))
     dskip = None if D is None else torch.empty_like(reach)
     dstart = torch.empty_like(dlast) if ids is None else dlast.clone()
-    programs = min(call.units, RESIDENT * processors(x.device))
+    programs = min(call.units, RESIDENT * multiprocessors(x.device, 16))
     scratch = edges.new_empty(programs, call.tile["CHUNK"] // SUB, call.tile["BS"], call.tile["BD"])
     given: tuple[Any, ...] = (x, delta, A, B, C, D, h0, edges, dy, dlast, dedges, scratch)
     found: tuple[Any, ...] = (dx, ddelta, dA, dB, dC, dskip, dstart, ids)
