@@ -177,3 +177,12 @@ def test_missing_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(ValueError, match="needs the tokenizers package"):
         make_tokenizer("bpe:300", [b"x"])
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_source_config_is_named(tmp_path, content):
+    train_bpe([b"some text, and more of it"], 270).save(tmp_path)
+    (tmp_path / "source_generation_config.json").write_text('{"eos_token_id": 0}')
+    (tmp_path / "source_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"source_config\.json: damaged"):
+        load_tokenizer(tmp_path)
