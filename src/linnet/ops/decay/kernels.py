@@ -48,6 +48,16 @@ def _load(
 
 
 @triton.jit
+def _load_line(x, h, line, t0, valid, other, C: tl.constexpr, TMA: tl.constexpr):
+    """A number each of the tokens of a chunk, of a tensor ``[H, tokens]``."""
+    if TMA:
+        values = tl.reshape(x.load([h, t0]), [C])
+    else:
+        values = tl.load(x + line, mask=valid, other=other)
+    return values.to(tl.float32)
+
+
+@triton.jit
 def _load_pairs(x, h, H, t0, valid, C: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr):
     """Weights of the pairs of a chunk ``[C, C]``, late tokens down, or across where ``TRANSPOSED``."""
     steps = tl.arange(0, C)
@@ -114,7 +124,8 @@ def _row(x, head, heads, width, t, cols):
 
 @triton.jit
 def pass_kernel(
-    # Tiles: descriptors where the copy engine moves them (TMA), and always pointers to the same memory.
+    # Tiles, and lines of numbers of the tokens, [H, tokens]: descriptors where the copy engine moves them (TMA, LINES),
+    # and always pointers to the same memory of tiles.
     r_ptr,
     s_ptr,
     p_ptr,
@@ -127,15 +138,16 @@ def pass_kernel(
     out_raw,
     dot_raw,
     g_ptr,  # scalar gate, [tokens, H], or [H] when constant
-    seen_ptr,  # per token, summed log2-decay of its chunk up to and with it, [H, tokens]
-    left_ptr,  # per token, summed log2-decay of its chunk after it
+    seen_ptr,  # a line: summed log2-decay of a token's chunk up to and with it
+    seen_raw,
+    left_ptr,  # a line: summed log2-decay of a token's chunk after it
     gr_ptr,  # vector gates, for chunks that are walked token by token, [tokens, H, channels]
     gp_ptr,
     half_r_ptr,  # their log2-decays over both halves of each chunk, [chunks, H, 2, channels]
     half_p_ptr,
     slow_ptr,  # whether a chunk is walked token by token, [chunks, H]
     own_ptr,  # DIAG: weight of each token's own pair, [tokens, H]
-    wr_ptr,  # weights of the late and of the early tokens, [H, tokens]
+    wr_ptr,  # lines: weights of the late and of the early tokens
     ws_ptr,
     start_ptr,  # boundary states [pieces, H, DR, DP] (or [rows, H, DR, DP] when whole sequences are walked)
     edge_ptr,  # boundary states to be written
@@ -144,7 +156,7 @@ def pass_kernel(
     total_ptr,  # STATE_ONLY: summed log2-decay of the piece by a scalar gate, [pieces, H]
     total_r_ptr,  # and by vector gates, with their channels
     total_p_ptr,
-    x_ptr,  # NORM 1: the inverse of the denominator; 2: the normaliser's gradient, [H, tokens]
+    x_ptr,  # a line: NORM 1, the inverse of the denominator; 2, the normaliser's gradient
     row_ptr,
     col_ptr,
     cu_ptr,
@@ -188,6 +200,7 @@ def pass_kernel(
     FULL_P: tl.constexpr,
     RAGGED: tl.constexpr,
     TMA: tl.constexpr,
+    LINES: tl.constexpr,
     AHEAD: tl.constexpr,  # chunks under way also of loads that feed no product, or None
 ):
     splits = tl.cdiv(DP, BP)
@@ -272,12 +285,12 @@ def pass_kernel(
                 early = constant * tl.maximum(count - 1 - steps, 0).to(tl.float32)
                 total = constant * count
             if GATE == 2:
-                b = tl.load(seen_ptr + line, mask=valid, other=0.0)
+                b = _load_line(seen_ptr, h, line, t0, valid, 0.0, C, LINES)
                 late = b
                 if BONUS:
-                    late = tl.load(seen_ptr + line - 1, mask=valid & (steps > 0), other=0.0)
-                early = tl.load(left_ptr + line, mask=valid, other=0.0)
-                total = tl.load(seen_ptr + line_base + tl.minimum(t0 + C, stop) - 1)
+                    late = tl.load(seen_raw + line - 1, mask=valid & (steps > 0), other=0.0)
+                early = _load_line(left_ptr, h, line, t0, valid, 0.0, C, LINES)
+                total = tl.load(seen_raw + line_base + tl.minimum(t0 + C, stop) - 1)
             if GATE != 0:
                 total_all += total
                 if REVERSE:
@@ -301,9 +314,9 @@ def pass_kernel(
                 if NORM == 2:
                     z = z * tl.exp2(into_p)
             if WS:
-                ws = tl.load(ws_ptr + line, mask=valid, other=0.0).to(tl.float32)
+                ws = _load_line(ws_ptr, h, line, t0, valid, 0.0, C, LINES)
             if NORM == 2:
-                dx = tl.load(x_ptr + line, mask=valid, other=0.0)
+                dx = _load_line(x_ptr, h, line, t0, valid, 0.0, C, LINES)
 
             if not STATE_ONLY:
                 r = _load(r_ptr, h // (H // HR), HR, DR, t0, 0, valid, C, BR, FULL_R, TMA)
@@ -347,10 +360,10 @@ def pass_kernel(
                 if REVERSE and pairs_ptr is None:
                     A = A * scale
                 if WR:
-                    wr = tl.load(wr_ptr + line, mask=valid, other=0.0).to(tl.float32)
+                    wr = _load_line(wr_ptr, h, line, t0, valid, 0.0, C, LINES)
                     times = times * wr
                 if NORM == 1:
-                    times = times * tl.load(x_ptr + line, mask=valid, other=1.0)
+                    times = times * _load_line(x_ptr, h, line, t0, valid, 1.0, C, LINES)
                 if OWN and column == 0:
                     tl.store(own_ptr + at_rows, own * wr if WR else own, mask=valid)
                 if pairs_ptr is None:

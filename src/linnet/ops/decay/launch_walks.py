@@ -147,6 +147,10 @@ class Call:
         t = t.clone() if t.data_ptr() % 16 else t
         return TensorDescriptor.from_tensor(t.view(self.tokens, -1), [self.chunk, width])
 
+    def line(self, t: Tensor | None, tma: bool) -> Any:
+        """What moves the numbers of a chunk's tokens of a line; see :meth:`tile`."""
+        return t if t is None or not tma else TensorDescriptor.from_tensor(t, [1, self.chunk])
+
     def pair(
         self,
         q: Tensor,
@@ -388,6 +392,9 @@ class Call:
         # Measured on Hopper: a scalar gate's passes over 128 channels are slower so, but for the one that gathers the
         # gradients of early tokens.
         ahead = DR != 128 or side_r is not None or grad == 2
+        # Whole chunks, whose lines then start at a multiple of 16 bytes; single tokens are read by address.
+        lines = tma and not ragged and self.slow is None
+        seen, left = (None, None) if gate is None else (gate.seen, gate.left)
         pass_kernel[grid](
             *(self.tile(t, BR, tma) for t in (reader, writer)),
             self.tile(payload, BP, tma and full_p),
@@ -399,22 +406,23 @@ class Call:
             out,
             dot,
             None if gate is None else gate.values,
-            None if gate is None else gate.seen,
-            None if gate is None else gate.left,
+            self.line(seen, lines),
+            seen,
+            self.line(left, lines),
             None if side_r is None else side_r.values,
             None if side_p is None else side_p.values,
             None if side_r is None else side_r.halves,
             None if side_p is None else side_p.halves,
             self.slow,
             own,
-            wr,
-            ws,
+            self.line(wr, lines),
+            self.line(ws, lines),
             start,
             edges,
             last,
             z,
             *totals,
-            x,
+            self.line(x, lines),
             row,
             col,
             self.cu,
@@ -452,6 +460,7 @@ class Call:
             FULL_P=full_p,
             RAGGED=ragged,
             TMA=tma,
+            LINES=lines,
             AHEAD=settings["num_stages"] if ahead else None,
             **settings,
         )
