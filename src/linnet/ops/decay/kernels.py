@@ -131,7 +131,7 @@ def pass_kernel(
     p_ptr,
     pairs_ptr,  # weights of the pairs of each chunk, late tokens down, [tokens, H, C]; None: they are made here
     out_ptr,
-    dot_ptr,  # GRAD: the late (dq) or early (dk) tokens' other half of q.dq or k.dk
+    dot_ptr,  # GRAD: the late (dq) or early (dk) tokens' other half of q.dq or k.dk, or the reading (dv)
     r_raw,
     s_raw,
     p_raw,
@@ -194,7 +194,8 @@ def pass_kernel(
     EDGES: tl.constexpr,
     LAST: tl.constexpr,
     PACKED: tl.constexpr,
-    GRAD: tl.constexpr,  # scalar gates: 0 none, 1 rows and columns of the gate gradient (dq), 2 columns only (dk)
+    GRAD: tl.constexpr,  # scalar gates: 1 rows and columns of the gate gradient (dq), 2 columns only (dk); 3 the
+    # reading's products with its gradient, the payload, in columns (dv); 0 none of these
     EXACT: tl.constexpr,
     FULL_R: tl.constexpr,  # tiles lie within the channels
     FULL_P: tl.constexpr,
@@ -379,9 +380,9 @@ def pass_kernel(
                     inter += z[None, :]
                 if NORM == 2 and not REVERSE:
                     inter += dx[:, None] * z[None, :]
-                if GATE != 0 and GRAD != 0:
+                if GATE != 0 and (GRAD == 1 or GRAD == 2):
                     inter = inter * read[:, None]
-                if GATE != 0 and GRAD == 0:
+                if GATE != 0 and (GRAD == 0 or GRAD == 3):
                     times = times * read
                 o = tl.dot(A, p, inter * times[:, None], input_precision="ieee")
                 if TMA and FULL_P and not RAGGED:
@@ -394,7 +395,7 @@ def pass_kernel(
                     # the write weight, to the weight. Pairs inside the chunk come from one tile, so that their sums
                     # over readers and over writers cancel exactly; pairs that cross chunks come through the state.
                     d = _load(dot_ptr, h // (H // HD), HD, DP, t0, column, valid, C, BP, FULL_P, TMA)
-                    across = tl.sum(d.to(tl.float32) * inter, 1)
+                    across = tl.sum(d.to(tl.float32) * (p.to(tl.float32) if GRAD == 3 else inter), 1)
                     part = (column // BP).to(tl.int64) * H * n_rows + line
                     if GRAD == 1:
                         across = across * scale
@@ -493,6 +494,9 @@ def pass_kernel(
                     if NORM == 1:
                         o = o * tl.load(x_ptr + line_base + t)
                     tl.store(out_raw + at_t * DP + p_cols, o.to(out_raw.dtype.element_ty), p_cols < DP)
+                    if GRAD == 3:
+                        part = (column // BP).to(tl.int64) * H * n_rows + line_base + t
+                        tl.store(col_ptr + part, tl.sum(p * _row(dot_raw, h // (H // HD), HD, DP, t, p_cols), 0))
                 if BONUS:
                     S = S * keep_r[:, None] * keep_p[None, :]
                     z = z * keep_p

@@ -165,38 +165,46 @@ def keys_kernel(
 def norm_kernel(
     do_ptr,
     o_ptr,
+    part_ptr,  # instead of these their products' sums over blocks of channels, [parts, H, tokens]
     x_ptr,  # this and the following [H, tokens]
     floor_ptr,
     inverse_ptr,
-    dx_ptr,
+    dx_ptr,  # None where only the inverse is asked for
+    weighted_ptr,
     eps,
     n_rows,
     H,
     V,
+    parts,
     ROWS: tl.constexpr,
     BV: tl.constexpr,
-    FLOOR: tl.constexpr,
 ):
     """From the gradient of a normalised reading ``o = num / den``: 1 / den, by which the passes weight the late tokens,
-    and the gradient of the normaliser x divided by it, so that the same weight serves both."""
+    and the gradient of the normaliser x, divided by it, so that the same weight serves both, and itself."""
     h = tl.program_id(0) % H
     rows = tl.program_id(0) // H * ROWS + tl.arange(0, ROWS)
     mask = rows < n_rows
     line = h.to(tl.int64) * n_rows + rows
-    acc = tl.zeros([ROWS], dtype=tl.float32)
-    for column in range(0, V, BV):
-        cols = column + tl.arange(0, BV)
-        at = (rows.to(tl.int64) * H + h)[:, None] * V + cols[None, :]
-        inside = mask[:, None] & (cols < V)[None, :]
-        do = tl.load(do_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        acc += tl.sum(do * tl.load(o_ptr + at, mask=inside, other=0.0).to(tl.float32), 1)
     x = tl.load(x_ptr + line, mask=mask, other=1.0)
-    if FLOOR:
+    slope = 1.0
+    den = x + eps
+    if floor_ptr is not None:
         low = tl.load(floor_ptr + line, mask=mask, other=1.0)
         den = tl.maximum(tl.abs(x), low) + eps
         slope = tl.where(tl.abs(x) > low, tl.where(x > 0, 1.0, -1.0), 0.0)
-    else:
-        den = x + eps
-        slope = 1.0
     tl.store(inverse_ptr + line, 1.0 / den, mask=mask)
-    tl.store(dx_ptr + line, -slope * acc, mask=mask)
+    if dx_ptr is not None:
+        acc = tl.zeros([ROWS], dtype=tl.float32)
+        if part_ptr is not None:
+            for _ in range(0, parts):
+                acc += tl.load(part_ptr + line, mask=mask, other=0.0)
+                part_ptr += n_rows * H
+        else:
+            for column in range(0, V, BV):
+                cols = column + tl.arange(0, BV)
+                at = (rows.to(tl.int64) * H + h)[:, None] * V + cols[None, :]
+                inside = mask[:, None] & (cols < V)[None, :]
+                do = tl.load(do_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                acc += tl.sum(do * tl.load(o_ptr + at, mask=inside, other=0.0).to(tl.float32), 1)
+        tl.store(dx_ptr + line, -slope * acc, mask=mask)
+        tl.store(weighted_ptr + line, -slope * acc / den, mask=mask)

@@ -8,19 +8,14 @@ import torch
 from torch import Tensor
 
 from ..core.compiling import Kernel, compile_together, compiling
-from . import kernels_around, kernels_norm
+from . import kernels_around
 from .launch_walks import Call, State, line
 from .settings import EXACT, ceil_div, launch_settings, power_of_2
 
 __all__ = ["State", "backward", "forward"]
 
-gate_kernel, norm_kernel = Kernel(kernels_around.gate_kernel), Kernel(kernels_norm.norm_kernel)
+gate_kernel = Kernel(kernels_around.gate_kernel)
 _compiled: set[Any] = set()
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """Of tensors without memory any: their product would import PyTorch's compiler, for seconds."""
-    return x.new_empty(x.shape) if x.is_meta else x * y
 
 
 def _append(x: Tensor, channel: Tensor) -> Tensor:
@@ -163,13 +158,16 @@ def backward(
     gates = gates and any(x is not None for x in (g, gv, u, w))
     new = bounds.S.new_empty
 
-    lw = dx = None  # by what the late tokens are weighted, and the normaliser's gradient over that
+    lw = dx = dz = None  # by what the late tokens are weighted, the normaliser's gradient over that, and that gradient
+    divided: dict[str, Any] = {}
     if x is not None:
-        lw, dx = x.new_empty(x.shape), x.new_empty(x.shape)
-        rows, wide = 32, min(128, max(16, power_of_2(V)))
-        norm_kernel[(ceil_div(call.tokens, rows) * H,)](
-            do, o, x, floor, lw, dx, eps, call.tokens, H, V, ROWS=rows, BV=wide, FLOOR=floor is not None
-        )
+        lw, dx, dz = (x.new_empty(x.shape) for _ in range(3))
+        if call.stored:
+            call.divide(x, floor, eps, lw, dx, dz, do, o)
+        else:  # the dv pass, which has the readings' gradients on chip, multiplies them by the readings
+            call.divide(x, floor, eps, lw, None, None)
+            blocks = ceil_div(V, launch_settings(K, V, call.chunk, q.dtype, False)["BP"])
+            divided = {"grad": 3, "dot": o, "col": new(blocks, H, call.tokens)}
 
     # Where gates lie between tokens channel by channel, or reading is exclusive, a token's own pair goes apart.
     key_apart, value_apart = call.key is not None or u is not None, call.value is not None
@@ -192,11 +190,13 @@ def backward(
 
     dv_own: dict[str, Any] = {"diag": 1} if value_apart else {"diag": 0 if own is None else 2, "own": own}
     d_bounds, d_first = call.read_along(
-        early, late, d_late, d_state.S, pieces, reverse=True, pairs=pairs, out=dv, wr=w, ws=lw, **dv_own
+        early, late, d_late, d_state.S, pieces, reverse=True, pairs=pairs, out=dv, wr=w, ws=lw, **dv_own, **divided
     )
     dz_bounds = dz_first = None
-    if d_state.z is not None and dx is not None:
-        dz_bounds, dz_first = call.sum_keys(q, _product(dx, lw), d_state.z, pieces, reverse=True)  # type: ignore[arg-type]
+    if x is not None and lw is not None and dz is not None and d_state.z is not None:
+        if divided:
+            call.divide(x, floor, eps, lw, dx, dz, part=divided["col"])
+        dz_bounds, dz_first = call.sum_keys(q, dz, d_state.z, pieces, reverse=True)
     norm = 0 if x is None else 2
     keys: dict[str, Any] = {"transposed": True, "split": True, "pairs": d_pairs, "diag": int(key_apart)}
     keys |= {"norm": norm, "x": dx}

@@ -30,6 +30,7 @@ pass_kernel, pairs_kernel = Kernel(kernels.pass_kernel), Kernel(kernels_pairs.pa
 prepare_kernel, finish_kernel = Kernel(kernels_around.prepare_kernel), Kernel(kernels_around.finish_kernel)
 sums_kernel, read_kernel = Kernel(kernels_around.sums_kernel), Kernel(kernels_around.read_kernel)
 chain_kernel, keys_kernel = Kernel(kernels_around.chain_kernel), Kernel(kernels_norm.keys_kernel)
+norm_kernel = Kernel(kernels_norm.norm_kernel)
 
 
 class _Vector(NamedTuple):
@@ -389,9 +390,9 @@ class Call:
         full_r, full_p = BR == DR, DP % BP == 0
         tma = self.tma and full_r
         ragged = self.packed or self.T % self.chunk != 0
-        # Measured on Hopper: a scalar gate's passes over 128 channels are slower so, but for the one that gathers the
-        # gradients of early tokens.
-        ahead = DR != 128 or side_r is not None or grad == 2
+        # Measured on Hopper: a scalar gate's passes over 128 channels are slower so, but for those that multiply by a
+        # tile which enters no product of matrices.
+        ahead = DR != 128 or side_r is not None or grad >= 2
         # Whole chunks, whose lines then start at a multiple of 16 bytes; single tokens are read by address.
         lines = tma and not ragged and self.slow is None
         seen, left = (None, None) if gate is None else (gate.seen, gate.left)
@@ -599,6 +600,39 @@ class Call:
         bounds, last = self.sum_keys(k, w, z, pieces, parts=parts)
         self._walk_keys(k, w, parts, q=q, start=bounds, x=x, over=over, floor=floor, eps=eps)
         return x, over, bounds, last
+
+    def divide(
+        self,
+        x: Tensor,
+        floor: Tensor | None,
+        eps: float,
+        inverse: Tensor,
+        dx: Tensor | None,
+        weighted: Tensor | None,
+        do: Tensor | None = None,
+        o: Tensor | None = None,
+        part: Tensor | None = None,
+    ) -> None:
+        """The inverse of the denominator and, from the readings and their gradients or from blocks of channels of their
+        products, the gradient of the normaliser; see :func:`norm_kernel`."""
+        rows, V = (256, 16) if do is None else (32, self.V)
+        norm_kernel[(ceil_div(self.tokens, rows) * self.H,)](
+            do,
+            o,
+            part,
+            x,
+            floor,
+            inverse,
+            dx,
+            weighted,
+            eps,
+            self.tokens,
+            self.H,
+            V,
+            0 if part is None else len(part),
+            ROWS=rows,
+            BV=min(128, max(16, power_of_2(V))),
+        )
 
     def read_along(
         self,
