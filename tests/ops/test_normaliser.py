@@ -13,7 +13,7 @@ from torch import Tensor
 from interpreted import INTERPRETED, in_the_interpreter, run_interpreted, starts_the_interpreter
 from linnet.ops import Segments, decay
 
-SCALE, EPS, PIECE, PART = 0.7, 0.1, 16, 8
+SCALE, EPS, PIECE, CHUNK = 0.7, 0.1, 16, 8
 ONE, PACKED = [38], [21, 0, 1, 14]
 
 
@@ -55,7 +55,7 @@ def test_the_scan_of_keys(
     gate: str, bonus: bool, write: bool, bounded: bool, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walks = import_module("linnet.ops.decay.launch_walks")
-    monkeypatch.setattr(walks, "PART", PART)
+    monkeypatch.setattr(walks, "chunk_length", lambda dtype: CHUNK)
     torch.manual_seed(0)
     T, H, K = sum(lengths), 2, 6
     q, k, v = torch.randn(1, T, H, K), torch.randn(1, T, H, K), torch.randn(1, T, H, 4)
@@ -82,7 +82,7 @@ def test_the_scan_of_keys(
         given = (q[0, own].double(), k[0, own].double(), parts[0], None if u is None else u.double(), parts[1], z[n])
         found, sums = recurrence(*given)
         expected += found
-        starts += [sums[t] for t in range(0, length, PIECE)]
+        starts += [sums[min(t, length)] for t in range(0, -(-length // PIECE) * PIECE, CHUNK)]
         ends.append(sums[-1])
         loss = loss + sum((y * dx[0, first + t]).sum() for t, y in enumerate(found)) + (sums[-1] * dz[n]).sum()
         first += length

@@ -24,7 +24,7 @@ from ..core import (
 )
 from ..core.chunks import accumulate_dtype, chunk_length
 from ..core.registry import KERNEL_DTYPES
-from . import chunked, reference
+from . import chunked, reference, settings
 from .mlstm import MLSTMState, mlstm
 from .state import DecayState
 
@@ -248,13 +248,14 @@ def _forward(
 def _forward_fake(q, k, v, g, gv, u, w, S, z, floor, cu_host, scale, eps, chunk, backend, training):
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     none, kept = S.new_empty(0), backend == "triton" and training
-    pieces = _pieces(q, v, g, gv, cu_host)[1]
+    piece, pieces = _pieces(q, v, g, gv, cu_host)
     line = (v.shape[2], v.shape[0] * v.shape[1]) if backend == "triton" else v.shape[:3]
     x, z_out = (none, none.clone()) if z is None else (S.new_empty(line), S.new_empty(z.shape))
     edges = S.new_empty(pieces, *S.shape[1:]) if kept else none.clone()
     if backend == "chunked" and training and z is not None and S.dtype != v.dtype:
         edges = S.new_empty(v.shape)
-    z_edges = z.new_empty(pieces, *z.shape[1:]) if kept and z is not None else none.clone()
+    sums = pieces * (piece // settings.chunk_length(q.dtype))  # at the boundaries of chunks
+    z_edges = z.new_empty(sums, *z.shape[1:]) if kept and z is not None else none.clone()
     return o, x, S.new_empty(S.shape), z_out, edges, z_edges
 
 

@@ -58,6 +58,17 @@ def _load_line(x, h, line, t0, valid, other, C: tl.constexpr, TMA: tl.constexpr)
 
 
 @triton.jit
+def _load_sum(z, row, width, column, W: tl.constexpr, TMA: tl.constexpr):
+    """Channels from ``column`` on of a row of sums ``[rows, width]``."""
+    if TMA:
+        values = tl.reshape(z.load([row.to(tl.int32), column]), [W])
+    else:
+        cols = column + tl.arange(0, W)
+        values = tl.load(z + row * width + cols, mask=cols < width, other=0.0)
+    return values
+
+
+@triton.jit
 def _load_pairs(x, h, H, t0, valid, C: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr):
     """Weights of the pairs of a chunk ``[C, C]``, late tokens down, or across where ``TRANSPOSED``."""
     steps = tl.arange(0, C)
@@ -152,7 +163,8 @@ def pass_kernel(
     start_ptr,  # boundary states [pieces, H, DR, DP] (or [rows, H, DR, DP] when whole sequences are walked)
     edge_ptr,  # boundary states to be written
     last_ptr,  # final state
-    z_ptr,  # NORM 2: running sum of the keys where the walk starts
+    z_ptr,  # NORM 2: running sum of the keys before each chunk, in the direction of the walk, [chunks, H, DP] (LINES)
+    z_raw,
     total_ptr,  # STATE_ONLY: summed log2-decay of the piece by a scalar gate, [pieces, H]
     total_r_ptr,  # and by vector gates, with their channels
     total_p_ptr,
@@ -227,12 +239,9 @@ def pass_kernel(
     slot = unit.to(tl.int64) * H + h
     r_cols, p_cols = tl.arange(0, BR), column + tl.arange(0, BP)
     S = tl.zeros([BR, BP], dtype=tl.float32)
-    z = tl.zeros([BP], dtype=tl.float32)
     if START:
         entering = _state_block(start_ptr, slot, DR, DP, st_r, st_p, column, BR, BP)
         S = tl.load(entering, boundary_check=(0, 1), padding_option="zero")
-        if NORM == 2:
-            z = tl.load(z_ptr + slot * DP + p_cols, mask=p_cols < DP, other=0.0)
 
     line_base = h.to(tl.int64) * n_rows
     steps = tl.arange(0, C)
@@ -312,8 +321,6 @@ def pass_kernel(
                 into_p, past_p = (g1, g0) if REVERSE else (g0, g1)
                 total_p += g0 + g1
                 S = S * tl.exp2(into_p)[None, :]
-                if NORM == 2:
-                    z = z * tl.exp2(into_p)
             if WS:
                 ws = _load_line(ws_ptr, h, line, t0, valid, 0.0, C, LINES)
             if NORM == 2:
@@ -375,6 +382,11 @@ def pass_kernel(
                     A = A.to(p.dtype)
                 else:
                     A = _load_pairs(pairs_ptr, h, H, t0, valid, C, REVERSE, TMA and not RAGGED)
+                if NORM == 2:
+                    z_row = (plan + nth_chunk) * H + h
+                    z = _load_sum(z_ptr, z_row, DP, column, BP, LINES and FULL_P)
+                    if HALF_P:
+                        z = z * tl.exp2(into_p)
                 inter = tl.dot(r, S.to(r.dtype), input_precision="ieee")
                 if NORM == 2 and REVERSE:
                     inter += z[None, :]
@@ -398,13 +410,12 @@ def pass_kernel(
                     across = tl.sum(d.to(tl.float32) * (p.to(tl.float32) if GRAD == 3 else inter), 1)
                     part = (column // BP).to(tl.int64) * H * n_rows + line
                     if GRAD == 1:
-                        across = across * scale
+                        late_weight = tl.zeros([C], dtype=tl.float32) + scale
                         if WR:
-                            across = across * wr
+                            late_weight = late_weight * wr
+                        across = across * late_weight
                         if pairs_ptr is None:
-                            E = plain * tl.dot(d, tl.trans(p), input_precision="ieee") * scale
-                            if WR:
-                                E = E * wr[:, None]
+                            E = plain * tl.dot(d, tl.trans(p), input_precision="ieee") * late_weight[:, None]
                             tl.store(col_ptr + part, tl.sum(E, 0), mask=valid)
                             if WS:
                                 E = E * ws[None, :]
@@ -417,7 +428,6 @@ def pass_kernel(
             weight = tl.zeros([C], dtype=tl.float32) + (scale if REVERSE else 1.0)
             if GATE != 0:
                 S = S * tl.exp2(total)
-                z = z * tl.exp2(total)
                 weight = weight * write
             if WS:
                 weight = weight * ws
@@ -430,19 +440,18 @@ def pass_kernel(
                     heavy = tl.where(valid[:, None], heavy, 0.0)
                 heavy = heavy.to(p.dtype)
             S = tl.dot(tl.trans(s), heavy, S, input_precision="ieee")
-            if NORM == 2:
-                z += tl.sum(p.to(tl.float32) * (weight * dx if REVERSE else weight)[:, None], 0)
             if HALF_R:
                 S = S * tl.exp2(past)[:, None]
             if HALF_P:
                 S = S * tl.exp2(past_p)[None, :]
-                if NORM == 2:
-                    z = z * tl.exp2(past_p)
 
         if VECTOR and slow:  # token by token: the recurrence as it stands in the reference
             nth_chunk = n_chunks - 1 - halt if REVERSE else halt
             t0 = first + nth_chunk * C
             count = tl.minimum(stop - t0, C)
+            z = tl.zeros([BP], dtype=tl.float32)
+            if NORM == 2:
+                z = _load_sum(z_raw, (plan + nth_chunk) * H + h, DP, column, BP, False)
             for step in range(0, count):
                 t = t0 + (count - 1 - step if REVERSE else step)
                 at_t = t.to(tl.int64) * H + h

@@ -25,6 +25,7 @@ def chain_kernel(
     last_ptr,
     first_ptr,  # [rows + 1] pieces before each sequence (PACKED)
     per_row,
+    each,  # states a piece: where there is one a chunk, chunks take the place of pieces
     H,
     R,
     P,
@@ -41,11 +42,11 @@ def chain_kernel(
     h = (pid // blocks) % H
     n = pid // (blocks * H)
     if PACKED:
-        first = tl.load(first_ptr + n)
-        count = tl.load(first_ptr + n + 1) - first
+        first = tl.load(first_ptr + n) * each
+        count = tl.load(first_ptr + n + 1) * each - first
     else:
-        first = n * per_row
-        count = per_row
+        first = n * per_row * each
+        count = per_row * each
     at = block * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     S = tl.load(start_ptr + (n.to(tl.int64) * H + h) * size + at, mask=mask, other=0.0)
@@ -182,7 +183,7 @@ def finish_kernel(
     edge_ptr,
     d_edge_ptr,
     d_first_ptr,
-    z_edge_ptr,
+    z_edge_ptr,  # by chunks
     dz_edge_ptr,
     dz_first_ptr,
     dg_ptr,
@@ -239,11 +240,12 @@ def finish_kernel(
             acc += S * tl.load(dS_at + at, mask=mask, other=0.0)
         reach = tl.sum(acc, 1)
         if NORM:
+            chunk = unit.to(tl.int64) * (PIECE // C) * H + h
             if first == origin:
                 dz_at = dz_first_ptr + (n.to(tl.int64) * H + h) * D
             else:
-                dz_at = dz_edge_ptr + (slot - H) * D
-            z = tl.load(z_edge_ptr + slot * D + cols, mask=cols < D, other=0.0)
+                dz_at = dz_edge_ptr + (chunk - H) * D
+            z = tl.load(z_edge_ptr + chunk * D + cols, mask=cols < D, other=0.0)
             reach += z * tl.load(dz_at + cols, mask=cols < D, other=0.0)
     if u_ptr is not None:
         u = tl.load(u_ptr + h * D + cols, mask=cols < D, other=0.0).to(tl.float32)
@@ -374,7 +376,7 @@ def gate_kernel(
     edge_ptr,
     d_edge_ptr,
     d_first_ptr,
-    z_edge_ptr,
+    z_edge_ptr,  # by chunks
     dz_edge_ptr,
     dz_first_ptr,
     dg_ptr,
@@ -390,6 +392,7 @@ def gate_kernel(
     n_row,
     n_col,
     LENGTH: tl.constexpr,
+    C: tl.constexpr,
     BLOCK: tl.constexpr,
     WS: tl.constexpr,
     GATED: tl.constexpr,
@@ -435,12 +438,13 @@ def gate_kernel(
             S = tl.load(edge_ptr + slot * SIZE + cols, mask=cols < SIZE, other=0.0)
             acc += S * tl.load(dS_at + cols, mask=cols < SIZE, other=0.0)
         if NORM:
+            chunk = piece.to(tl.int64) * (PIECE // C) * H + h
             if first == origin:
                 dz_at = dz_first_ptr + row_slot * K
             else:
-                dz_at = dz_edge_ptr + (slot - H) * K
+                dz_at = dz_edge_ptr + (chunk - H) * K
             cols = tl.arange(0, BLOCK)
-            z = tl.load(z_edge_ptr + slot * K + cols, mask=cols < K, other=0.0)
+            z = tl.load(z_edge_ptr + chunk * K + cols, mask=cols < K, other=0.0)
             acc += z * tl.load(dz_at + cols, mask=cols < K, other=0.0)
         row, col = row.to(tl.float64), col.to(tl.float64)  # what is left may be far smaller than the terms
         change = col - row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import _piece_bounds
+from .kernels import _chunk_bounds
 from .kernels_around import linear
 
 
@@ -16,14 +16,12 @@ def keys_kernel(
     g_ptr,  # [H], [tokens, H] or [tokens, H, K], see GATE
     u_ptr,
     w_ptr,  # write weights, this and x, over, floor laid out [H, tokens]
-    start_ptr,  # READ: the sum that enters each piece, [pieces, H, K]
+    start_ptr,  # READ: the sum that enters each chunk, [chunks, H, K]
     x_ptr,
     over_ptr,
     floor_ptr,
-    own_ptr,  # what the piece adds up to, [pieces, H, K]
-    total_ptr,  # and its summed log2-decay, [pieces, H] or, by channel, [pieces, H, K]
-    part_ptr,  # both from the piece's start to the end of each part, [pieces, H, parts, K]
-    part_total_ptr,
+    own_ptr,  # what the chunk adds up to, [chunks, H, K]
+    total_ptr,  # and its summed log2-decay, [chunks, H] or, by channel, [chunks, H, K]
     cu_ptr,
     table_ptr,
     scale,
@@ -36,7 +34,7 @@ def keys_kernel(
     K,
     BK: tl.constexpr,
     ROWS: tl.constexpr,
-    PART: tl.constexpr,  # tokens of a part of a piece
+    C: tl.constexpr,
     GATE: tl.constexpr,  # 0 none, 1 a constant per head, 2 a scalar per token, 3 a vector over the key's channels
     READ: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -46,21 +44,19 @@ def keys_kernel(
     """The running sum ``z_t = exp(g_t) z_{t-1} + w_t k_t`` by one warp, a few rows at a time, exact for any gate: a
     scan over the rows where it is read at each or gates lie between channels, else their weighted sum.
 
-    READ: the normaliser ``x = scale q.z`` of a part of a piece (with a bonus: of the sum before the token, and of the
-    token itself through ``u``) and ``over``, what a reading is multiplied by. Else what a
-    piece adds for some channels; REVERSE the same backward in time, for the gradient of z: k is q there, and w carries
-    the gradient.
+    READ: the normaliser ``x = scale q.z`` of a chunk (with a bonus: of the sum before the token, and of the token
+    itself through ``u``) and ``over``, what a reading is multiplied by. Else what a chunk adds for some channels;
+    REVERSE the same backward in time, for the gradient of z: k is q there, and w carries the gradient.
     """
     blocks = tl.cdiv(K, BK)
-    parts = tl.cdiv(PIECE, PART)
     pid = tl.program_id(0)
     h = (pid // blocks) % H
-    unit = pid // (blocks * H)
-    piece = unit // parts if READ else unit
-    first, stop, _n, _origin = _piece_bounds(piece, cu_ptr, table_ptr, T, PIECE, PACKED)
+    chunk = pid // (blocks * H)
+    first, stop = _chunk_bounds(chunk, cu_ptr, table_ptr, T, PIECE, C, PACKED)
+    stop = tl.minimum(first + C, stop)
     cols = (pid % blocks) * BK + tl.arange(0, BK)
     inside = (cols < K)[None, :]
-    slot = piece.to(tl.int64) * H + h
+    slot = chunk.to(tl.int64) * H + h
     line = h.to(tl.int64) * n_rows
     log2e = 1.4426950408889634
     z = tl.zeros([BK], dtype=tl.float32)
@@ -68,15 +64,7 @@ def keys_kernel(
     acc = tl.zeros([ROWS, BK], dtype=tl.float32)  # what adds up to z, where rows are only summed
     SCAN: tl.constexpr = READ or GATE == 3
     if READ:
-        part = unit % parts
         z = tl.load(start_ptr + slot * K + cols, mask=cols < K, other=0.0)
-        if part > 0:
-            at = (slot * parts + part - 1) * K + cols
-            if GATE != 0:
-                z = z * tl.exp2(tl.load(part_total_ptr + at, mask=cols < K, other=0.0))
-            z += tl.load(part_ptr + at, mask=cols < K, other=0.0)
-        first += part * PART
-        stop = tl.minimum(first + PART, stop)
     SHIFT: tl.constexpr = 1 if READ and BONUS else 0  # what is read was written by the tokens before
     final = (tl.arange(0, ROWS) == ROWS - 1)[:, None]
     for done in range(0, stop - first, ROWS):
@@ -143,14 +131,6 @@ def keys_kernel(
                 over = tl.maximum(tl.abs(x), tl.load(floor_ptr + line + t, mask=valid, other=1.0))
             tl.store(x_ptr + line + t, x, mask=valid)
             tl.store(over_ptr + line + t, 1.0 / (over + eps), mask=valid)
-        elif not REVERSE:
-            if (done + ROWS) % PART == 0:
-                if not SCAN:
-                    z = tl.sum(acc, 0)
-                end = (slot * parts + done // PART) * K + cols
-                tl.store(part_ptr + end, z.to(tl.float32), mask=cols < K)
-                if GATE != 0:
-                    tl.store(part_total_ptr + end, total, mask=cols < K)
     if not READ:
         if not SCAN:
             z = tl.sum(acc, 0)

@@ -270,6 +270,7 @@ def backward(
             0 if row is None else len(row),
             0 if col is None else len(col),
             LENGTH=power_of_2(call.piece),
+            C=call.chunk,
             BLOCK=4096,
             WS=w is not None,
             GATED=g is not None,

@@ -16,7 +16,6 @@ from .settings import (
     EXACT,
     LIMITS,
     NUMBERS,
-    PART,
     ceil_div,
     chunk_length,
     launch_settings,
@@ -49,7 +48,7 @@ class _Scalar(NamedTuple):
 
 
 class State(NamedTuple):
-    """A matrix state with its running sum of keys, or such states of all pieces."""
+    """A matrix state with its running sum of keys, or such states of all pieces, the sums those of all chunks."""
 
     S: Tensor
     z: Tensor | None
@@ -421,6 +420,7 @@ class Call:
             start,
             edges,
             last,
+            z if z is None or not (lines and full_p) else TensorDescriptor.from_tensor(z.view(-1, DP), [1, BP]),
             z,
             *totals,
             self.line(x, lines),
@@ -489,11 +489,17 @@ class Call:
         return self._link(start, own, totals, reverse)
 
     def _link(
-        self, start: Tensor, own: Tensor, totals: tuple[Tensor | None, Tensor | None, Tensor | None], reverse: bool
+        self,
+        start: Tensor,
+        own: Tensor,
+        totals: tuple[Tensor | None, Tensor | None, Tensor | None],
+        reverse: bool,
+        each: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """Boundary states of every piece and the final state, from the pieces' own writes and summed gates."""
+        """Boundary states of every piece, or of ``each`` chunks of it, and the final state, from their own writes and
+        summed gates."""
         edges, last = own.new_empty(own.shape), _rows(start, self.rows)
-        R, P, block = start.shape[2], start[0, 0, 0].numel(), 64
+        R, P, block = start.shape[2], start[0, 0, 0].numel(), 64 if each == 1 else 16
         chain_kernel[(self.rows * self.H * ceil_div(R * P, block),)](
             start,
             own,
@@ -502,6 +508,7 @@ class Call:
             last,
             self.first,
             self.per_row,
+            each,
             self.H,
             R,
             P,
@@ -517,7 +524,6 @@ class Call:
         self,
         keys: Tensor,
         w: Tensor | None,
-        parts: Tensor | None,
         *,
         reverse: bool = False,
         own: Tensor | None = None,
@@ -529,14 +535,13 @@ class Call:
         floor: Tensor | None = None,
         eps: float = 0.0,
     ) -> None:
-        """Launch the walk of the running sum of keys, which fills ``own``, ``total`` and ``parts``, or, where ``x`` is
-        given, reads along from ``start`` and ``parts``; see :func:`keys_kernel`."""
+        """Launch the walk of the running sum of keys, which fills ``own`` and ``total``, or, where ``x`` is given, is
+        read from ``start`` on; see :func:`keys_kernel`."""
         read, K = x is not None, keys.shape[-1]
         wide = max(16, power_of_2(K) if read else min(32, power_of_2(K)))
-        part = min(PART, self.piece)
         gate = self.gate if self.key is None else self.key
-        programs = self.pieces * (self.piece // part) if read else self.pieces * ceil_div(K, wide)
-        keys_kernel[(programs * self.H,)](
+        chunks = self.pieces * (self.piece // self.chunk)
+        keys_kernel[(chunks * self.H * ceil_div(K, wide),)](
             q,
             keys,
             None if gate is None else gate.values,
@@ -548,7 +553,6 @@ class Call:
             floor,
             own,
             total,
-            *((None, None) if parts is None else parts),
             self.cu,
             self.table,
             self.scale,
@@ -560,8 +564,8 @@ class Call:
             keys.shape[2],
             K,
             BK=wide,
-            ROWS=min(NUMBERS // wide, part),
-            PART=part,
+            ROWS=min(NUMBERS // wide, self.chunk),
+            C=self.chunk,
             GATE=0 if gate is None else 3 if self.key is not None else 1 if gate.seen is None else 2,  # type: ignore
             READ=read,
             REVERSE=reverse,
@@ -572,33 +576,25 @@ class Call:
         )
 
     def sum_keys(
-        self,
-        keys: Tensor,
-        w: Tensor | None,
-        start: Tensor,
-        pieces: int,
-        *,
-        parts: Tensor | None = None,
-        reverse: bool = False,
+        self, keys: Tensor, w: Tensor | None, start: Tensor, pieces: int, *, reverse: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The running sum of keys ``[., H, K]`` at the boundaries of all pieces, and the final one (``parts`` takes
-        what leads from a piece's start to each of its parts); or, backward in time, its gradient, from the queries and
-        what ``w`` holds for each."""
-        own = _rows(start, pieces)
+        """The running sum of keys ``[., H, K]`` at the boundaries of the chunks of all pieces, and the final one; or,
+        backward in time, its gradient, from the queries and what ``w`` holds for each."""
+        each = self.piece // self.chunk
+        own = _rows(start, pieces * each)
         scalar, vector = self.gate is not None, self.key is not None
         total = None if not (scalar or vector) else own.new_empty(own.shape if vector else own.shape[:2])
-        self._walk_keys(keys, w, parts, reverse=reverse, own=own, total=total)
-        return self._link(start, own, (total if scalar else None, total if vector else None, None), reverse)
+        self._walk_keys(keys, w, reverse=reverse, own=own, total=total)
+        return self._link(start, own, (total if scalar else None, total if vector else None, None), reverse, each)
 
     def normaliser(
         self, q: Tensor, k: Tensor, w: Tensor | None, z: Tensor, floor: Tensor | None, eps: float, pieces: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The normaliser and what a reading is multiplied by, ``[H, tokens]``, and the running sum of keys at the
-        boundaries of all pieces and after the last token."""
+        boundaries of the chunks of all pieces and after the last token."""
         x, over = (z.new_empty(self.H, self.tokens) for _ in range(2))
-        parts = z.new_empty(2, pieces, self.H, ceil_div(self.piece, PART), z.shape[-1])
-        bounds, last = self.sum_keys(k, w, z, pieces, parts=parts)
-        self._walk_keys(k, w, parts, q=q, start=bounds, x=x, over=over, floor=floor, eps=eps)
+        bounds, last = self.sum_keys(k, w, z, pieces)
+        self._walk_keys(k, w, q=q, start=bounds, x=x, over=over, floor=floor, eps=eps)
         return x, over, bounds, last
 
     def divide(

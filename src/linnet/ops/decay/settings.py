@@ -16,10 +16,8 @@ LIMITS = {torch.bfloat16: 60.0, torch.float16: 4.0, torch.float32: -1.0}
 # with which it and its gradient may cancel; and each pair of tokens sums its own gates.
 EXACT = torch.float32
 
-# What one warp of the kernels around a pass takes together, 32 numbers a thread, and how many tokens one reads the
-# normaliser of.
+# What one warp of the kernels around a pass takes together, 32 numbers a thread.
 NUMBERS = 1024
-PART = 128
 
 
 # Triton's own helpers of this kind cost more on the host than a small launch.
