@@ -1,6 +1,7 @@
 """Pairs of tokens in the decay engine, in Triton's interpreter: stored ones, and what they bring to gates.
 
-Wide heads in bfloat16 store pairs, which the interpreter does not multiply: here all do, in fp32 treated like 16 bits.
+In bfloat16 passes differ from those in fp32, and wide heads store pairs. The interpreter does not multiply that: here
+fp32 is treated like it.
 """
 
 from __future__ import annotations
@@ -57,13 +58,16 @@ def run(mode: str, lengths: list[int], backend: str, dtype: torch.dtype) -> dict
 
 
 @in_the_interpreter
+@pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize(
-    ("mode", "lengths"), [("none", [20]), ("constant", [20]), ("scalar", [37]), ("mlstm", [34, 0, 1])]
+    ("mode", "lengths"), [("none", [32]), ("constant", [20]), ("scalar", [37]), ("mlstm", [34, 0, 1])]
 )
-def test_stored_pairs(mode: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_in_16_bits(mode: str, lengths: list[int], stored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored, as for wide heads, or made by each pass; states backward in time without their scale."""
     for name in ("launch", "launch_walks"):
         monkeypatch.setattr(import_module(f"linnet.ops.decay.{name}"), "EXACT", None)
-    monkeypatch.setattr(import_module("linnet.ops.decay.launch_walks"), "pairs_stored", lambda *_: True)
+    monkeypatch.setattr(import_module("linnet.ops.decay.launch_walks"), "pairs_stored", lambda *_: stored)
+    monkeypatch.setattr(import_module("linnet.ops.decay.launch_walks"), "scale_apart", lambda _: True)
     pieces = -(-lengths[0] // PIECE) if len(lengths) == 1 else sum(lengths) // PIECE + len(lengths)
     monkeypatch.setattr(import_module("linnet.ops.decay"), "_pieces", lambda *_: (PIECE, pieces))
     found, exact = run(mode, lengths, "triton", torch.float32), run(mode, lengths, "reference", torch.float64)

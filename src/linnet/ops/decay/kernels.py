@@ -191,6 +191,8 @@ def pass_kernel(
     C: tl.constexpr,
     WINDOW: tl.constexpr,  # chunks that are looked through at a time for those to be walked token by token
     REVERSE: tl.constexpr,
+    UNSCALED: tl.constexpr,  # REVERSE: the state on chip lacks the scale of what is written, so that nothing has to
+    # be multiplied before it is written
     GATE: tl.constexpr,  # 0 none, 1 a constant per head, 2 a scalar per token
     HALF_R: tl.constexpr,  # a vector gate over the channels of reader and writer
     HALF_P: tl.constexpr,  # a vector gate over the channels of the payload
@@ -236,12 +238,15 @@ def pass_kernel(
         piece0 = unit * tl.cdiv(T, PIECE)
 
     VECTOR: tl.constexpr = HALF_R or HALF_P
+    SCALED: tl.constexpr = REVERSE and not UNSCALED
     slot = unit.to(tl.int64) * H + h
     r_cols, p_cols = tl.arange(0, BR), column + tl.arange(0, BP)
     S = tl.zeros([BR, BP], dtype=tl.float32)
     if START:
         entering = _state_block(start_ptr, slot, DR, DP, st_r, st_p, column, BR, BP)
         S = tl.load(entering, boundary_check=(0, 1), padding_option="zero")
+        if UNSCALED:
+            S = S / scale
 
     line_base = h.to(tl.int64) * n_rows
     steps = tl.arange(0, C)
@@ -263,7 +268,7 @@ def pass_kernel(
             if (gone == 0) | (done == 0):
                 piece = (piece0 + chunk // per_piece).to(tl.int64) * H + h
                 edge = _state_block(edge_ptr, piece, DR, DP, st_r, st_p, column, BR, BP)
-                tl.store(edge, S, boundary_check=(0, 1))
+                tl.store(edge, S * scale if UNSCALED else S, boundary_check=(0, 1))
             halt = tl.minimum(done + per_piece - gone, n_chunks)
         if VECTOR:  # up to the first chunk that has to be walked token by token
             halt = tl.minimum(done + WINDOW, halt)
@@ -363,9 +368,9 @@ def pass_kernel(
                         own = tl.load(own_ptr + at_rows, mask=valid, other=0.0)
                         A = tl.where(apart == 0, own[:, None], A)
                 # By what a reading is multiplied. Backward in time its scale belongs to what is written: the state
-                # is dS itself.
-                times = tl.zeros([C], dtype=tl.float32) + (1.0 if REVERSE else scale)
-                if REVERSE and pairs_ptr is None:
+                # is dS itself, but where UNSCALED.
+                times = tl.zeros([C], dtype=tl.float32) + (1.0 if SCALED else scale)
+                if SCALED and pairs_ptr is None:
                     A = A * scale
                 if WR:
                     wr = _load_line(wr_ptr, h, line, t0, valid, 0.0, C, LINES)
@@ -425,7 +430,7 @@ def pass_kernel(
                         tl.store(col_ptr + part, across, mask=valid)
 
             # The write: the payload carries the weights, so the writer's tile goes to the tensor cores as loaded.
-            weight = tl.zeros([C], dtype=tl.float32) + (scale if REVERSE else 1.0)
+            weight = tl.zeros([C], dtype=tl.float32) + (scale if SCALED else 1.0)
             if GATE != 0:
                 S = S * tl.exp2(total)
                 weight = weight * write
@@ -434,7 +439,7 @@ def pass_kernel(
             if RAGGED:  # what lies behind the sequence's end is another's
                 weight = tl.where(valid, weight, 0.0)
             heavy = p
-            if GATE != 0 or WS or REVERSE or RAGGED:
+            if GATE != 0 or WS or SCALED or RAGGED:
                 heavy = p * weight[:, None]
                 if RAGGED:
                     heavy = tl.where(valid[:, None], heavy, 0.0)
@@ -521,7 +526,7 @@ def pass_kernel(
 
     if LAST:
         final = _state_block(last_ptr, slot, DR, DP, st_r, st_p, column, BR, BP)
-        tl.store(final, S, boundary_check=(0, 1))
+        tl.store(final, S * scale if UNSCALED else S, boundary_check=(0, 1))
     if STATE_ONLY:
         if total_r_ptr is not None and column == 0:
             tl.store(total_r_ptr + slot * DR + r_cols, total_r, mask=r_cols < DR)

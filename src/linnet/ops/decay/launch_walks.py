@@ -21,6 +21,7 @@ from .settings import (
     launch_settings,
     pairs_stored,
     power_of_2,
+    scale_apart,
 )
 
 __all__ = ["Call", "State", "line"]
@@ -392,6 +393,8 @@ class Call:
         # Measured on Hopper: a scalar gate's passes over 128 channels are slower so, but for those that multiply by a
         # tile which enters no product of matrices.
         ahead = DR != 128 or side_r is not None or grad >= 2
+        unscaled = reverse and norm == 0 and grad != 2 and self.slow is None
+        unscaled = unscaled and self.scale != 0 and scale_apart(self.dtype)
         # Whole chunks, whose lines then start at a multiple of 16 bytes; single tokens are read by address.
         lines = tma and not ragged and self.slow is None
         seen, left = (None, None) if gate is None else (gate.seen, gate.left)
@@ -440,6 +443,7 @@ class Call:
             DR if transposed else 1,
             WINDOW=32,
             REVERSE=reverse,
+            UNSCALED=unscaled,
             GATE=0 if gate is None else 1 if gate.seen is None else 2,
             HALF_R=side_r is not None,
             HALF_P=side_p is not None,

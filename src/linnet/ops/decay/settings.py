@@ -42,6 +42,12 @@ def pairs_stored(K: int, V: int, dtype: torch.dtype) -> bool:
     return max(K, V) > 128 and dtype != EXACT
 
 
+def scale_apart(dtype: torch.dtype) -> bool:
+    """Whether a state may be kept without the scale of what is written to it. fp16 has little range, and fp32 chunks
+    that are walked token by token."""
+    return dtype == torch.bfloat16
+
+
 @cache
 def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, stored: bool = False) -> dict[str, int]:
     """Tile sizes, warps and pipeline depth, by the size of the state and how it is walked; T never enters.
