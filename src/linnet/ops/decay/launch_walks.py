@@ -100,6 +100,7 @@ class Call:
             counts[1:] = (-(-lengths // piece)).cumsum(0)
             self.cu, self.first = uploaded(cu_host, q.device), uploaded(counts, q.device)
         self.slow: Tensor | None = None
+        self.descriptors: dict[tuple[int, ...], tuple[Tensor, TensorDescriptor]] = {}
         self.gate = self._scalar(g) if g is not None and g.dim() == 3 else None
         chunks = self.pieces * (piece // self.chunk)
         self.key, self.value = (
@@ -145,12 +146,20 @@ class Call:
         the tensor itself. Of a copy where it does not lie as that needs it; what a pass writes is new, and does."""
         if t is None or not tma:
             return t
-        t = t.clone() if t.data_ptr() % 16 else t
-        return TensorDescriptor.from_tensor(t.view(self.tokens, -1), [self.chunk, width])
+        return self._described(t, self.tokens, self.chunk, width)
+
+    def _described(self, t: Tensor, rows: int, *block: int) -> TensorDescriptor:
+        """A descriptor of a tensor as so many rows; making it takes long beside a launch, so passes share theirs."""
+        made = self.descriptors.get((id(t), *block))
+        if made is None:
+            aligned = t.clone() if t.data_ptr() % 16 else t
+            made = t, TensorDescriptor.from_tensor(aligned.view(rows, -1), list(block))  # t, whose id is the key, lives
+            self.descriptors[id(t), *block] = made
+        return made[1]
 
     def line(self, t: Tensor | None, tma: bool) -> Any:
         """What moves the numbers of a chunk's tokens of a line; see :meth:`tile`."""
-        return t if t is None or not tma else TensorDescriptor.from_tensor(t, [1, self.chunk])
+        return t if t is None or not tma else self._described(t, self.H, 1, self.chunk)
 
     def pair(
         self,
@@ -423,7 +432,7 @@ class Call:
             start,
             edges,
             last,
-            z if z is None or not (lines and full_p) else TensorDescriptor.from_tensor(z.view(-1, DP), [1, BP]),
+            self._described(z, z[..., 0].numel(), 1, BP) if z is not None and lines and full_p else z,
             z,
             *totals,
             self.line(x, lines),
