@@ -399,13 +399,14 @@ class Call:
         full_r, full_p = BR == DR, DP % BP == 0
         tma = self.tma and full_r
         ragged = self.packed or self.T % self.chunk != 0
-        # Measured on Hopper: a scalar gate's passes over 128 channels are slower so, but for those that multiply by a
-        # tile which enters no product of matrices.
-        ahead = DR != 128 or side_r is not None or grad >= 2
+        # Measured on Hopper: a scalar gate's passes over 128 channels are slower so, but for those with tiles or lines
+        # that enter no product of matrices.
+        ahead = DR != 128 or side_r is not None or grad >= 2 or norm == 2
         unscaled = reverse and norm == 0 and grad != 2 and self.slow is None
         unscaled = unscaled and self.scale != 0 and scale_apart(self.dtype)
-        # Whole chunks, whose lines then start at a multiple of 16 bytes; single tokens are read by address.
-        lines = tma and not ragged and self.slow is None
+        # Whole chunks, whose lines then start at a multiple of 16 bytes; single tokens are read by address. Each copy
+        # would be waited for where nothing is fetched ahead.
+        lines = tma and not ragged and self.slow is None and settings["num_stages"] > 1
         seen, left = (None, None) if gate is None else (gate.seen, gate.left)
         pass_kernel[grid](
             *(self.tile(t, BR, tma) for t in (reader, writer)),
