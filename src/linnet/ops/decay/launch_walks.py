@@ -391,7 +391,8 @@ class Call:
         states in memory are ``[DP, DR]``."""
         DR, DP = writer.shape[-1], payload.shape[-1]
         side_r, side_p = (self.value, self.key) if transposed else (self.key, self.value)
-        settings = launch_settings(DR, DP, self.chunk, self.dtype, split, self.stored)
+        plain = norm == 0 and all(x is None for x in (self.gate, side_r, side_p, self.u, wr, ws))
+        settings = launch_settings(DR, DP, self.chunk, self.dtype, split, self.stored, plain)
         grid = ((self.pieces if split else self.rows) * self.H * ceil_div(DP, settings["BP"]),)
         gate = self.gate
         heads = [self.H if t is None else t.shape[2] for t in (reader, writer, payload, dot)]
@@ -400,8 +401,8 @@ class Call:
         tma = self.tma and full_r
         ragged = self.packed or self.T % self.chunk != 0
         # Measured on Hopper: a scalar gate's passes over 128 channels are slower so, but for those with tiles or lines
-        # that enter no product of matrices.
-        ahead = DR != 128 or side_r is not None or grad >= 2 or norm == 2
+        # that enter no product of matrices, and for readings that are divided where no state is kept on the way.
+        ahead = DR != 128 or side_r is not None or grad >= 2 or norm == 2 or (norm == 1 and edges is None)
         unscaled = reverse and norm == 0 and grad != 2 and self.slow is None
         unscaled = unscaled and self.scale != 0 and scale_apart(self.dtype)
         # Whole chunks, whose lines then start at a multiple of 16 bytes; single tokens are read by address. Each copy

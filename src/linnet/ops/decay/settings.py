@@ -49,12 +49,15 @@ def scale_apart(dtype: torch.dtype) -> bool:
 
 
 @cache
-def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, stored: bool = False) -> dict[str, int]:
+def launch_settings(
+    DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, stored: bool = False, plain: bool = False
+) -> dict[str, int]:
     """Tile sizes, warps and pipeline depth, by the size of the state and how it is walked; T never enters.
 
     In 16 bits a tile of 64 or more reading channels goes with 64 of the payload: narrower ones come out wrong on
     Hopper, or end in illegal accesses, where channels are no multiple of 16. Measured there: pieces (split) run two
-    programs a multiprocessor with two stages, whole sequences one program with three; from 256 reading channels on two
+    programs a multiprocessor with two stages, whole sequences one program with three, or, ``plain``, where nothing but
+    tiles is fetched, with four over 128 and five over 64 reading channels; from 256 reading channels on two
     warp groups share the state, unless pairs are ``stored``: then one has room for 256. With 512 a second stage has no
     room.
     """
@@ -63,6 +66,9 @@ def launch_settings(DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, s
         return {"BR": BR, "BP": min(32 if BR <= 128 else 16, widest), "C": C, "num_warps": 4, "num_stages": 2}
     BP = min(64, widest) if BR < 64 else 64
     if BR <= 128:
-        return {"BR": BR, "BP": BP, "C": C, "num_warps": 4, "num_stages": 2 if split and BR == 128 else 3}
+        stages = 2 if split and BR == 128 else 3
+        if plain and not split and DR in (64, 128):
+            stages = 4 if DR == 128 else 5
+        return {"BR": BR, "BP": BP, "C": C, "num_warps": 4, "num_stages": stages}
     warps = 4 if stored and BR == 256 else 8
     return {"BR": BR, "BP": BP, "C": C, "num_warps": warps, "num_stages": 1 if BR == 512 else 2}
