@@ -330,13 +330,15 @@ def gradient_kernel(
     erase_ptr,  # k and q, from the second on, or, VECTOR, operands, replaced by their gradients
     write_ptr,
     read_ptr,
+    k_ptr,  # not VECTOR: k and q by address, for what is no product's and comes without waiting for each other
+    q_ptr,
     do_ptr,
     S_ptr,
     R_ptr,
     dS_ptr,
     L_ptr,
-    D1_ptr,  # gradients of the pairs of P and (negative) T, with the decays and strengths of scalars, [chunks, H, C, C]
-    D2_ptr,  # UNTIED: the first has the rows of both
+    D1_ptr,  # gradients of the pairs of P and (negative) T, with the decays and strengths of scalars [chunks, H, C, C],
+    D2_ptr,  # or None, TMA and not VECTOR; UNTIED: the first has the rows of both
     below_ptr,  # VECTOR with a gate: ones below the diagonal, [C, C]
     dq_ptr,  # by value head, [tokens, H, K]; not VECTOR, as the next two
     dk_ptr,
@@ -383,8 +385,8 @@ def gradient_kernel(
     rows_ptr += slot * (8 * C)
     total_ptr = rows_ptr + 7 * C
     rows_ptr += r
-    dtype = D1_ptr.dtype.element_ty
-    FINE: tl.constexpr = D1_ptr.dtype.element_ty == tl.float16
+    dtype = L_ptr.dtype if TMA and not UNTIED else L_ptr.dtype.element_ty
+    FINE: tl.constexpr = dtype == tl.float16
     COPIED: tl.constexpr = TMA and (UNTIED or SUB == 1)
     all_rows = tl.full([C], True, tl.int1)
     written = all_rows if VECTOR else valid
@@ -441,16 +443,27 @@ def gradient_kernel(
         dP = dP * p_q[:, None] * (beta * p_k)[None, :]
         dT = dT * p_k[:, None] * (beta * p_k)[None, :]
     # To memory and back: both sides of these are needed, and Triton 3.6 turns what is in registers wrongly on Hopper.
-    D1_ptr += slot * (C * C) + (row * C + col)
-    tl.store(D1_ptr, dP.to(dtype))
-    if not UNTIED:
-        D2_ptr += slot * (C * C) + (row * C + col)
-        tl.store(D2_ptr, dT.to(dtype))
-    tl.debug_barrier()
-    if VECTOR or TMA:  # else in the loop: beside tiles by address there are no registers to keep them in
-        D1 = tl.load(D1_ptr)
+    if TMA and not VECTOR:  # where the gradients of queries and keys come to lie: these alone reach memory
+        every = tl.full([1, C], True, tl.int1)
+        D1_ptr, in1 = tile_at(dq_ptr, t0, h, H, K, token, col), reads[:, None] & every
+        D2_ptr, in2 = tile_at(dk_ptr, s0, h, H, K, row, col), valid[:, None] & every
+        tl.store(D1_ptr, dP.to(dtype), mask=in1)
+        tl.store(D2_ptr, dT.to(dtype), mask=in2)
+        tl.debug_barrier()
+        D1 = tl.load(D1_ptr, mask=in1, other=0.0)
+        D2 = tl.load(D2_ptr, mask=in2, other=0.0)
+        tl.debug_barrier()
+    else:
+        D1_ptr += slot * (C * C) + (row * C + col)
+        tl.store(D1_ptr, dP.to(dtype))
         if not UNTIED:
-            D2 = tl.load(D2_ptr)
+            D2_ptr += slot * (C * C) + (row * C + col)
+            tl.store(D2_ptr, dT.to(dtype))
+        tl.debug_barrier()
+        if VECTOR:  # else in the loop: beside tiles by address there are no registers to keep them in
+            D1 = tl.load(D1_ptr)
+            if not UNTIED:
+                D2 = tl.load(D2_ptr)
     if VECTOR and GATE != 0:
         below = tl.load(below_ptr + (row * C + col))
 
@@ -586,8 +599,8 @@ def gradient_kernel(
             for k0 in range(0, K - BK, BK):
                 keys = (k0 + tl.arange(0, BK))[None, :]
                 k_in, q_in = valid[:, None] & within(keys, K, BK), reads[:, None] & within(keys, K, BK)
-                k = key_tile(write_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, k0, written, K, C, BK, VECTOR, TMA)
-                q = key_tile(read_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, k0, asked, K, C, BK, VECTOR, COPIED)
+                k = key_tile(k_ptr, slot, s0, sequence, T * SUB, hq, HQ, r, k0, written, K, C, BK, VECTOR, False)
+                q = key_tile(q_ptr, slot, t0, sequence, T, hq, HQ, r // SUB, k0, asked, K, C, BK, VECTOR, False)
                 k, q = k.to(tl.float32), q.to(tl.float32)
                 at = tile_at(dq_ptr, t0, h, H, K, token, keys)
                 dq = tl.load(at, mask=q_in, other=0.0).to(tl.float32)

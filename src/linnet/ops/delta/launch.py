@@ -680,8 +680,9 @@ def backward(
     a, b = ab or (None, None)
     wanted = {"beta": beta, "g": g, "w": w, "a": a, "b": b}
     grads = {"S": dS0, "v": dv} | {name: torch.empty_like(x) for name, x in wanted.items() if x is not None}
-    D1 = q.new_empty(layout.chunks, H, C, C)
-    D2 = D1 if modes.untied else torch.empty_like(D1)
+    # Of scalar gates, through descriptors, these lie where the gradients of queries and keys will.
+    D1 = None if layout.tma and not modes.vector else q.new_empty(layout.chunks, H, C, C)
+    D2 = D1 if modes.untied or D1 is None else torch.empty_like(D1)
     settings = launch_settings("gradient", K, V, v.dtype, modes.vector and not modes.untied, layout.tma)
     BK, BV = settings["BK"], settings["BV"]
     v_tiles, w_tiles, do_tiles, L_tiles, dv_tiles, dw_tiles = (
@@ -697,6 +698,8 @@ def backward(
         local["rows"],
         local["decays"],
         *layout.operands(modes, *local["operands"], BK),
+        None if modes.vector else k,
+        None if modes.vector else q,
         do_tiles,
         *(layout.states(x, BV, width) for x, width in ((entering, BK), (R, C), (leaving, BK))),
         L_tiles,
