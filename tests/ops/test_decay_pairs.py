@@ -124,6 +124,17 @@ def test_gates_that_forget_all_have_no_gradient(bonus: bool) -> None:
     assert (dg[g == -torch.inf] == 0).all() and dg[g > -torch.inf].any()
 
 
+@in_the_interpreter
+def test_value_gates_do_not_gather_the_rounding_of_dv() -> None:
+    torch.manual_seed(0)
+    q, k, v, do = torch.randn(4, 4, 64, 2, 16).half()
+    gv = (-torch.rand(4, 64, 2, 16) / 50).requires_grad_()
+    (found,) = torch.autograd.grad(decay(q, k, v, gv=gv, backend="triton")[0], gv, do)
+    exact = decay(q.double(), k.double(), v.double(), gv=gv.double(), backend="reference")[0]
+    (want,) = torch.autograd.grad(exact, gv, do.double())
+    assert (found - want).square().mean().sqrt() < 4.6e-4 * want.square().mean().sqrt()
+
+
 def test_tiles_of_tensors_that_lie_anywhere() -> None:
     x = torch.randn(1 + 20 * 2 * 16).half()[1:].view(1, 20, 2, 16)  # not at a multiple of 16 bytes
     call = import_module("linnet.ops.decay.launch_walks").Call(x, x, None, None, None, None, 1.0, 64)

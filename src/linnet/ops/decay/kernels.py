@@ -141,7 +141,7 @@ def pass_kernel(
     s_ptr,
     p_ptr,
     pairs_ptr,  # weights of the pairs of each chunk, late tokens down, [tokens, H, C]; None: they are made here
-    out_ptr,
+    out_ptr,  # None where its dtype is not the tiles'
     dot_ptr,  # GRAD: the late (dq) or early (dk) tokens' other half of q.dq or k.dk, or the reading (dv)
     r_raw,
     s_raw,
@@ -402,7 +402,7 @@ def pass_kernel(
                 if GATE != 0 and (GRAD == 0 or GRAD == 3):
                     times = times * read
                 o = tl.dot(A, p, inter * times[:, None], input_precision="ieee")
-                if TMA and FULL_P and not RAGGED:
+                if out_ptr is not None and TMA and FULL_P and not RAGGED:
                     out_ptr.store([t0, h * DP + column], o.to(p.dtype))
                 else:
                     _store(out_raw, h, H, DP, t0, column, valid, o, C, BP)

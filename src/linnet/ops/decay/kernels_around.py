@@ -176,7 +176,8 @@ def finish_kernel(
     g_ptr,
     u_ptr,
     d_late_ptr,  # late tokens' gradient without their own pair, multiplied by 1 / factor; replaced by the gradient
-    d_early_ptr,
+    d_early_ptr,  # likewise, but not replaced
+    d_early_out_ptr,  # the gradient; may be d_early_ptr
     own_ptr,  # weight of each token's own pair, to be scaled
     half_ptr,
     slow_ptr,
@@ -268,7 +269,7 @@ def finish_kernel(
             seen = sums[None, :] + tl.cumsum(g, 0)
             sums += tl.sum(g, 0)
             # From the tokens as the passes read them, rounded: what a pair brings to a gate and takes from it cancels.
-            type = d_early_ptr.dtype.element_ty
+            type = late_ptr.dtype.element_ty
             factor = tl.exp2(tl.where(slow, 0.0, seen - g if BONUS else seen))
             read = (late * factor).to(type).to(tl.float32) * d_late
             d_late = d_late * factor
@@ -281,7 +282,7 @@ def finish_kernel(
             own = own * u[None, :]
         if LATE:
             tl.store(d_late_ptr + out, (d_late + own * early).to(d_late_ptr.dtype.element_ty), mask=mask)
-        tl.store(d_early_ptr + out, (d_early + own * late).to(d_early_ptr.dtype.element_ty), mask=mask)
+        tl.store(d_early_out_ptr + out, (d_early + own * late).to(d_early_out_ptr.dtype.element_ty), mask=mask)
         if GRAD and GATED:
             change = wrote - read
             keep, sum = tl.zeros([ROWS, BD], dtype=tl.float32) + 1.0, tl.cumsum(change, 0)

@@ -177,6 +177,8 @@ def backward(
     if own_value is None and key_apart:
         own_value = asked = new(call.B, call.T, H)  # by the dq pass
     dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), v.new_empty(v.shape)
+    # Unrounded where the gradient of a value gate is summed from it: rounding errors add up along a piece.
+    dv_pass = dv.new_empty(dv.shape, dtype=torch.float32) if value_apart else dv
     scalar = gates and call.key is None and call.value is None and (g is not None or w is not None)
     row = col = pair_row = pair_col = None
     if scalar:
@@ -190,7 +192,7 @@ def backward(
 
     dv_own: dict[str, Any] = {"diag": 1} if value_apart else {"diag": 0 if own is None else 2, "own": own}
     d_bounds, d_first = call.read_along(
-        early, late, d_late, d_state.S, pieces, reverse=True, pairs=pairs, out=dv, wr=w, ws=lw, **dv_own, **divided
+        early, late, d_late, d_state.S, pieces, reverse=True, pairs=pairs, out=dv_pass, wr=w, ws=lw, **dv_own, **divided
     )
     dz_bounds = dz_first = None
     if x is not None and lw is not None and dz is not None and d_state.z is not None:
@@ -237,13 +239,13 @@ def backward(
     if key_apart:
         dg = call.key.values.new_empty(call.key.values.shape) if gates and call.key is not None else None
         du = new(pieces, H, K) if gates and u is not None else None
-        call.finish(call.key, q, k, dq, dk, own_value, by_key=True, dg=dg, du=du, sides=sides)  # type: ignore[arg-type]
+        call.finish(call.key, q, k, dq, dk, dk, own_value, by_key=True, dg=dg, du=du, sides=sides)  # type: ignore[arg-type]
         found = {"g": dg, "u": None if du is None or u is None else du[: call.pieces].sum(0).to(u.dtype)}
     if call.value is not None:  # the late tokens of a value gate are those of the reading, whose pairs are walked again
         o = v.new_empty(v.shape)
         call.walk(late, early, values, split=True, start=bounds.S, out=o, diag=1)
         dgv = call.value.values.new_empty(call.value.values.shape)
-        call.finish(call.value, do, v, o, dv, own, by_key=False, dg=dgv, du=None, sides=sides)  # type: ignore[arg-type]
+        call.finish(call.value, do, v, o, dv_pass, dv, own, by_key=False, dg=dgv, du=None, sides=sides)  # type: ignore[arg-type]
         found["gv"] = dgv
     heads = q.shape[2]
     if heads != H:

@@ -281,6 +281,7 @@ class Call:
         early: Tensor,
         d_late: Tensor,
         d_early: Tensor,
+        d_early_out: Tensor,
         own: Tensor,
         *,
         by_key: bool,
@@ -288,7 +289,8 @@ class Call:
         dg: Tensor | None,
         du: Tensor | None,
     ) -> None:
-        """Turn the passes' gradients into those of the tokens, in place, and gather those of gate and bonus."""
+        """Turn the passes' gradients into those of the tokens, in place or to ``d_early_out``, and gather those
+        of gate and bonus."""
         D, E = early.shape[-1], self.V if by_key else self.K
         wide = min(64, max(16, power_of_2(D)))
         finish_kernel[(self.pieces * self.H * ceil_div(D, wide),)](
@@ -298,6 +300,7 @@ class Call:
             self.u if by_key else None,
             d_late,
             d_early,
+            d_early_out,
             own,
             None if gate is None else gate.halves,
             self.slow,
@@ -413,7 +416,8 @@ class Call:
             *(self.tile(t, BR, tma) for t in (reader, writer)),
             self.tile(payload, BP, tma and full_p),
             self.tile(pairs, self.chunk, tma and not ragged),
-            *(self.tile(t, BP, tma and full_p) for t in (out, dot)),
+            None if out is None or out.dtype != self.dtype else self.tile(out, BP, tma and full_p),
+            self.tile(dot, BP, tma and full_p),
             reader,
             writer,
             payload,
