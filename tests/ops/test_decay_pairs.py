@@ -125,6 +125,23 @@ def test_gates_that_forget_all_have_no_gradient(bonus: bool) -> None:
 
 
 @in_the_interpreter
+@pytest.mark.parametrize("lengths", [[70], [80, 0, 45]])
+def test_rounding_errors_do_not_outlast_what_is_forgotten(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What <S, dS> at a piece's ends says of a gate's gradient, and not only what rounded terms add up to."""
+    monkeypatch.setattr(import_module("linnet.ops.decay"), "_pieces", lambda *_: (64, 2 + 2 * (len(lengths) > 1)))
+    torch.manual_seed(0)
+    T, H, K = sum(lengths), 2, 16
+    q, k, v, do = torch.randn(4, 1, T, H, K).half()
+    S = DecayState(torch.randn(len(lengths), H, K, K))
+    segments = Segments.from_lengths(lengths) if len(lengths) > 1 else None
+    g = torch.full((1, T, H), -0.7, requires_grad=True)
+    o, _ = decay(q, 0 * k, v, g, state=S, segments=segments, backend="triton")
+    (dg,) = torch.autograd.grad(o, g, do)
+    assert dg[:, :3].abs().max() > 1
+    assert dg[:, 30:64].abs().max() < 1e-6
+
+
+@in_the_interpreter
 def test_value_gates_do_not_gather_the_rounding_of_dv() -> None:
     torch.manual_seed(0)
     q, k, v, do = torch.randn(4, 4, 64, 2, 16).half()

@@ -251,11 +251,11 @@ def _forward_fake(q, k, v, g, gv, u, w, S, z, floor, cu_host, scale, eps, chunk,
     piece, pieces = _pieces(q, v, g, gv, cu_host)
     line = (v.shape[2], v.shape[0] * v.shape[1]) if backend == "triton" else v.shape[:3]
     x, z_out = (none, none.clone()) if z is None else (S.new_empty(line), S.new_empty(z.shape))
-    edges = S.new_empty(pieces, *S.shape[1:]) if kept else none.clone()
+    edges = S.new_empty(pieces + S.shape[0], *S.shape[1:]) if kept else none.clone()
     if backend == "chunked" and training and z is not None and S.dtype != v.dtype:
         edges = S.new_empty(v.shape)
     sums = pieces * (piece // settings.chunk_length(q.dtype))  # at the boundaries of chunks
-    z_edges = z.new_empty(sums, *z.shape[1:]) if kept and z is not None else none.clone()
+    z_edges = z.new_empty(sums + z.shape[0], *z.shape[1:]) if kept and z is not None else none.clone()
     return o, x, S.new_empty(S.shape), z_out, edges, z_edges
 
 

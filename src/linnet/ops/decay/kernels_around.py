@@ -374,7 +374,7 @@ def gate_kernel(
     row_ptr,  # partial sums of late and of early tokens, [., H, tokens]
     col_ptr,
     w_ptr,  # [H, tokens]
-    edge_ptr,
+    edge_ptr,  # behind those of the pieces the states after every sequence, as in z_edge
     d_edge_ptr,
     d_first_ptr,
     z_edge_ptr,  # by chunks
@@ -387,6 +387,7 @@ def gate_kernel(
     T,
     n_rows,
     PIECE,
+    pieces,
     H,
     SIZE,
     K,
@@ -433,11 +434,28 @@ def gate_kernel(
             dS_at = d_first_ptr + row_slot * SIZE
         else:
             dS_at = d_edge_ptr + (slot - H) * SIZE
+        if PACKED:
+            end = tl.load(cu_ptr + n + 1)
+        else:
+            end = origin + T
+        following = piece.to(tl.int64) + 1
+        if stop == end:
+            following = n.to(tl.int64) + pieces
+        S_after = edge_ptr + (following * H + h) * SIZE
         acc = tl.zeros([BLOCK], dtype=tl.float32)
+        acc_after = tl.zeros([BLOCK], dtype=tl.float32)
+        squares = tl.zeros([BLOCK], dtype=tl.float32)
+        squares_after = tl.zeros([BLOCK], dtype=tl.float32)
         for k in range(0, SIZE, BLOCK):
             cols = k + tl.arange(0, BLOCK)
             S = tl.load(edge_ptr + slot * SIZE + cols, mask=cols < SIZE, other=0.0)
-            acc += S * tl.load(dS_at + cols, mask=cols < SIZE, other=0.0)
+            product = S * tl.load(dS_at + cols, mask=cols < SIZE, other=0.0)
+            acc += product
+            squares += product * product
+            S = tl.load(S_after + cols, mask=cols < SIZE, other=0.0)
+            product = S * tl.load(d_edge_ptr + slot * SIZE + cols, mask=cols < SIZE, other=0.0)
+            acc_after += product
+            squares_after += product * product
         if NORM:
             chunk = piece.to(tl.int64) * (PIECE // C) * H + h
             if first == origin:
@@ -447,9 +465,25 @@ def gate_kernel(
             cols = tl.arange(0, BLOCK)
             z = tl.load(z_edge_ptr + chunk * K + cols, mask=cols < K, other=0.0)
             acc += z * tl.load(dz_at + cols, mask=cols < K, other=0.0)
+            each = PIECE // C
+            following = (piece.to(tl.int64) + 1) * each
+            dz_at = dz_edge_ptr + ((following - 1) * H + h) * K
+            if stop == end:
+                following = n.to(tl.int64) + pieces * each
+            z = tl.load(z_edge_ptr + (following * H + h) * K + cols, mask=cols < K, other=0.0)
+            acc_after += z * tl.load(dz_at + cols, mask=cols < K, other=0.0)
         row, col = row.to(tl.float64), col.to(tl.float64)  # what is left may be far smaller than the terms
         change = col - row
-        dg = tl.sum(acc.to(tl.float64), 0) + (tl.cumsum(change, 0) - change)
+        before = tl.sum(acc.to(tl.float64), 0)
+        dg = before + (tl.cumsum(change, 0) - change)
+        # Behind the piece's last token <S, dS> is known again. What differs are rounding errors, which would outlast
+        # what the gates let go of: each term bears its part, by the variance of independent errors of its size.
+        differs = before + tl.sum(change, 0) - tl.sum(acc_after.to(tl.float64), 0)
+        doubt = row * row + col * col
+        part = tl.sum(squares.to(tl.float64), 0) + (tl.cumsum(doubt, 0) - doubt)
+        whole = tl.sum(squares.to(tl.float64) + squares_after, 0) + tl.sum(doubt, 0)
         if BONUS:
             dg -= row
+            part += row * row
+        dg -= tl.where(whole > 0, differs / tl.where(whole > 0, whole, 1.0), 0.0) * part
         tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=valid)

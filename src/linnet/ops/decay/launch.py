@@ -48,7 +48,7 @@ def forward(
     training: bool,
 ) -> tuple[Tensor, Tensor | None, State, State | None]:
     """Reading, normaliser ``[H, tokens]``, final state and, when ``training``, the boundary states that the backward
-    pass starts from."""
+    pass starts from, of all pieces and behind them those after every sequence."""
     if state.z is not None and q.dtype == EXACT:
         given = (q, k, _append(v, v.new_ones(v.shape[:3])), g, gv, u, w, _joined(state), None, cu_host, scale, eps)
         o, _, last, kept = forward(*given, piece, pieces, training)
@@ -76,6 +76,9 @@ def forward(
     if call.value is not None:
         call.read(call.value, o, v, own)
     kept = State(bounds, z_bounds) if training and bounds is not None else None
+    for states, end in zip(kept or (), (last, z_last), strict=False):
+        if states is not None:
+            states[-call.rows :].copy_(end)
     return o, x, State(last, z_last), kept
 
 
@@ -154,7 +157,7 @@ def backward(
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
     w, floor = line(w), line(floor)
     call = Call(q, v, g, gv, u, cu_host, scale, piece)
-    H, K, V, pieces = call.H, call.K, call.V, len(bounds.S)
+    H, K, V, pieces = call.H, call.K, call.V, len(bounds.S) - call.rows
     gates = gates and any(x is not None for x in (g, gv, u, w))
     new = bounds.S.new_empty
 
@@ -266,6 +269,7 @@ def backward(
             call.T,
             call.tokens,
             call.piece,
+            pieces,
             H,
             K * V,
             K,

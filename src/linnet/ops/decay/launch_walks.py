@@ -517,7 +517,8 @@ class Call:
     ) -> tuple[Tensor, Tensor]:
         """Boundary states of every piece, or of ``each`` chunks of it, and the final state, from their own writes and
         summed gates."""
-        edges, last = own.new_empty(own.shape), _rows(start, self.rows)
+        # Forward, the states after the sequences may follow.
+        edges, last = _rows(own, len(own) + (0 if reverse else self.rows)), _rows(start, self.rows)
         R, P, block = start.shape[2], start[0, 0, 0].numel(), 64 if each == 1 else 16
         chain_kernel[(self.rows * self.H * ceil_div(R * P, block),)](
             start,
@@ -669,7 +670,7 @@ class Call:
             if read.get("out") is not None:
                 self.walk(reader, writer, payload, split=True, start=edges, reverse=reverse, ws=ws, **read)
             return edges, last
-        last, kept = _rows(start, self.rows), _rows(start, pieces) if keep else None
+        last, kept = _rows(start, self.rows), _rows(start, pieces + (0 if reverse else self.rows)) if keep else None
         ends: dict[str, Any] = {"start": start, "edges": kept, "last": last}
         self.walk(reader, writer, payload, split=False, reverse=reverse, ws=ws, **ends, **read)
         return kept, last
