@@ -36,7 +36,7 @@ def results(
     untied: bool = False,
     substeps: int = 1,
     length: int = 9,
-    width: int = 64,  # no fewer than the rows of a chunk
+    width: int = 32,  # no fewer than the rows of a chunk
 ) -> list[Tensor]:
     """What a call and its backward pass compute; the last chunk of a sequence is not full."""
     from linnet.ops.delta import launch

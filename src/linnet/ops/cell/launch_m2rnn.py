@@ -55,7 +55,7 @@ def launch_settings(K: int, V: int, dtype: torch.dtype, backward: bool, transpos
         warps = 8 if backward else 16
         return {"BK": 32, "BV": BV, "KEEP": KEEP, "AHEAD": 1, "EARLY": False, "num_warps": warps, "num_stages": 1}
     widest = 64 if backward else 32  # columns that 64 rows go with
-    few = backward and BV == 16 and dtype != torch.float32  # one warp a program is alone on its scheduler with 64 rows
+    few = backward and BV == 16 and dtype != torch.float32  # of 64 rows one warp would be alone on its scheduler
     BK = min(64 if widest >= BV and not few else 32, max(16, triton.next_power_of_2(K)))
     warps = 1 if BK * BV <= 1024 else 8 if backward and BV > 64 else 4
     if dtype == torch.float32:

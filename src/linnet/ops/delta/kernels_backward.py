@@ -443,7 +443,7 @@ def gradient_kernel(
         dP = dP * p_q[:, None] * (beta * p_k)[None, :]
         dT = dT * p_k[:, None] * (beta * p_k)[None, :]
     # To memory and back: both sides of these are needed, and Triton 3.6 turns what is in registers wrongly on Hopper.
-    if TMA and not VECTOR:  # where the gradients of queries and keys come to lie: these alone reach memory
+    if TMA and not VECTOR:  # where the gradients of queries and keys come to lie, of no fewer channels than C
         every = tl.full([1, C], True, tl.int1)
         D1_ptr, in1 = tile_at(dq_ptr, t0, h, H, K, token, col), reads[:, None] & every
         D2_ptr, in2 = tile_at(dk_ptr, s0, h, H, K, row, col), valid[:, None] & every

@@ -97,8 +97,9 @@ def part_length(chunks: int, programs: int, device: torch.device) -> int:
 
 
 def _copied(q: Tensor, v: Tensor) -> bool:
-    """Whether kernels may have their tiles from the copy engine: tiles of 16 bits that channels fill. States of more
-    than 128 keys leave serial passes little or no room to fetch tiles ahead."""
+    """Whether kernels may have their tiles from the copy engine: tiles of 16 bits that channels fill, with no fewer
+    keys than rows of a chunk, whose pairs lie for a while where the gradients of keys will. States of more than 128
+    keys leave serial passes little or no room to fetch tiles ahead."""
     full = q.shape[3] in (64, 128) and v.shape[3] % 64 == 0
     return q.dtype != torch.float32 and full and q.numel() > 0 and has_tma(q.device)
 
