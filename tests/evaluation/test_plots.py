@@ -51,11 +51,8 @@ def test_draws_times(tmp_path, rows):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("at", "labels"), [([1, 2, 3], "1 2 3"), ([16, 48, 32], "16 32 48"), ([1, 2, 100], None), ([7], None)]
-)
-def test_few_points_have_the_ticks(tmp_path, monkeypatch, at, labels):
-    """A tick at every point where there is room, as on a logarithmic axis; else the usual ones."""
+def watch(monkeypatch):
+    """A list in which the axes of plots will be."""
     shown = []
     canvas = plots._canvas
 
@@ -64,6 +61,22 @@ def test_few_points_have_the_ticks(tmp_path, monkeypatch, at, labels):
         return shown[0].figure, shown[0]
 
     monkeypatch.setattr(plots, "_canvas", kept)
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("at", "labels"), [([1, 2, 3], "1 2 3"), ([16, 48, 32], "16 32 48"), ([1, 2, 100], None), ([7], None)]
+)
+def test_few_points_have_the_ticks(tmp_path, monkeypatch, at, labels):
+    """A tick at every point where there is room, as on a logarithmic axis; else the usual ones."""
+    shown = watch(monkeypatch)
     plot_curves(tmp_path / "curves.png", {"a": [(x, 0.5) for x in at]}, x="x", y="y")
     found = " ".join(label.get_text() for label in shown[0].get_xticklabels())
     assert (found == labels) == (labels is not None)
+
+
+def test_no_two_curves_look_the_same(tmp_path, monkeypatch):
+    """Beyond the colours of the palette the lines are dashed, so that a plot of many mixers can be read."""
+    shown = watch(monkeypatch)
+    plot_curves(tmp_path / "curves.png", {str(i): [(1, i), (2, i)] for i in range(25)}, x="x", y="y")
+    assert len({(line.get_color(), line.get_linestyle()) for line in shown[0].get_lines()}) == 25

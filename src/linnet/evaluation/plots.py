@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,11 @@ def plot_curves(
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _canvas(x, y, title)
-    for (label, points), color, marker in zip(curves.items(), _CURVES * 9, "osD^vP*X<>" * 9, strict=False):
+    styles = cycle(product(("-", "--", ":"), zip(_CURVES, "osD^vP*X<>", strict=True)))
+    for (label, points), (line, (color, marker)) in zip(curves.items(), styles, strict=False):
         at = [point[0] for point in points]
-        axes.plot(at, [p[1] for p in points], color=color, linewidth=1.8, marker=marker, markersize=4.5, label=label)
+        style = {"color": color, "linestyle": line, "linewidth": 1.8, "marker": marker, "markersize": 4.5}
+        axes.plot(at, [p[1] for p in points], label=label, **style)
         if bands and label in bands:
             low, high = zip(*bands[label], strict=True)
             axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
@@ -124,7 +126,9 @@ def plot_curves(
     if curves:
         columns = 2 if max(map(len, curves)) <= 50 else 1
         figure.set_figheight(figure.get_figheight() + 0.2 * max(0, len(curves) // columns - 4))
-        figure.legend(frameon=False, labelcolor=_INK, loc="outside lower left", ncols=columns, fontsize=8.5)
+        room = 3.0 if len(curves) > len(_CURVES) else None  # dashes beside a marker need it
+        layout = {"loc": "outside lower left", "ncols": columns, "handlelength": room}
+        figure.legend(frameon=False, labelcolor=_INK, fontsize=8.5, **layout)
     figure.savefig(path)
 
 
