@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from linnet.reproductions import Bar, Experiment, kimi_tasks, reproduce, reproductions, s5
+from linnet.reproductions import Bar, Experiment, kimi_tasks, reproduce, reproductions, s5, selectivbench_models
 from linnet.reproductions.tfla import expected_half_gain, gains, half_gain
 from linnet.training import Cell
 
@@ -62,6 +62,16 @@ def test_s5_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = s5.run(Smaller(tmp_path, "gpu", quick=True))
     assert [bar.measured for bar in outcome.bars] == [0.0] * 5
     assert list(outcome.curves) == ["4 reflections", "3 reflections", "2 reflections"]
+
+
+@pytest.mark.slow
+def test_selectivbench_models_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selectivbench_models, "ELEMENTS", 3)
+    monkeypatch.setattr(selectivbench_models, "GAPS", {"10": 10, "100": 20})
+    outcome = selectivbench_models.run(Smaller(tmp_path, "gpu", quick=True))
+    assert all(bar.known for bar in outcome.bars)
+    assert [bar.bar() for bar in outcome.bars[:4]] == ["≥ 0.03", "≥ -0.05", "≥ 0", "none, for information"]
+    assert len(outcome.bars) == 4 + 3 * len(outcome.curves) == 4 + 3 * 13
 
 
 def test_all_are_recorded() -> None:
