@@ -95,7 +95,10 @@ def test_same_logits_and_nothing_lost(case, tmp_path):
     words.save(str(tmp_path / "theirs" / "tokenizer.json"))
     done = convert(tmp_path / "theirs", tmp_path / "ours")
     assert (done.source, done.target, done.ignored) == (kind, "linnet", [])
-    assert load_tokenizer(tmp_path / "ours").ends == (2, 4)
+    tokenizer = load_tokenizer(tmp_path / "ours")
+    assert (tokenizer.begin, tokenizer.ends) == (2, (2, 4))  # token 1, with which its texts would begin, is a word
+    told = transformers.GenerationConfig.from_pretrained(tmp_path / "ours").to_diff_dict()  # as vLLM reads it
+    assert (told["bos_token_id"], told["eos_token_id"], told["pad_token_id"]) == (2, [2, 4], 2)
     decoder = Decoder.load(tmp_path / "ours")
     ids = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(1))
     expected = model(ids, use_cache=False).logits
@@ -127,6 +130,21 @@ def test_same_logits_and_nothing_lost(case, tmp_path):
         torch.testing.assert_close(second[key], value, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("settings", "config", "ends"),
+    [(None, 3, 3), ([2, 4], 3, [2, 4]), (None, -1, None), (-1, -1, None), (None, None, None)],  # -1: as some write none
+)
+def test_without_a_tokenizer_texts_end_as_the_files_say(settings, config, ends, tmp_path):
+    original("Llama", {}, tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps({"eos_token_id": settings}))
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": config}))
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    told = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    assert (told["bos_token_id"], told.get("eos_token_id")) == (1, ends)
+    assert told.get("pad_token_id") == (ends[0] if isinstance(ends, list) else ends)
+
+
 def test_wrong_checkpoints_are_refused_by_name(tmp_path):
     original("Llama", {}, tmp_path / "theirs")
     weights = load_file(tmp_path / "theirs" / "model.safetensors")
@@ -156,7 +174,10 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path):
     where = "eos_token_id: expected a token id or a list of them, from 0 to 39, got"
     attempt({}, rf"generation_config.json: {where} \[2, 40\]")
     settings.unlink()
-    attempt({}, f"config.json: {where} -1", eos_token_id=-1)
+    attempt({}, f"config.json: {where} -2", eos_token_id=-2)
+    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
+    attempt({}, "tokenizer.json is not a tokenizers JSON file")
+    (tmp_path / "theirs" / "tokenizer.json").unlink()
     attempt({}, "'rwkv' is RWKV-4, for which linnet has no mixer", model_type="rwkv")
     (tmp_path / "theirs" / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match=r"model.safetensors: damaged"):

@@ -268,7 +268,8 @@ def test_auto_tokenizer_of_a_folder(tmp_path):
     tokenizer.save_pretrained(tmp_path)  # in transformers' layout, which linnet reads too
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "source_config.json").write_text('{"bos_token_id": 257, "eos_token_id": [257, 5]}')
+    settings = {"bos_token_id": 257, "eos_token_id": [256, 257], "pad_token_id": 256}  # as convert writes them
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
     assert (loaded.eos_token_id, loaded.pad_token_id) == ([256, 257], 256)
     told = transformers.GenerationConfig(eos_token_id=5)

@@ -4,9 +4,11 @@ requests that have to give their pages away and begin again."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -116,6 +118,8 @@ def mixed(folder: str) -> None:
     config = DecoderConfig(vocab_size=64, d_model=32, num_layers=9, mixers=MIXERS, mlp_hidden=32, init_std=0.2)
     decoder = Decoder(config).eval()
     decoder.save(folder)
+    ends = {"eos_token_id": [7, 31]}  # as convert writes them
+    Path(folder, "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
 
     from vllm import LLM, SamplingParams
 
@@ -134,6 +138,16 @@ def mixed(folder: str) -> None:
         assert [list(o.outputs[0].token_ids) for o in outputs] == expected
         cached += sum(o.num_cached_tokens for o in outputs)
     assert cached > 0
+
+    several = SamplingParams(temperature=0, max_tokens=60, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], several, use_tqdm=False)
+    stopped = set()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        longer = generate(decoder, [prompt], max_new_tokens=60, temperature=0).tokens[0].tolist()
+        at = next((i for i, token in enumerate(longer) if token in ends["eos_token_id"]), None)
+        assert list(output.outputs[0].token_ids) == longer[: None if at is None else at + 1]
+        stopped |= set() if at is None else {longer[at]}
+    assert stopped == set(ends["eos_token_id"])
 
     model = llm.llm_engine.model_executor.driver_worker.model_runner.model
     assert {name for name, _ in model.named_parameters()} == {f"model.{name}" for name in decoder.state_dict()}

@@ -117,7 +117,7 @@ def test_a_converted_model_says_what_begins_a_document(tmp_path, begin, known):
     tokenizer.backend.add_special_tokens(["<s>"])
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).begin == tokenizer.end
-    (tmp_path / "source_config.json").write_text(json.dumps({"bos_token_id": begin}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": begin}))
     assert load_tokenizer(tmp_path).begin == (begin if known else tokenizer.end)
 
 
@@ -129,6 +129,8 @@ def test_a_converted_model_says_what_begins_a_document(tmp_path, begin, known):
         (None, [300, 301], [0, 300, 301]),
         (None, 300, [0, 300]),
         (None, None, [0]),
+        (-1, 300, [0, 300]),  # as some write none
+        (None, -1, [0]),
         ([], 300, [0]),
         ([5, 302, 300], None, [0, 300]),  # ordinary and unknown ones: of another vocabulary
     ],
@@ -139,7 +141,7 @@ def test_a_converted_model_says_where_texts_stop(tmp_path, settings, config, end
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).ends == (0,)
     for name, said in (("config", config), ("generation_config", settings)):
-        (tmp_path / f"source_{name}.json").write_text(json.dumps({"eos_token_id": said}))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"eos_token_id": said}))
     loaded = load_tokenizer(tmp_path)
     assert (loaded.end, list(loaded.ends)) == (0, ends)
     assert loaded.decode([*loaded.encode(b"ab"), *ends]) == b"ab"
@@ -150,7 +152,7 @@ def test_a_converted_model_says_where_texts_stop(tmp_path, settings, config, end
 @pytest.mark.parametrize("said", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [1, -1]}', "[]", "{"])
 def test_where_texts_stop_is_ids(bpe, tmp_path, said):
     bpe.save(tmp_path)
-    (tmp_path / "source_generation_config.json").write_text(said)
+    (tmp_path / "generation_config.json").write_text(said)
     with pytest.raises(ValueError, match=r"generation_config\.json: (eos_token_id: expected a token id|damaged)"):
         load_tokenizer(tmp_path)
 
@@ -177,12 +179,3 @@ def test_missing_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(ValueError, match="needs the tokenizers package"):
         make_tokenizer("bpe:300", [b"x"])
-
-
-@pytest.mark.parametrize("content", ["{", "[1]"])
-def test_a_damaged_source_config_is_named(tmp_path, content):
-    train_bpe([b"some text, and more of it"], 270).save(tmp_path)
-    (tmp_path / "source_generation_config.json").write_text('{"eos_token_id": 0}')
-    (tmp_path / "source_config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"source_config\.json: damaged"):
-        load_tokenizer(tmp_path)

@@ -32,14 +32,14 @@ from linnet.models.io import (
 )
 from linnet.ops.core import check_choice
 from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
-from linnet.tasks.tokenizers import end_ids
+from linnet.tasks.tokenizers import begin_id, end_ids, load_tokenizer
 from linnet.training import find_model
 
 from .layouts import LAYOUTS, Fields, Layout, Shape
 
 __all__ = ["Conversion", "convert"]
 
-# What lies beside their weights and means nothing to a decoder: kept as source_NAME for the way back and the tokenizer.
+# What lies beside their weights and means nothing to a decoder: kept as source_NAME for the way back.
 _BESIDE = (GENERATION_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -74,7 +74,8 @@ def convert(
         source: a folder in a public layout (``config.json`` and safetensors), which becomes a linnet model; or a linnet
             model or run folder, which becomes one in the layout ``to``.
         target: folder to write. A ``tokenizer.json`` comes along, and so does the source's configuration, from which
-            the way back fills in what a decoder does not know, with those of its tokenizer and of generation.
+            the way back fills in what a decoder does not know, with those of its tokenizer and of generation. A
+            ``generation_config.json`` says which tokens begin and end texts.
         to: the layout to write ("llama", "qwen3", …); for a linnet model only.
         dtype: of the tensors to write; when None each keeps its own (decays are often fp32 among halves), but in fp32
             where some are computed (norm weights that a layout stores as differences from 1), which halves would round.
@@ -85,7 +86,7 @@ def convert(
         FileExistsError: ``target`` holds something and ``overwrite`` is false.
         ValueError: an architecture or option that is not supported, a checkpoint that is damaged, partial or not what
             its configuration says (names the file, and the fields or tensors), an ``eos_token_id`` outside the
-            vocabulary, or a ``target`` that holds the source.
+            vocabulary, a ``tokenizer.json`` that is none, or a ``target`` that holds the source.
     """
     source = Path(source)
     folder = source if (source / CONFIG_FILE).is_file() or not source.is_dir() else find_model(source)
@@ -125,7 +126,7 @@ def _import(
     overwrite: bool,
 ) -> Conversion:
     config = layout.read(Fields(values))
-    end_ids(folder, vocab_size=config.vocab_size)  # here, not when a text is to end
+    generation = _generation(folder, config.vocab_size)
     names, load = _open(folder)
     wanted, tensors = set[str](), dict[str, Tensor]()
     missing, made = list[str](), list[str]()  # what they should have, and what they have not and we do
@@ -156,7 +157,23 @@ def _import(
         shutil.copyfile(folder / CONFIG_FILE, partial / SOURCE_FILE)
         for name in (TOKENIZER_FILE, *_BESIDE):
             _copy(folder / name, partial / (name if name == TOKENIZER_FILE else f"{SOURCE}{name}"))
+        (partial / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     return Conversion(kind, MODEL_TYPE, sum(x.numel() for x in tensors.values()), found, ignored)
+
+
+def _generation(folder: Path, vocab_size: int) -> dict[str, Any]:
+    """Settings of generation, read by our tokenizers, transformers and vLLM alike: the tokens that begin and end the
+    texts of a checkpoint, theirs or ours, of those that its files name the ones that its tokenizer has."""
+    begin, ends = begin_id(folder), end_ids(folder, vocab_size)
+    if (folder / TOKENIZER_FILE).is_file():
+        tokenizer = load_tokenizer(folder)
+        begin, ends = tokenizer.begin, list(tokenizer.ends)
+    said: dict[str, Any] = {}
+    if begin is not None and begin < vocab_size:  # a tokenizer without an end has made one, maybe beyond them
+        said["bos_token_id"] = begin
+    if ends := [i for i in ends if i < vocab_size]:
+        said |= {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": ends[0]}
+    return said
 
 
 def _export(

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from linnet.models.io import CONFIG_FILE, GENERATION_FILE, SOURCE, SOURCE_FILE
+from linnet.models.io import CONFIG_FILE, GENERATION_FILE
 
 __all__ = [
     "ByteTokenizer",
@@ -103,22 +103,24 @@ class JsonTokenizer:
     Args:
         file: its JSON file. If it knows none of the usual end-of-document tokens, the first of ``ends`` is taken, or
             one is added.
-        ends: more ids at which generation stops. Those that are no special tokens of the file are passed over: they
-            are defaults that fit another vocabulary.
+        ends: more ids at which generation stops.
+        begin: id before the first token of a document; the end-of-document token when None.
+
+    Of ``begin`` and ``ends``, what is no special token of the file is passed over: defaults of another vocabulary.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a tokenizer, or the `tokenizers` package is missing.
     """
 
-    def __init__(self, file: str | Path, ends: Sequence[int] = ()):
+    def __init__(self, file: str | Path, ends: Sequence[int] = (), begin: int | None = None):
         backend = _library()
         if not Path(file).is_file():
             raise FileNotFoundError(
                 f"tokenizer: no file {str(file)!r} (give 'byte', 'bpe:SIZE' or a tokenizers JSON file)"
             )
         try:
-            self._start(backend.Tokenizer.from_file(str(file)), Path(file).name, ends)
+            self._start(backend.Tokenizer.from_file(str(file)), Path(file).name, ends, begin)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"tokenizer: {file} is not a tokenizers JSON file ({error})") from error
 
@@ -129,7 +131,7 @@ class JsonTokenizer:
         self._start(backend, name)
         return self
 
-    def _start(self, backend, name: str, ends: Sequence[int] = ()) -> None:
+    def _start(self, backend, name: str, ends: Sequence[int] = (), begin: int | None = None) -> None:
         self.backend, self.name = backend, name
         backend.no_truncation()  # which files may ask for, and which would quietly cut documents
         backend.no_padding()
@@ -139,7 +141,7 @@ class JsonTokenizer:
         if not found:
             backend.add_special_tokens([_END])
             found = [backend.token_to_id(_END)]
-        self.begin: int = found[0]
+        self.begin: int = begin if begin is not None and begin in special else found[0]
         self.end: int = found[0]
         self.ends: tuple[int, ...] = tuple(dict.fromkeys(found))
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -268,7 +270,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: the folder has none.
-        ValueError: its file is damaged, or what a converted model came with (:func:`end_ids`).
+        ValueError: its file is damaged, or that of the settings of generation.
     """
     file = Path(folder, FILE)
     if not file.is_file():
@@ -279,29 +281,35 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ValueError(f"{file}: damaged ({error}); restore it from a copy") from error
     if content == {"linnet": "byte"}:
         return ByteTokenizer()
-    tokenizer = JsonTokenizer(file, end_ids(folder, SOURCE))
-    begin = _setting(Path(folder, SOURCE_FILE), "bos_token_id")
-    if type(begin) is int and begin in tokenizer.backend.get_added_tokens_decoder():  # else of another vocabulary
-        tokenizer.begin = begin
-    return tokenizer
+    return JsonTokenizer(file, end_ids(folder), begin_id(folder))
 
 
-def end_ids(folder: str | Path, prefix: str = "", vocab_size: int | None = None) -> list[int]:
-    """Ids at which generation stops by the files of a transformers checkpoint: ``eos_token_id``, one or a list, of
-    ``generation_config.json`` or else of ``config.json``; none where neither says.
+def begin_id(folder: str | Path) -> int | None:
+    """Id that texts begin with by the files of a checkpoint, ours or of transformers: ``bos_token_id`` of
+    ``generation_config.json`` or else of ``config.json``. None where neither says an id.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    said = [_setting(Path(folder, name), "bos_token_id") for name in (GENERATION_FILE, CONFIG_FILE)]
+    return next((i for i in said if type(i) is int and i >= 0), None)
+
+
+def end_ids(folder: str | Path, vocab_size: int | None = None) -> list[int]:
+    """Ids at which generation stops by the files of a checkpoint, ours or of transformers: ``eos_token_id``, one or a
+    list, of ``generation_config.json`` or else of ``config.json``. None where neither says, or -1, as some write it.
 
     Args:
         folder: where the files are.
-        prefix: of their names.
         vocab_size: number of ids there are; None for any.
 
     Raises:
         ValueError: a file is damaged, or says something else than ids, or ids outside the vocabulary.
     """
     for name in (GENERATION_FILE, CONFIG_FILE):
-        file = Path(folder, f"{prefix}{name}")
+        file = Path(folder, name)
         said = _setting(file, "eos_token_id")
-        if said is None:
+        if said is None or said == -1:
             continue
         ids = said if isinstance(said, list) else [said]
         if not all(type(i) is int and i >= 0 and (vocab_size is None or i < vocab_size) for i in ids):
