@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,10 @@ def test_the_loss_is_the_decoders():
     loss.backward()
     expected = {name: p.grad.clone() for name, p in lm.named_parameters()}
     lm.zero_grad()
-    lm.gradient_checkpointing_enable()
+    newer = hasattr(lm, "activation_checkpointing_enable")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lm.activation_checkpointing_enable() if newer else lm.gradient_checkpointing_enable()
     assert lm.model.gradient_checkpointing
     lm(ids, labels=ids).loss.backward()
     for name, p in lm.named_parameters():
@@ -165,6 +169,10 @@ def test_the_loss_is_the_decoders():
     padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
     left = lm(padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100)).loss
     torch.testing.assert_close(left, loss)
+    if newer:
+        for option, value in (("every_n_layers", 2), ("offload", True)):
+            with pytest.raises(ValueError, match=f"{option}: expected"):
+                lm.activation_checkpointing_enable(**{option: value})
     parts = [lm(row, labels=row, num_items_in_batch=12).loss for row in ids.split(1)]
     torch.testing.assert_close(sum(parts), loss, rtol=1e-3, atol=1e-3)
 

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -317,6 +318,19 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
             state_dict = self.state_dict() if state_dict is None else state_dict
             state_dict = {name.removeprefix("model."): x for name, x in state_dict.items()}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """What ``activation_checkpointing_enable`` (in older releases ``gradient_checkpointing_enable``) comes down to:
+        all layers are recomputed, or none."""
+        if every_n_layers != 1:
+            raise ValueError(
+                f"every_n_layers: expected 1, a linnet decoder recomputes all layers, got {every_n_layers}"
+            )
+        if getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func) is not checkpoint:
+            raise ValueError("offload: expected False, a decoder keeps the inputs of its layers where they are")
+        self.model.gradient_checkpointing = enable
 
     def _tensors(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]
