@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from linnet.interop.convert import convert
 from linnet.models import Decoder, DecoderConfig
 from linnet.ops import Segments
-from linnet.tasks import load_tokenizer
+from linnet.tasks import ByteTokenizer, load_tokenizer, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs linnet[hf]")
 transformers = pytest.importorskip("transformers", reason="needs linnet[hf]")
@@ -143,6 +143,70 @@ def test_without_a_tokenizer_texts_end_as_the_files_say(settings, config, ends, 
     told = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
     assert (told["bos_token_id"], told.get("eos_token_id")) == (1, ends)
     assert told.get("pad_token_id") == (ends[0] if isinstance(ends, list) else ends)
+
+
+def bpe():
+    return train_bpe([b"some text, and more of it, and still more text"], 270)
+
+
+def test_a_converted_chat_model_keeps_its_template_and_tokens(tmp_path):
+    import linnet.interop.transformers  # noqa: F401
+
+    original("Qwen3", {"vocab_size": 280}, tmp_path / "theirs")
+    backend = bpe().backend
+    backend.add_special_tokens(["<|im_end|>", "<s>"])
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    theirs.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    theirs.save_pretrained(tmp_path / "theirs")
+    begin, end = theirs.bos_token_id, theirs.eos_token_id
+    settings = {"bos_token_id": begin, "eos_token_id": [end, 0]}  # before what config.json says, token 1
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps(settings))
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    assert load_tokenizer(tmp_path / "ours").begin == begin
+    chat = [{"role": "user", "content": "more"}]
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id, ours.padding_side) == (begin, end, 0, "left")
+    assert ours.apply_chat_template(chat)["input_ids"] == theirs.apply_chat_template(chat)["input_ids"]
+
+    file = tmp_path / "ours" / "source_tokenizer_config.json"  # as older releases wrote it, and a token it has not
+    said = {"chat_template": "old", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<pad>"}
+    file.write_text(json.dumps(said))
+    (tmp_path / "ours" / "source_chat_template.jinja").unlink()
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert (ours.chat_template, ours.eos_token_id, ours.pad_token_id, len(ours)) == ("old", end, 0, len(theirs))
+    ours.chat_template = "new"
+    ours.save_pretrained(tmp_path / "ours")  # what the user says wins
+    convert(tmp_path / "ours", tmp_path / "back", to="qwen3")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == "new"
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", None])
+@pytest.mark.parametrize("to", ["llama", "olmo_hybrid"])  # whose usual end and padding are others
+def test_a_model_of_ours_takes_its_tokenizer_along(kind, to, tmp_path):
+    name, options = CASES[to]
+    original(name, {**options, "vocab_size": 280}, tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "like")
+    Decoder.load(tmp_path / "like").save(tmp_path / "m")  # knows nothing of theirs
+    if kind is not None:
+        (ByteTokenizer() if kind == "byte" else bpe()).save(tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "out", to=to)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    end = {"byte": 256, "bpe": 0, None: None}[kind]
+    for settings in (model.config, model.generation_config):
+        assert (settings.bos_token_id, settings.eos_token_id) == (end, end)
+    assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (None, end)
+    if kind is None:
+        return
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, end, end)
+    text = "a längere text\n"
+    ids = load_tokenizer(tmp_path / "m").encode(text.encode()).tolist()
+    assert tokenizer(text).input_ids == ids and tokenizer.decode(ids) == text
+    convert(tmp_path / "out", tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert (again.encode(text.encode()).tolist(), again.begin, again.ends) == (ids, end, (end,))
 
 
 def test_wrong_checkpoints_are_refused_by_name(tmp_path):

@@ -21,26 +21,28 @@ from torch import Tensor
 from linnet.models import Decoder, DecoderConfig, atomic_folder
 from linnet.models.decoder import check_tensors, refuse_tensors
 from linnet.models.io import (
+    CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     GENERATION_FILE,
     MODEL_TYPE,
     SOURCE,
     SOURCE_FILE,
+    TOKENIZER_SETTINGS_FILE,
     WEIGHTS_FILE,
     read_checkpoint,
     write_checkpoint,
 )
 from linnet.ops.core import check_choice
 from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
-from linnet.tasks.tokenizers import begin_id, end_ids, load_tokenizer
+from linnet.tasks.tokenizers import ByteTokenizer, begin_id, end_ids, load_tokenizer
 from linnet.training import find_model
 
 from .layouts import LAYOUTS, Fields, Layout, Shape
 
 __all__ = ["Conversion", "convert"]
 
-# What lies beside their weights and means nothing to a decoder: kept as source_NAME for the way back.
-_BESIDE = (GENERATION_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# What lies beside a tokenizer and means nothing to a decoder: kept as source_NAME for transformers and the way back.
+_BESIDE = (TOKENIZER_SETTINGS_FILE, "special_tokens_map.json", CHAT_TEMPLATE_FILE)
 
 
 class Conversion(NamedTuple):
@@ -75,7 +77,8 @@ def convert(
             model or run folder, which becomes one in the layout ``to``.
         target: folder to write. A ``tokenizer.json`` comes along, and so does the source's configuration, from which
             the way back fills in what a decoder does not know, with those of its tokenizer and of generation. A
-            ``generation_config.json`` says which tokens begin and end texts.
+            ``generation_config.json`` says which tokens begin and end texts. A linnet model's own tokenizer is written
+            as transformers reads it.
         to: the layout to write ("llama", "qwen3", …); for a linnet model only.
         dtype: of the tensors to write; when None each keeps its own (decays are often fp32 among halves), but in fp32
             where some are computed (norm weights that a layout stores as differences from 1), which halves would round.
@@ -155,9 +158,10 @@ def _import(
     with atomic_folder(target, overwrite) as partial:
         write_checkpoint(partial, config.to_dict(), tensors)
         shutil.copyfile(folder / CONFIG_FILE, partial / SOURCE_FILE)
-        for name in (TOKENIZER_FILE, *_BESIDE):
-            _copy(folder / name, partial / (name if name == TOKENIZER_FILE else f"{SOURCE}{name}"))
-        (partial / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        _copy(folder / TOKENIZER_FILE, partial / TOKENIZER_FILE)
+        for name in (GENERATION_FILE, *_BESIDE):
+            _copy(folder / name, partial / f"{SOURCE}{name}")
+        _write_json(partial / GENERATION_FILE, generation)
     return Conversion(kind, MODEL_TYPE, sum(x.numel() for x in tensors.values()), found, ignored)
 
 
@@ -205,18 +209,42 @@ def _export(
         fields = {}  # theirs says the same, in its own words
     type_ = tensors["embed_tokens.weight"].dtype
     header = {"architectures": [layout.architecture], "model_type": to, "dtype": str(type_).removeprefix("torch.")}
+    generation = _generation(folder, config.vocab_size)
+    if not kept:  # transformers would take the layout's defaults, which are tokens of another vocabulary
+        tokens = {name: generation.get(name) for name in ("bos_token_id", "eos_token_id")}
+        header |= {**tokens, "pad_token_id": None}  # whose embedding it would not train
     with atomic_folder(target, overwrite) as partial:
-        text = json.dumps(kept | fields | header, indent=2)
-        (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        _write_json(partial / CONFIG_FILE, kept | fields | header)
         save_file(
             {name: x.clone(memory_format=torch.contiguous_format) for name, x in found.items()},
             partial / WEIGHTS_FILE,
             metadata={"format": "pt"},
         )
-        _copy(folder / TOKENIZER_FILE, partial / TOKENIZER_FILE)
-        for name in _BESIDE if kept else ():
-            _copy(folder / f"{SOURCE}{name}", partial / name)
+        if not kept or not _copy(folder / f"{SOURCE}{GENERATION_FILE}", partial / GENERATION_FILE):
+            _write_json(partial / GENERATION_FILE, generation)
+        _export_tokenizer(folder, partial, generation)
     return Conversion(MODEL_TYPE, to, sum(x.numel() for x in found.values()), type_, [])
+
+
+def _export_tokenizer(folder: Path, target: Path, generation: dict[str, Any]) -> None:
+    """The tokenizer of a linnet folder in files of transformers: those that ``save_pretrained`` has written there, or
+    else those that a converted model came with, or else ours."""
+    if not (folder / TOKENIZER_FILE).is_file():
+        return
+    tokenizer = load_tokenizer(folder)
+    if isinstance(tokenizer, ByteTokenizer):
+        tokenizer.backend.save(str(target / TOKENIZER_FILE))
+    else:
+        _copy(folder / TOKENIZER_FILE, target / TOKENIZER_FILE)
+    prefix = "" if (folder / TOKENIZER_SETTINGS_FILE).is_file() else SOURCE
+    for name in _BESIDE:
+        _copy(folder / f"{prefix}{name}", target / name)
+    if not (target / TOKENIZER_SETTINGS_FILE).is_file():
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+        for name, ids in generation.items():
+            first = ids[0] if isinstance(ids, list) else ids
+            said[name.removesuffix("_id")] = tokenizer.backend.id_to_token(first)
+        _write_json(target / TOKENIZER_SETTINGS_FILE, said)
 
 
 def _apply(
@@ -244,6 +272,12 @@ def _open(folder: Path) -> tuple[set[str], Callable[[str], Tensor]]:
     return set(where), lambda name: where[name].get_tensor(name)
 
 
-def _copy(source: Path, target: Path) -> None:
-    if source.is_file():
+def _copy(source: Path, target: Path) -> bool:
+    """Whether there was something to copy."""
+    if found := source.is_file():
         shutil.copyfile(source, target)
+    return found
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

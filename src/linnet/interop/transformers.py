@@ -39,12 +39,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linnet.mixers.parts import GateLinear
 from linnet.models import Decoder, DecoderConfig, MixtureOfExperts
-from linnet.models.io import FORMAT_VERSION, MODEL_TYPE
+from linnet.models.io import CHAT_TEMPLATE_FILE, FORMAT_VERSION, MODEL_TYPE, SOURCE, TOKENIZER_SETTINGS_FILE
 from linnet.models.mlp import at_least_fp32
 from linnet.ops import Segments
 from linnet.ops.core import map_state, repeat_rows, select_rows
 from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
-from linnet.tasks.tokenizers import ByteTokenizer, JsonTokenizer, load_tokenizer
+from linnet.tasks.tokenizers import load_tokenizer, read_settings
 from linnet.training import find_model
 
 __all__ = ["FolderTokenizer", "LinnetConfig", "LinnetForCausalLM", "StateCache", "fast_tokenizer", "packing"]
@@ -455,8 +455,8 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
 
 def fast_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerFast:
     """The tokenizer of a model or run folder for transformers, padding on the left, with the end-of-document token as
-    ``eos`` and padding, and as ``bos`` but in a converted model that has one. Texts are encoded without it, as
-    everywhere in transformers.
+    ``eos``, ``bos`` and padding; a converted model has the tokens of its makers instead, as far as they named them, and
+    their chat template. Texts are encoded without ``bos``, unless the file of the tokenizer itself puts it there.
 
     Args:
         folder: the folder.
@@ -465,21 +465,26 @@ def fast_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerFas
     Raises:
         FileNotFoundError: the folder has none.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    folder = find_model(folder)
+    tokenizer = load_tokenizer(folder)
+    backend = tokenizer.backend
+    begin, end = (backend.id_to_token(i) for i in (tokenizer.begin, tokenizer.end))
+    given = {"bos_token": begin, "eos_token": end, "pad_token": end, "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **(given | _source_settings(folder, backend) | options))
 
-    tokenizer = load_tokenizer(find_model(folder))
-    if isinstance(tokenizer, JsonTokenizer):
-        backend = tokenizer.backend
-    else:
-        alphabet = _byte_alphabet()
-        backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens(["<|endoftext|>"])
-        assert backend.token_to_id("<|endoftext|>") == ByteTokenizer.end
-    begin, end = (backend.id_to_token(i) for i in (tokenizer.begin, tokenizer.end))  # type: ignore[attr-defined]
-    given = {"bos_token": begin, "eos_token": end, "pad_token": end, "padding_side": "left", **options}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **given)
+
+def _source_settings(folder: Path, backend: Any) -> dict[str, Any]:
+    """What the makers of a converted model said of its tokenizer beside its ``tokenizer.json``."""
+    said = read_settings(folder / f"{SOURCE}{TOKENIZER_SETTINGS_FILE}")
+    found = {name: said.get(name) for name in ("chat_template", "model_max_length")}
+    template = folder / f"{SOURCE}{CHAT_TEMPLATE_FILE}"
+    if template.is_file():
+        found["chat_template"] = template.read_text(encoding="utf-8")
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = said.get(name)
+        token = token.get("content") if isinstance(token, dict) else token  # as older releases wrote them
+        found[name] = token if isinstance(token, str) and backend.token_to_id(token) is not None else None
+    return {name: x for name, x in found.items() if x is not None}
 
 
 class FolderTokenizer(PreTrainedTokenizerFast):
@@ -490,17 +495,10 @@ class FolderTokenizer(PreTrainedTokenizerFast):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         name = pretrained_model_name_or_path
         own = isinstance(name, (str, os.PathLike)) and Path(name, TOKENIZER_FILE).is_file()
-        if own and not Path(name, "tokenizer_config.json").is_file():
+        if own and not Path(name, TOKENIZER_SETTINGS_FILE).is_file():
             sides = ("padding_side", "truncation_side", "model_max_length")
             return fast_tokenizer(Path(name), **{key: kwargs[key] for key in sides if key in kwargs})
         return PreTrainedTokenizerFast.from_pretrained(name, *args, **kwargs)
-
-
-def _byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's convention)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
 AutoConfig.register(MODEL_TYPE, LinnetConfig, exist_ok=True)

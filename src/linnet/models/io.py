@@ -22,7 +22,10 @@ FORMAT_VERSION = 1
 MODEL_TYPE = "linnet"  # by which the transformers library knows the folder
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-GENERATION_FILE = "generation_config.json"  # of transformers
+# Of transformers, beside the model.
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SOURCE = "source_"  # before the names of files that a converted model came with
 SOURCE_FILE = f"{SOURCE}{CONFIG_FILE}"
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}

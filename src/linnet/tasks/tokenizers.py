@@ -38,6 +38,7 @@ class Tokenizer(Protocol):
     """What the rest of the library needs of a tokenizer.
 
     Attributes:
+        backend: the ``tokenizers.Tokenizer`` of the same ids.
         name: for people, e.g. ``"byte"``.
         vocab_size: one more than the largest id.
         end: id of the end-of-document token.
@@ -50,6 +51,9 @@ class Tokenizer(Protocol):
     end: int
     begin: int
     ends: tuple[int, ...]
+
+    @property
+    def backend(self) -> Any: ...
 
     def encode(self, text: bytes) -> np.ndarray:
         """Ids of ``text`` (1-D, unsigned), without end-of-document tokens."""
@@ -95,6 +99,29 @@ class ByteTokenizer:
 
     def save(self, folder: str | Path) -> None:
         Path(folder, FILE).write_text(json.dumps({"linnet": "byte"}) + "\n", encoding="utf-8")
+
+    @property
+    def backend(self) -> Any:
+        """The same ids as a ``tokenizers.Tokenizer``, for other libraries; it takes text alone.
+
+        Raises:
+            ValueError: the `tokenizers` package is missing.
+        """
+        backend = _library()
+        alphabet = {character: i for i, character in enumerate(_byte_alphabet())}
+        made = backend.Tokenizer(backend.models.BPE(vocab=alphabet, merges=[]))
+        made.pre_tokenizer = backend.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = backend.decoders.ByteLevel()
+        made.add_special_tokens([_END])
+        assert made.token_to_id(_END) == self.end
+        return made
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's convention)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
 class JsonTokenizer:
@@ -291,7 +318,7 @@ def begin_id(folder: str | Path) -> int | None:
     Raises:
         ValueError: a file is damaged.
     """
-    said = [_setting(Path(folder, name), "bos_token_id") for name in (GENERATION_FILE, CONFIG_FILE)]
+    said = [read_settings(Path(folder, name)).get("bos_token_id") for name in (GENERATION_FILE, CONFIG_FILE)]
     return next((i for i in said if type(i) is int and i >= 0), None)
 
 
@@ -308,7 +335,7 @@ def end_ids(folder: str | Path, vocab_size: int | None = None) -> list[int]:
     """
     for name in (GENERATION_FILE, CONFIG_FILE):
         file = Path(folder, name)
-        said = _setting(file, "eos_token_id")
+        said = read_settings(file).get("eos_token_id")
         if said is None or said == -1:
             continue
         ids = said if isinstance(said, list) else [said]
@@ -319,11 +346,15 @@ def end_ids(folder: str | Path, vocab_size: int | None = None) -> list[int]:
     return []
 
 
-def _setting(file: Path, name: str) -> Any:
-    """What a JSON file says about ``name``; None where there is no file or it says nothing."""
+def read_settings(file: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
-    except (ValueError, AttributeError) as error:
+        return {**json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: damaged ({error!r}); restore it from a copy") from error
 
 
