@@ -243,7 +243,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from linnet.interop.transformers import fast_tokenizer
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model")
-assert model.generation_config.eos_token_id == 256
+assert model.generation_config.eos_token_id == model.generation_config.bos_token_id == 256
 tokenizer = fast_tokenizer(sys.argv[1])
 assert tokenizer("é\\n").input_ids == [195, 169, 10] and tokenizer.decode([195, 169, 10]) == "é\\n"
 run = pipeline("text-generation", model=model, tokenizer=tokenizer)
@@ -316,15 +316,10 @@ def test_trainer(tmp_path):
     rows = [{"input_ids": [i % 7 + 1, i % 7 + 2] * 4} for i in range(16)]
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to="none",
-        save_strategy="no", logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant",
-        weight_decay=0.1,
+        save_steps=12, logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant", weight_decay=0.1,
     )  # fmt: skip
-    trainer = Trainer(
-        lm,
-        arguments,
-        train_dataset=rows,
-        data_collator=transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True),
-    )
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    trainer = Trainer(lm, arguments, train_dataset=rows, data_collator=collator)
     trainer.train()
     groups = [(group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups]
     assert groups == [(1e-2, 0.1), (1e-2, 0.0), (1e-3, 0.0)]  # the last: steps and poles of s4d
@@ -332,6 +327,12 @@ def test_trainer(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     trainer.save_model(str(tmp_path / "saved"))
     torch.testing.assert_close(Decoder.load(tmp_path / "saved").state_dict(), lm.model.state_dict())
+
+    untrained = model(["gla(num_heads=2)", "s4d(state_size=4)"]).train()
+    resumed = Trainer(untrained, arguments, train_dataset=rows, data_collator=collator)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))  # there is nothing left to train
+    torch.testing.assert_close(untrained.state_dict(), lm.state_dict(), rtol=0, atol=0)
+    untrained.load_state_dict(lm.state_dict())  # and by its own names
 
 
 @pytest.mark.slow

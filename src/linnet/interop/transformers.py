@@ -259,6 +259,14 @@ def packing(
     return Packing()
 
 
+def _take_names_of_files(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """When ``Trainer`` resumes, or goes back to the best model, it gives ``load_state_dict`` what ``save_pretrained``
+    wrote, and goes on whatever is missing."""
+    for name in [key for key in state_dict if key.startswith(prefix)]:
+        if not name.startswith(f"{prefix}model."):
+            state_dict[f"{prefix}model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+
+
 class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
     """A linnet decoder, ``model``, as a causal language model of transformers.
 
@@ -281,6 +289,7 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
         for tensor in self._tensors():  # the decoder initialises itself; transformers would draw it anew
             if not tensor.is_meta:
                 tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.register_load_state_dict_pre_hook(_take_names_of_files)
         self.post_init()
 
     @classmethod
@@ -295,9 +304,9 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the folder may also be a whole run of ``linnet train``. Generation stops at any of the
-        ``ends`` of the tokenizer that the folder holds, unless it is told where. A ``quantization_config`` that does
-        not say itself what to leave out leaves out gates, routers and the head."""
+        """As in transformers; the folder may also be a whole run of ``linnet train``. Generation begins (without
+        a prompt) and stops as the folder's tokenizer says (``begin``, ``ends``), unless it is told where. A
+        ``quantization_config`` that does not say itself what to leave out leaves out gates, routers and the head."""
         folder = _model_folder(pretrained_model_name_or_path)
         if kwargs.get("quantization_config") is not None:
             config: Any = kwargs.get("config") or LinnetConfig.from_pretrained(folder)
@@ -306,6 +315,7 @@ class LinnetForCausalLM(PreTrainedModel, GenerationMixin):
         settings = (loaded[0] if isinstance(loaded, tuple) else loaded).generation_config
         if settings.eos_token_id is None and isinstance(folder, str) and Path(folder, TOKENIZER_FILE).is_file():
             tokenizer = load_tokenizer(folder)
+            settings.bos_token_id = tokenizer.begin
             settings.pad_token_id = tokenizer.end
             settings.eos_token_id = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.end
         return loaded
