@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linnet.ops import ScanState, Segments, minmax_scan, scan, selective_scan
+from linnet.ops.core import check_log_decay, check_not_negative
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,3 +81,19 @@ def test_conjugated_inputs_are_read_as_they_are():
     lazy = scan(a.conj(), b.conj(), state=ScanState(h[:, 0].conj()))
     plain = scan(*(x.conj().resolve_conj() for x in (a, b)), state=ScanState(h[:, 0].conj().resolve_conj()))
     torch.testing.assert_close(lazy, plain, rtol=0, atol=0)
+
+
+def test_values_on_a_gpu_are_not_touched_unchecked() -> None:
+    """Not even negated, which for step sizes costs more than a tenth of a selective scan."""
+    asked = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    elsewhere = torch.ones(3, device="meta")
+    with Watched():
+        check_not_negative("delta", elsewhere)
+        check_log_decay("A", elsewhere)
+    assert not asked

@@ -216,23 +216,21 @@ def check_segments(segments: Segments | None, x: Tensor) -> int:
 def check_log_decay(name: str, g: Tensor) -> None:
     """Refuse positive or NaN log-decays. Reading values on a GPU would synchronise, so there only inside
     :func:`value_checks`."""
-    worst = _largest(g)
+    worst = float(g.detach().max()) if _readable(g) else 0.0
     if not worst <= 0:
         raise ValueError(f"{name}: expected natural-log decays, all <= 0 (-inf resets), got a maximum of {worst:g}")
 
 
 def check_not_negative(name: str, x: Tensor) -> None:
     """Refuse negative or NaN entries, where :func:`check_log_decay` looks at values."""
-    worst = -_largest(-x)
+    worst = float(x.detach().min()) if _readable(x) else 0.0
     if not worst >= 0:
         raise ValueError(f"{name}: expected no negative entry, got a minimum of {worst:g}")
 
 
-def _largest(x: Tensor) -> float:
-    """The largest entry, 0 where values are not to be read."""
-    if not concrete(x) or not (_value_checks or x.device.type == "cpu") or x.numel() == 0:
-        return 0.0
-    return float(x.detach().max())
+def _readable(x: Tensor) -> bool:
+    """Whether there are values, and they are to be read."""
+    return concrete(x) and (_value_checks or x.device.type == "cpu") and x.numel() > 0
 
 
 def concrete(x: Tensor) -> bool:

@@ -1,10 +1,12 @@
 """Triton kernels of the selective scan.
 
-A thread has a channel of the features with all its states in registers and walks token by token; a program has a block
-of channels and CHUNK tokens, and the chunks of a sequence run side by side. A first launch (LOCAL) walks every chunk
+A program has a block of channels with all their states in registers and walks token by token through CHUNK tokens; the
+chunks of a sequence run side by side. A thread has some neighbouring channels of some of the states, so that sums over
+the states and sums over the channels both take few steps between threads. A first launch (LOCAL) walks every chunk
 from zeros for what it leaves behind, `carry_kernel` takes that from chunk to chunk, and a last launch walks every chunk
 from the states before it, which are kept. The backward pass does the same from the end, and makes the states of a chunk
-again from those: first every SUB-th, then those between, SUB at a time.
+again from those: first every SUB-th, then those between, SUB at a time. All of SUB tokens is loaded before any of it is
+used: then one wait for memory is enough.
 
 Powers are of two: ``A`` comes in multiplied by log2(e).
 """
@@ -32,22 +34,22 @@ def _place(unit, chunks, D, G, BD: tl.constexpr):
 
 
 @triton.jit
-def _tile(n, D, col):
-    """Where the states of some channels are. Without a claim about alignment a thread gets whole columns of the tile,
-    and sums over the states stay within it."""
-    return tl.multiple_of(n[:, None] * D + col[None, :], (1, 1))
+def _numbers(ptr, at, D, col, within, end, SUB: tl.constexpr):
+    """The values of every channel at SUB tokens from ``at``, none from token ``end`` on."""
+    found = ()
+    for i in tl.static_range(SUB):
+        found = found + (tl.load(ptr + (at + i) * D + col, mask=within & (at + i < end), other=0.0).to(tl.float32),)
+    return found
 
 
 @triton.jit
-def _numbers(ptr, at, D, col, ok):
-    """One token's value of every channel."""
-    return tl.load(ptr + at * D + col, mask=ok, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _map(ptr, at, S, n, ok):
-    """One token's input or output map."""
-    return tl.load(ptr + at * S + n, mask=ok, other=0.0).to(tl.float32)[:, None]
+def _maps(ptr, at, group, G, S, n, end, SUB: tl.constexpr):
+    """The input or output maps of SUB tokens from ``at``, none from token ``end`` on."""
+    found = ()
+    for i in tl.static_range(SUB):
+        ok = (n < S) & (at + i < end)
+        found = found + (tl.load(ptr + ((at + i) * G + group) * S + n, mask=ok, other=0.0).to(tl.float32)[:, None],)
+    return found
 
 
 @triton.jit
@@ -80,6 +82,7 @@ def forward_kernel(
     D,
     G,
     CHUNK: tl.constexpr,
+    SUB: tl.constexpr,
     BS: tl.constexpr,
     BD: tl.constexpr,
     LOCAL: tl.constexpr,  # then the last chunk is left out
@@ -89,7 +92,7 @@ def forward_kernel(
     n = tl.arange(0, BS)
     real = n < S
     both = real[:, None] & within[None, :]
-    tile = _tile(n, D, col)
+    tile = n[:, None] * D + col[None, :]
     A = tl.load(A_ptr + tile, mask=both, other=0.0).to(tl.float32) * LOG2E
     p0 = chunk * CHUNK
     h = tl.zeros([BS, BD], tl.float32)
@@ -101,23 +104,27 @@ def forward_kernel(
         h += tl.load(edge_ptr + (chunk * rows + row) * S * D + tile, mask=both & (chunk > 0), other=0.0)
         if skip_ptr is not None:
             skip = tl.load(skip_ptr + col, mask=within, other=0.0).to(tl.float32)
-    for i in range(0, tl.minimum(CHUNK, T - p0)):
-        at = row * T + p0 + i
-        x = _numbers(x_ptr, at, D, col, within)
-        dt = _numbers(dt_ptr, at, D, col, within)
-        B = _map(B_ptr, at * G + group, S, n, real)
-        if PACKED:
-            seq, first, final = _bounds(ids_ptr, p0 + i, T, True)
-            entering = tl.load(start_ptr + seq * D * S + tile, mask=both & first, other=0.0)
-            h = tl.where(first, entering, h)
-        h = tl.exp2(dt[None, :] * A) * h + B * (dt * x)[None, :]
-        if LOCAL:
-            reach += dt
-        else:
-            y = tl.sum(_map(C_ptr, at * G + group, S, n, real) * h, 0) + skip * x
-            tl.store(y_ptr + at * D + col, y.to(y_ptr.dtype.element_ty), mask=within)
+    end = (row + 1) * T
+    for s in range(0, tl.cdiv(tl.minimum(CHUNK, T - p0), SUB)):
+        at = row * T + p0 + s * SUB
+        xs, dts = _numbers(x_ptr, at, D, col, within, end, SUB), _numbers(dt_ptr, at, D, col, within, end, SUB)
+        Bs = _maps(B_ptr, at, group, G, S, n, end, SUB)
+        if not LOCAL:
+            Cs = _maps(C_ptr, at, group, G, S, n, end, SUB)
+        for i in tl.static_range(SUB):
+            live = at + i < end
             if PACKED:
-                tl.store(last_ptr + seq * D * S + tile, h, mask=both & final)
+                seq, first, final = _bounds(ids_ptr, p0 + s * SUB + i, T, live)
+                entering = tl.load(start_ptr + seq * D * S + tile, mask=both & first, other=0.0)
+                h = tl.where(first, entering, h)
+            h = tl.exp2(dts[i][None, :] * A) * h + Bs[i] * (dts[i] * xs[i])[None, :]
+            if LOCAL:
+                reach += dts[i]
+            else:
+                y = tl.sum(Cs[i] * h, 0) + skip * xs[i]
+                tl.store(y_ptr + (at + i) * D + col, y.to(y_ptr.dtype.element_ty), mask=within & live)
+                if PACKED:
+                    tl.store(last_ptr + seq * D * S + tile, h, mask=both & final)
     if LOCAL:
         tl.store(edge_ptr + ((chunk + 1) * rows + row) * S * D + tile, h, mask=both)
         tl.store(reach_ptr + (chunk * rows + row) * D + col, reach, mask=within)
@@ -180,6 +187,7 @@ def backward_local_kernel(
     D,
     G,
     CHUNK: tl.constexpr,
+    SUB: tl.constexpr,
     BS: tl.constexpr,
     BD: tl.constexpr,
     PACKED: tl.constexpr,
@@ -190,25 +198,26 @@ def backward_local_kernel(
     n = tl.arange(0, BS)
     real = n < S
     both = real[:, None] & within[None, :]
-    tile = _tile(n, D, col)
+    tile = n[:, None] * D + col[None, :]
     A = tl.load(A_ptr + tile, mask=both, other=0.0).to(tl.float32) * LOG2E
     p0 = chunk * CHUNK
-    count = tl.minimum(CHUNK, T - p0)
     g = tl.zeros([BS, BD], tl.float32)
     if not PACKED:
         g = tl.load(dlast_ptr + row * D * S + tile, mask=both & (chunk == chunks - 1), other=0.0)
     reach = tl.zeros([BD], tl.float32)
-    for i in range(0, count):
-        p = p0 + count - 1 - i
-        at = row * T + p
-        dt = _numbers(dt_ptr, at, D, col, within)
-        dy = _numbers(dy_ptr, at, D, col, within)
-        if PACKED:
-            seq, _first, final = _bounds(ids_ptr, p, T, True)
-            ending = tl.load(dlast_ptr + seq * D * S + tile, mask=both & final, other=0.0)
-            g = tl.where(final, ending, g)
-        g = tl.exp2(dt[None, :] * A) * (g + _map(C_ptr, at * G + group, S, n, real) * dy[None, :])
-        reach += dt
+    end = (row + 1) * T
+    subs = tl.cdiv(tl.minimum(CHUNK, T - p0), SUB)
+    for back in range(0, subs):
+        at = row * T + p0 + (subs - 1 - back) * SUB
+        dts, dys = _numbers(dt_ptr, at, D, col, within, end, SUB), _numbers(dy_ptr, at, D, col, within, end, SUB)
+        Cs = _maps(C_ptr, at, group, G, S, n, end, SUB)
+        for i in tl.static_range(SUB - 1, -1, -1):
+            if PACKED:
+                seq, _first, final = _bounds(ids_ptr, at - row * T + i, T, at + i < end)
+                ending = tl.load(dlast_ptr + seq * D * S + tile, mask=both & final, other=0.0)
+                g = tl.where(final, ending, g)
+            g = tl.exp2(dts[i][None, :] * A) * (g + Cs[i] * dys[i][None, :])
+            reach += dts[i]
     tl.store(edge_ptr + ((chunk - 1) * rows + row) * S * D + tile, g, mask=both)
     tl.store(reach_ptr + (chunk * rows + row) * D + col, reach, mask=within)
 
@@ -250,11 +259,11 @@ def backward_kernel(
     n = tl.arange(0, BS)
     real = n < S
     room = tl.program_id(0).to(tl.int64) * CHUNK // SUB
-    inside = _tile(n, BD, tl.arange(0, BD))
+    inside = n[:, None] * BD + tl.arange(0, BD)[None, :]
     for unit in range(tl.program_id(0), rows * chunks * G * tl.cdiv(D // G, BD), tl.num_programs(0)):
         row, chunk, group, block, col, within = _place(unit, chunks, D, G, BD)
         both = real[:, None] & within[None, :]
-        tile = _tile(n, D, col)
+        tile = n[:, None] * D + col[None, :]
         A = tl.load(A_ptr + tile, mask=both, other=0.0).to(tl.float32) * LOG2E
         p0 = chunk * CHUNK
         subs = tl.cdiv(tl.minimum(CHUNK, T - p0), SUB)
@@ -269,64 +278,54 @@ def backward_kernel(
             skip = tl.load(skip_ptr + col, mask=within, other=0.0).to(tl.float32)
         dskip = tl.zeros([BD], tl.float32)
         dA = tl.zeros([BS, BD], tl.float32)
+        end = (row + 1) * T
         for s in range(0, subs):
+            at = row * T + p0 + s * SUB
+            xs, dts = _numbers(x_ptr, at, D, col, within, end, SUB), _numbers(dt_ptr, at, D, col, within, end, SUB)
+            Bs = _maps(B_ptr, at, group, G, S, n, end, SUB)
             tl.store(scratch_ptr + (room + s) * BS * BD + inside, h)
             for i in tl.static_range(SUB):
-                p = p0 + s * SUB + i
-                at = row * T + p
-                ok = within & (p < T)
-                dt = _numbers(dt_ptr, at, D, col, ok)
-                wrote = dt * _numbers(x_ptr, at, D, col, ok)
                 if PACKED:
-                    seq, first, final = _bounds(ids_ptr, p, T, p < T)
+                    seq, first, final = _bounds(ids_ptr, p0 + s * SUB + i, T, at + i < end)
                     entering = tl.load(start_ptr + seq * D * S + tile, mask=both & first, other=0.0)
                     h = tl.where(first, entering, h)
-                B = _map(B_ptr, at * G + group, S, n, real & (p < T))
-                h = tl.exp2(dt[None, :] * A) * h + B * wrote[None, :]
+                h = tl.exp2(dts[i][None, :] * A) * h + Bs[i] * (dts[i] * xs[i])[None, :]
         for back in range(0, subs):
             s = subs - 1 - back
+            at = row * T + p0 + s * SUB
+            xs, dts = _numbers(x_ptr, at, D, col, within, end, SUB), _numbers(dt_ptr, at, D, col, within, end, SUB)
+            dys = _numbers(dy_ptr, at, D, col, within, end, SUB)
+            Bs, Cs = _maps(B_ptr, at, group, G, S, n, end, SUB), _maps(C_ptr, at, group, G, S, n, end, SUB)
             h = tl.load(scratch_ptr + (room + s) * BS * BD + inside)
             kepts = ()
             for i in tl.static_range(SUB):
-                p = p0 + s * SUB + i
-                at = row * T + p
-                ok = within & (p < T)
-                dt = _numbers(dt_ptr, at, D, col, ok)
-                wrote = dt * _numbers(x_ptr, at, D, col, ok)
                 if PACKED:
-                    seq, first, final = _bounds(ids_ptr, p, T, p < T)
+                    seq, first, final = _bounds(ids_ptr, p0 + s * SUB + i, T, at + i < end)
                     entering = tl.load(start_ptr + seq * D * S + tile, mask=both & first, other=0.0)
                     h = tl.where(first, entering, h)
-                kept = tl.exp2(dt[None, :] * A) * h
+                kept = tl.exp2(dts[i][None, :] * A) * h
                 kepts = kepts + (kept,)
-                h = kept + _map(B_ptr, at * G + group, S, n, real & (p < T)) * wrote[None, :]
-            for j in tl.static_range(SUB):
-                p = p0 + s * SUB + (SUB - 1 - j)
-                at = row * T + p
-                ok = within & (p < T)
-                mapped = real & (p < T)
-                x = _numbers(x_ptr, at, D, col, ok)
-                dt = _numbers(dt_ptr, at, D, col, ok)
-                dy = _numbers(dy_ptr, at, D, col, ok)
-                B = _map(B_ptr, at * G + group, S, n, mapped)
-                C = _map(C_ptr, at * G + group, S, n, mapped)
+                h = kept + Bs[i] * (dts[i] * xs[i])[None, :]
+            for i in tl.static_range(SUB - 1, -1, -1):
+                x, dt, dy, B, C, kept = xs[i], dts[i], dys[i], Bs[i], Cs[i], kepts[i]
+                live = at + i < end
                 if PACKED:
-                    seq, first, final = _bounds(ids_ptr, p, T, p < T)
+                    seq, first, final = _bounds(ids_ptr, p0 + s * SUB + i, T, live)
                     ending = tl.load(dlast_ptr + seq * D * S + tile, mask=both & final, other=0.0)
                     g = tl.where(final, ending, g)
                 g += C * dy[None, :]
                 wrote = dt * x
-                by_step = g * kepts[SUB - 1 - j]  # what of the states before is kept, without a difference of states
+                by_step = g * kept  # what of the states before is kept, without a difference of states
                 written = tl.sum(g * B, 0)
                 dx = skip * dy + dt * written
                 ddt = x * written + LN2 * tl.sum(by_step * A, 0)
                 dA += by_step * dt[None, :]
                 dskip += dy * x
-                out = ((block * rows + row) * T + p) * G * S + group * S + n
-                tl.store(dB_ptr + out, tl.sum(g * wrote[None, :], 1), mask=mapped)
-                tl.store(dC_ptr + out, tl.sum((kepts[SUB - 1 - j] + B * wrote[None, :]) * dy[None, :], 1), mask=mapped)
-                tl.store(dx_ptr + at * D + col, dx.to(dx_ptr.dtype.element_ty), mask=ok)
-                tl.store(ddt_ptr + at * D + col, ddt.to(ddt_ptr.dtype.element_ty), mask=ok)
+                out = (block * rows * T + at + i) * G * S + group * S + n
+                tl.store(dB_ptr + out, tl.sum(g * wrote[None, :], 1), mask=real & live)
+                tl.store(dC_ptr + out, tl.sum((kept + B * wrote[None, :]) * dy[None, :], 1), mask=real & live)
+                tl.store(dx_ptr + (at + i) * D + col, dx.to(dx_ptr.dtype.element_ty), mask=within & live)
+                tl.store(ddt_ptr + (at + i) * D + col, ddt.to(ddt_ptr.dtype.element_ty), mask=within & live)
                 g = tl.exp2(dt[None, :] * A) * g
                 if PACKED:
                     tl.store(dstart_ptr + seq * D * S + tile, g, mask=both & first)

@@ -13,8 +13,16 @@ from .selective import tile_length
 
 __all__ = ["backward", "forward"]
 
-SUB = 4  # tokens whose states the backward pass has in registers at a time
-RESIDENT = 8  # programs of the backward pass that a multiprocessor has room for
+RESIDENT = 12  # warps of the backward pass that a multiprocessor has room for
+
+
+def settings(S: int, backward: bool, nvidia: bool) -> dict[str, int]:
+    """Channels of a program, tokens that are loaded together, and warps: a thread has 32 numbers of a tile of states,
+    16 in the backward pass, which has many such tiles. Registers are held to what leaves room for enough programs; both
+    measured on Hopper."""
+    BS = max(2, 1 << (S - 1).bit_length())
+    found = {"BS": BS, "BD": 32 if backward or BS > 128 else 64, "SUB": 2, "num_warps": min(8, max(1, BS // 16))}
+    return found | ({"maxnreg": 168 if backward else 128} if nvidia and BS <= 128 else {})
 
 
 class _Call:
@@ -23,19 +31,25 @@ class _Call:
     def __init__(self, x: Tensor, B: Tensor, S: int, chunk: int, ids: Tensor | None):
         self.rows, self.T, self.D = x.shape
         self.S, self.G = S, B.shape[2]
-        length, BS, BD = tile_length(chunk), max(2, 1 << (S - 1).bit_length()), 32
+        length = tile_length(chunk)
         self.chunks = -(-self.T // length)
-        self.blocks = -(-(self.D // self.G) // BD)
-        self.units = self.rows * self.chunks * self.G * self.blocks
-        self.packed = {"CHUNK": length, "BD": BD, "PACKED": ids is not None}
-        self.tile = self.packed | {"BS": BS, "num_warps": min(8, max(1, BS // 16))}  # 16 states a thread
+        self.packed = {"CHUNK": length, "PACKED": ids is not None}
+        self.walk, self.back = (self.packed | settings(S, back, torch.version.hip is None) for back in (False, True))
         self.sizes = self.T, self.chunks, self.rows, S, self.D
+
+    def blocks(self, settings: dict[str, int]) -> int:
+        """Programs that share the channels of a group."""
+        return -(-(self.D // self.G) // settings["BD"])
+
+    def units(self, settings: dict[str, int], local: bool = False) -> int:
+        """Programs of a walk over every chunk, or over all but one for what they pass on by themselves."""
+        return self.rows * (self.chunks - local) * self.G * self.blocks(settings)
 
     def carry(self, A: Tensor, edges: Tensor, reach: Tensor, ids: Tensor | None, back: bool) -> None:
         """Through all chunks; with two there is nothing between."""
         if self.chunks > 2:
             grid = (self.rows * self.S * -(-self.D // 32),)
-            carry_kernel[grid](A, edges, reach, ids, *self.sizes, BACK=back, num_warps=1, **self.packed)
+            carry_kernel[grid](A, edges, reach, ids, *self.sizes, BD=32, BACK=back, num_warps=1, **self.packed)
 
     def edges(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Room for what is carried from chunk to chunk, and for the steps' sums."""
@@ -63,9 +77,9 @@ def forward(
     y, last = torch.empty_like(x), torch.empty_like(h0) if ids is None else h0.clone()
     given = (x, delta, A, B, C, D, h0, edges, reach, last, y, ids, *call.sizes, call.G)
     if call.chunks > 1:
-        forward_kernel[(call.units // call.chunks * (call.chunks - 1),)](*given, LOCAL=True, **call.tile)
+        forward_kernel[(call.units(call.walk, local=True),)](*given, LOCAL=True, **call.walk)
         call.carry(A, edges, reach, ids, False)
-    forward_kernel[(call.units,)](*given, LOCAL=False, **call.tile)
+    forward_kernel[(call.units(call.walk),)](*given, LOCAL=False, **call.walk)
     return y, last.mT.contiguous(), edges
 
 
@@ -89,19 +103,21 @@ def backward(
     call = _Call(x, B, len(A), chunk, ids)
     dedges, reach = call.edges(h0)
     if call.chunks > 1:
-        backward_local_kernel[(call.units // call.chunks * (call.chunks - 1),)](
-            delta, A, C, dy, dlast, dedges, reach, ids, *call.sizes, call.G, **call.tile
+        backward_local_kernel[(call.units(call.walk, local=True),)](
+            delta, A, C, dy, dlast, dedges, reach, ids, *call.sizes, call.G, **call.walk
         )
         call.carry(A, dedges, reach, ids, True)
     dx, ddelta, dA = torch.empty_like(x), torch.empty_like(delta), torch.empty_like(edges)
-    dB, dC = (edges.new_empty(call.blocks, *B.shape) for _ in range(2))
+    dB, dC = (edges.new_empty(call.blocks(call.back), *B.shape) for _ in range(2))
     dskip = None if D is None else torch.empty_like(reach)
     dstart = torch.empty_like(dlast) if ids is None else dlast.clone()
-    programs = min(call.units, RESIDENT * multiprocessors(x.device, 16))
-    scratch = edges.new_empty(programs, call.tile["CHUNK"] // SUB, call.tile["BS"], call.tile["BD"])
+    resident = RESIDENT // call.back["num_warps"] * multiprocessors(x.device, 16)
+    programs = min(call.units(call.back), resident)
+    kept = call.back["CHUNK"] // call.back["SUB"]
+    scratch = edges.new_empty(programs, kept, call.back["BS"], call.back["BD"])
     given: tuple[Any, ...] = (x, delta, A, B, C, D, h0, edges, dy, dlast, dedges, scratch)
     found: tuple[Any, ...] = (dx, ddelta, dA, dB, dC, dskip, dstart, ids)
-    backward_kernel[(programs,)](*given, *found, *call.sizes, call.G, SUB=SUB, **call.tile)
+    backward_kernel[(programs,)](*given, *found, *call.sizes, call.G, **call.back)
     grads = {
         "x": dx,
         "delta": ddelta,
