@@ -353,6 +353,22 @@ def _(x: Inputs, cu: Tensor | None) -> Tensor:
     return scan(x["a"], x["b"])
 
 
+# mamba-ssm, whose kernel of the selective scan is built from source: [B, D, T], and all that changes with the token in
+# one dtype.
+
+
+def _for_mamba(x: Inputs) -> Inputs:
+    moving = {name: _swap(x[name].to(x["x"].dtype)).contiguous() for name in ("x", "delta", "B", "C")}
+    return {**x, **moving, "A": x["A"].contiguous()}
+
+
+@_peer("selective_scan", "mamba-ssm", "mamba-ssm", "mamba_ssm", convert=_for_mamba, restore=_swap, packed=False)
+def _(x: Inputs, cu: Tensor | None) -> Tensor:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn(x["x"], x["delta"], x["A"], x["B"], x["C"], x["D"])
+
+
 # PyTorch's depthwise convolution: [B, D, T].
 
 
@@ -478,4 +494,4 @@ for _kind in ("lstm", "gru", "slstm"):
 _loop("paragru", "paragru")
 _loop("m2rnn", "m2rnn", clip=1.0)
 _loop("block_scan", "scan")
-_loop("selective_scan", "selective_scan")  # the published kernel (mamba-ssm) has to be built from source
+_loop("selective_scan", "selective_scan")
