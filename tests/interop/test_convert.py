@@ -46,7 +46,7 @@ CASES = {
     ),
     "qwen3_next-dense": ("Qwen3Next", {"head_dim": 8, **DELTA, "num_experts": 0}),
     "olmo_hybrid": ("OlmoHybrid", {**DELTA, "linear_num_value_heads": 2, "rms_norm_eps": 1e-4}),
-    "olmo_hybrid-nope": ("OlmoHybrid", {**DELTA, "rope_parameters": None}),
+    "olmo_hybrid-nope": ("OlmoHybrid", {**DELTA, "rope_parameters": {"rope_type": "default", "rope_theta": None}}),
     "kimi_linear": (
         "KimiLinear",
         {
@@ -110,6 +110,12 @@ def test_same_logits_and_nothing_lost(case, tmp_path):
     torch.testing.assert_close(decoder(ids[:, 4:], state).logits, expected[:, 4:], **close)
     packed = decoder(ids.view(1, -1), segments=Segments.from_lengths([11, 11])).logits
     torch.testing.assert_close(packed.view_as(expected), expected, **close)
+
+    decoder.save(tmp_path / "own")  # which knows nothing of theirs
+    convert(tmp_path / "own", tmp_path / "out", to=kind)
+    torch.testing.assert_close(
+        type(model).from_pretrained(tmp_path / "out")(ids, use_cache=False).logits, expected, **close
+    )
 
     back = convert(tmp_path / "ours", tmp_path / "back", to=kind)
     for beside in ("generation_config.json", "tokenizer_config.json"):
@@ -207,6 +213,24 @@ def test_a_model_of_ours_takes_its_tokenizer_along(kind, to, tmp_path):
     convert(tmp_path / "out", tmp_path / "again")
     again = load_tokenizer(tmp_path / "again")
     assert (again.encode(text.encode()).tolist(), again.begin, again.ends) == (ids, end, (end,))
+
+
+@pytest.mark.parametrize(
+    ("case", "field", "tied"), [("mamba", "tie_word_embeddings", True), ("olmo_hybrid", "rope_parameters", False)]
+)
+@torch.no_grad()
+def test_fields_that_are_not_there_have_the_defaults_of_the_class(case, field, tied, tmp_path):
+    name, options = CASES[case]
+    model = original(name, {**options, "tie_word_embeddings": tied}, tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    said = json.loads(file.read_text())
+    del said[field]
+    file.write_text(json.dumps(said))
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    decoder, ids = Decoder.load(tmp_path / "ours"), torch.randint(40, (2, 11))
+    assert decoder.config.tie_embeddings == tied
+    expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(decoder(ids).logits, expected, rtol=0, atol=4e-5 * float(expected.abs().max()))
 
 
 def test_wrong_checkpoints_are_refused_by_name(tmp_path):

@@ -343,7 +343,11 @@ def write_attention(options: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": options["num_heads"],
         "num_key_value_heads": options["num_kv_heads"],
         "head_dim": options["head_dim"],
-        **(write_rotation(options) if options["rope"] else {"rope_parameters": None}),
+        **(
+            write_rotation(options)
+            if options["rope"]
+            else {"rope_parameters": {"rope_type": "default", "rope_theta": None}}
+        ),
     }
 
 

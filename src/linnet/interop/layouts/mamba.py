@@ -73,7 +73,8 @@ def _read_mamba(f: Fields) -> DecoderConfig:
         "dt_rank": math.ceil(f("hidden_size") / 16) if rank == "auto" else rank,
         "conv_size": f("conv_kernel", 4),
     }
-    return read_common(f, [mixer] * f("num_hidden_layers"), mlp="none", norm_eps=eps)
+    tied = f("tie_word_embeddings", True)  # older releases write what differs from their defaults
+    return read_common(f, [mixer] * f("num_hidden_layers"), mlp="none", norm_eps=eps, tie_embeddings=tied)
 
 
 def _write_mamba(shape: Shape) -> dict[str, Any]:

@@ -48,8 +48,9 @@ def _read_olmo_hybrid(f: Fields) -> DecoderConfig:
         "qk_norm": "joint",
         "norm_eps": f("rms_norm_eps", 1e-6),
     }
+    # Without positions the base is there, and null; what is not there is a default.
     rope = f.values.get("rope_parameters") or {}
-    full |= f.rotation() if rope.get("rope_theta") is not None else {"rope": False}
+    full |= {"rope": False} if rope.get("rope_theta", ...) is None else f.rotation()
     count = f("num_hidden_layers")
     types = layer_types(f, lambda i: "full_attention" if i % 4 == 3 or i + 1 == count < 4 else "linear_attention")
     mixers = [linear if kind == "linear_attention" else full for kind in types]
