@@ -61,7 +61,7 @@ CASES = {
         "RecurrentGemma",
         {"intermediate_size": 48, "lru_width": 24, "attention_window_size": 5, "logits_soft_cap": 5.0},
     ),
-    "mamba2": ("Mamba2", {"num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 2}),
+    "mamba2": ("Mamba2", {"num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 2, "norm_before_gate": True}),
 }  # fmt: skip
 
 
@@ -231,6 +231,17 @@ def test_fields_that_are_not_there_have_the_defaults_of_the_class(case, field, t
     assert decoder.config.tie_embeddings == tied
     expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(decoder(ids).logits, expected, rtol=0, atol=4e-5 * float(expected.abs().max()))
+
+
+def test_weights_are_those_that_transformers_reads(tmp_path):
+    model = original("Llama", {}, tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    for folder in ("theirs", "shards"):
+        save_file({"tok_embeddings.weight": torch.zeros(40, 16)}, tmp_path / folder / "consolidated.safetensors")
+        convert(tmp_path / folder, tmp_path / f"ours_{folder}")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    one, many = (Decoder.load(tmp_path / f"ours_{folder}").state_dict() for folder in ("theirs", "shards"))
+    torch.testing.assert_close(one, many, rtol=0, atol=0)
 
 
 def test_wrong_checkpoints_are_refused_by_name(tmp_path):

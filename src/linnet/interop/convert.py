@@ -30,6 +30,7 @@ from linnet.models.io import (
     TOKENIZER_SETTINGS_FILE,
     WEIGHTS_FILE,
     read_checkpoint,
+    weight_files,
     write_checkpoint,
 )
 from linnet.ops.core import check_choice
@@ -259,9 +260,10 @@ def _apply(
 
 def _open(folder: Path) -> tuple[set[str], Callable[[str], Tensor]]:
     """Names of the tensors in a folder, and a function that reads one."""
-    files = sorted(folder.glob("*.safetensors"))
+    # Others may lie beside them: the same weights in the layout of their makers, adapters.
+    files = [file for file in weight_files(folder) if file.is_file()] or sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"source: no *.safetensors in {folder}")
+        raise FileNotFoundError(f"source: no *.safetensors in {folder} (what torch.save wrote is not read)")
     where: dict[str, Any] = {}
     for file in files:
         try:

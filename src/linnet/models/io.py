@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["atomic_folder", "read_checkpoint", "recover_folder", "write_checkpoint"]
+__all__ = ["atomic_folder", "read_checkpoint", "recover_folder", "weight_files", "write_checkpoint"]
 
 FORMAT_VERSION = 1
 MODEL_TYPE = "linnet"  # by which the transformers library knows the folder
@@ -167,7 +167,7 @@ def read_checkpoint(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating dtype or None, got {dtype!r}")
     folder = recover_folder(folder)
-    file, shards = folder / CONFIG_FILE, _shards(folder)
+    file, shards = folder / CONFIG_FILE, weight_files(folder)
     for needed in (file, *shards):
         if not needed.is_file():
             raise FileNotFoundError(f"folder: no model in {folder} ({needed.name} is missing)")
@@ -194,8 +194,12 @@ def read_checkpoint(
     return config, tensors
 
 
-def _shards(folder: Path) -> list[Path]:
-    """``model.safetensors``; or the files that transformers makes of a large one, which an index lists."""
+def weight_files(folder: Path) -> list[Path]:
+    """``model.safetensors``; or the files that transformers makes of a large one, which an index lists.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
     whole, index = folder / WEIGHTS_FILE, folder / f"{WEIGHTS_FILE}.index.json"
     if whole.is_file() or not index.is_file():
         return [whole]

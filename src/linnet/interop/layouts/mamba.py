@@ -14,7 +14,9 @@ __all__ = ["LAYOUTS"]
 
 
 def _read_mamba2(f: Fields) -> DecoderConfig:
-    f.only(use_bias=False, use_conv_bias=True, rmsnorm=True, norm_before_gate=False, D_has_hdim=False)
+    f.only(use_bias=False, use_conv_bias=True, rmsnorm=True, D_has_hdim=False)
+    if f.values.get("layer_norm_epsilon") is None:  # transformers' class gates first, whatever its files say
+        f.only(norm_before_gate=False)
     # Second names: flash-linear-attention's.
     low, high = f.values.get("time_step_limit") or f("dt_limit", [0.0, float("inf")])
     high = float("inf") if isinstance(high, dict) else float(high)  # JSON has no infinity: {"__float__": "Infinity"}
