@@ -25,6 +25,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "constant": {"gate": "constant"},
     "packed": {"gate": "scalar", "lengths": [100, 3000]},
     "vector and bonus": {"gate": "vector", "bonus": True},
+    "none, small heads": {"gate": "none", "K": 64, "V": 64},
     "value": {"gate": "none", "value_gate": True},
     "mlstm": {"gate": "scalar", "write": True, "floor": True},
 }
@@ -47,6 +48,7 @@ def recorded(
 ) -> list[Launch]:
     """What forward and backward of a call launch on such a GPU, or what is compiled before its first call."""
     monkeypatch.setattr(launch_walks, "has_tma", lambda device: target.backend == "cuda")
+    monkeypatch.setattr(launch_walks, "has_tensor_memory", lambda device: target == BLACKWELL)
     B, T, H, piece = (4, 4096, 16, 512) if lengths is None else (1, sum(lengths), 16, 512)
     rows = B if lengths is None else len(lengths)
     cu = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -116,8 +118,8 @@ def test_compiles_for_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("target", "name"),
-    [(BLACKWELL, "scalar"), (MI300, "scalar"), (MI300, "vector and bonus")],
-    ids=["sm_100-scalar", "gfx942-scalar", "gfx942-vector"],
+    [(BLACKWELL, "scalar"), (BLACKWELL, "none, small heads"), (MI300, "scalar"), (MI300, "vector and bonus")],
+    ids=["sm_100-scalar", "sm_100-none", "gfx942-scalar", "gfx942-vector"],
 )
 def test_compiles_for_other_gpus(target: GPUTarget, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for one in recorded(monkeypatch, target, **CALLS[name]):

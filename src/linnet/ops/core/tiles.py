@@ -1,4 +1,4 @@
-"""What a GPU has that launch settings depend on: the bulk tensor copy engine, multiprocessors."""
+"""What a GPU has that launch settings depend on: the bulk tensor copy engine, tensor memory, multiprocessors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["has_tma", "multiprocessors"]
+__all__ = ["has_tensor_memory", "has_tma", "multiprocessors"]
 
 
 @cache
@@ -15,6 +15,12 @@ def has_tma(device: torch.device) -> bool:
     if device.type not in ("cuda", "meta") or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device if device.type == "cuda" else None)[0] >= 9
+
+
+@cache
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether products of matrices are summed in a memory of their own (NVIDIA's data-centre Blackwell)."""
+    return has_tma(device) and torch.cuda.get_device_capability(device if device.type == "cuda" else None)[0] == 10
 
 
 @cache

@@ -141,7 +141,7 @@ def pass_kernel(
     s_ptr,
     p_ptr,
     pairs_ptr,  # weights of the pairs of each chunk, late tokens down, [tokens, H, C]; None: they are made here
-    out_ptr,  # None where its dtype is not the tiles'
+    out_ptr,  # None where it is stored by address: its dtype is not the tiles', or :meth:`Call.walk` says so
     dot_ptr,  # GRAD: the late (dq) or early (dk) tokens' other half of q.dq or k.dk, or the reading (dv)
     r_raw,
     s_raw,

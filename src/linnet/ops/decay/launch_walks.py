@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..core import chunk_table, uploaded
 from ..core.compiling import Kernel
-from ..core.tiles import has_tma
+from ..core.tiles import has_tensor_memory, has_tma
 from . import kernels, kernels_around, kernels_norm, kernels_pairs
 from .settings import (
     EXACT,
@@ -403,6 +403,10 @@ class Call:
         full_r, full_p = BR == DR, DP % BP == 0
         tma = self.tma and full_r
         ragged = self.packed or self.T % self.chunk != 0
+        # Where products alone change a state that lies in tensor memory, Triton 3.6 pipelines their sum and then fails
+        # on a store by descriptor.
+        described = gate is not None or side_r is not None or side_p is not None or not has_tensor_memory(self.device)
+        described = described and out is not None and out.dtype == self.dtype
         # Measured on Hopper: a scalar gate's passes over 128 channels are slower so, but for those with tiles or lines
         # that enter no product of matrices, and for readings that are divided where no state is kept on the way.
         ahead = DR != 128 or side_r is not None or grad >= 2 or norm == 2 or (norm == 1 and edges is None)
@@ -416,7 +420,7 @@ class Call:
             *(self.tile(t, BR, tma) for t in (reader, writer)),
             self.tile(payload, BP, tma and full_p),
             self.tile(pairs, self.chunk, tma and not ragged),
-            None if out is None or out.dtype != self.dtype else self.tile(out, BP, tma and full_p),
+            self.tile(out if described else None, BP, tma and full_p),
             self.tile(dot, BP, tma and full_p),
             reader,
             writer,
