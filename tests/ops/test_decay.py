@@ -171,6 +171,28 @@ def test_tiles_are_as_wide_as_hopper_needs_them() -> None:
             assert settings["BR"] >= DR and (settings["BR"] < 64 or settings["BP"] == 64)
 
 
+def close_in_16_bits(
+    x: dict[str, Tensor], dtype: torch.dtype, device: torch.device, lengths: list[int] | None = None, **fixed: Tensor
+) -> None:
+    """Kernels against the reference in float64 and, for what rounding costs, in ``dtype``."""
+    segments = None if lengths is None else Segments.from_lengths(lengths, device)
+    results = []
+    for each, backend in ((torch.float64, "reference"), (dtype, "reference"), (dtype, "triton")):
+        given = {name: one.to(dtype).to(each).requires_grad_() for name, one in x.items() if name in "qkv"}
+        wide = torch.promote_types(each, torch.float32)
+        given |= {name: one.to(wide).requires_grad_() for name, one in x.items() if name not in "qkv"}
+        rest = {name: one.to(wide) for name, one in fixed.items()} | {n: y for n, y in given.items() if n != "S"}
+        o, (last, _) = decay(**rest, state=DecayState(given["S"]), segments=segments, backend=backend)
+        found = torch.autograd.grad(o.double().sin().sum() + last.double().sin().sum(), list(given.values()))
+        results.append([y.double() for y in (o, last, *found)])
+    # Operands rounded to 16 bits, the rest exact, cost half an eps at most; a gate's gradient, in which sums over all
+    # tokens cancel, up to 2.5 eps for these inputs.
+    eps = torch.finfo(dtype).eps
+    for name, exact, rough, got in zip(("o", "last", *x), *results, strict=True):
+        share = (4 if name == "g" else 0.5) * eps
+        assert (got - exact).norm() <= 4 * (rough - exact).norm() + share * exact.norm(), name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("T", [39, 130])
 @pytest.mark.parametrize(("K", "V"), [(35, 4), (40, 8), (100, 4), (153, 16), (200, 24), (20, 35), (48, 48)])
@@ -178,18 +200,25 @@ def test_channels_that_fill_no_tile(K: int, V: int, T: int, device: torch.device
     if device.type != "cuda":
         pytest.skip("in 16 bits, which the interpreter does not multiply: needs --device cuda")
     torch.manual_seed(0)
-    x = [torch.randn(2, T, 2, D, device=device) / D**0.5 for D in (K, K, V)]
-    x += [-torch.rand(2, T, 2, device=device), torch.randn(2, 2, K, V, device=device)]
-    results = []
-    for dtype, backend in ((torch.float64, "reference"), (torch.bfloat16, "reference"), (torch.bfloat16, "triton")):
-        q, k, v = (one.bfloat16().to(dtype).requires_grad_() for one in x[:3])
-        g, S = (one.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for one in x[3:])
-        o, (last, _) = decay(q, k, v, g, state=DecayState(S), backend=backend)
-        found = torch.autograd.grad(o.double().sin().sum() + last.double().sin().sum(), [q, k, v, g, S])
-        results.append([y.double() for y in (o, last, *found)])
-    # Operands rounded to 16 bits, the rest exact, cost half an eps at most; a gate's gradient, in which sums over all
-    # tokens cancel, up to 2.5 eps for these inputs.
-    eps = torch.finfo(torch.bfloat16).eps
-    for name, exact, rough, got in zip(("o", "last", "dq", "dk", "dv", "dg", "dS"), *results, strict=True):
-        share = (4 if name == "dg" else 0.5) * eps
-        assert (got - exact).norm() <= 4 * (rough - exact).norm() + share * exact.norm(), name
+    x = {n: torch.randn(2, T, 2, D, device=device) / D**0.5 for n, D in zip("qkv", (K, K, V), strict=True)}
+    x |= {"g": -torch.rand(2, T, 2, device=device), "S": torch.randn(2, 2, K, V, device=device)}
+    close_in_16_bits(x, torch.bfloat16, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(50, 320), (50, 299), (2, 1100), [130, 1, 0, 168]], ids=str)
+@pytest.mark.parametrize("gate", ["none", "constant"])
+def test_heads_of_64(
+    gate: str, shape: tuple[int, int] | list[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Their gradients of keys and values come in one walk, over whole sequences or, where those are few, in pieces."""
+    if device.type != "cuda":
+        pytest.skip("in 16 bits, which the interpreter does not multiply: needs --device cuda")
+    torch.manual_seed(0)
+    lengths = shape if isinstance(shape, list) else None
+    B, T = shape if isinstance(shape, tuple) else (1, sum(shape))
+    x = {name: torch.randn(B, T, 2, 64, device=device) / 8 for name in "qkv"}
+    x["S"] = torch.randn(B if lengths is None else len(lengths), 2, 64, 64, device=device)
+    fixed = {"g": -torch.rand(2, device=device) / 8} if gate == "constant" else {}
+    close_in_16_bits(x, dtype, device, lengths, **fixed)

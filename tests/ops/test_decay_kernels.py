@@ -25,7 +25,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "constant": {"gate": "constant"},
     "packed": {"gate": "scalar", "lengths": [100, 3000]},
     "vector and bonus": {"gate": "vector", "bonus": True},
-    "none, small heads": {"gate": "none", "K": 64, "V": 64},
+    "none, small heads": {"gate": "none", "H": 32, "K": 64, "V": 64},
     "value": {"gate": "none", "value_gate": True},
     "mlstm": {"gate": "scalar", "write": True, "floor": True},
 }
@@ -44,12 +44,14 @@ def recorded(
     write: bool = False,
     floor: bool = False,
     lengths: list[int] | None = None,
+    learned: bool = True,
+    H: int = 16,
     beforehand: bool = False,
 ) -> list[Launch]:
     """What forward and backward of a call launch on such a GPU, or what is compiled before its first call."""
     monkeypatch.setattr(launch_walks, "has_tma", lambda device: target.backend == "cuda")
     monkeypatch.setattr(launch_walks, "has_tensor_memory", lambda device: target == BLACKWELL)
-    B, T, H, piece = (4, 4096, 16, 512) if lengths is None else (1, sum(lengths), 16, 512)
+    B, T, piece = (4, 4096, 512) if lengths is None else (1, sum(lengths), 512)
     rows = B if lengths is None else len(lengths)
     cu = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     pieces = B * -(-T // piece) if lengths is None else T // piece + rows
@@ -72,7 +74,7 @@ def recorded(
             return
         o, x, last, bounds = launch.forward(*given, state, low, cu, 1.0, 0.0, piece, pieces, True)
         assert bounds is not None
-        launch.backward(*given, low, cu, 1.0, 0.0, piece, o, x, bounds, torch.empty_like(v), last, True)
+        launch.backward(*given, low, cu, 1.0, 0.0, piece, o, x, bounds, torch.empty_like(v), last, learned)
 
     return launches(call)
 
@@ -107,9 +109,13 @@ def test_compiling_beforehand_imports_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=surroundings)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_compiles_for_hopper(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for one in recorded(monkeypatch, HOPPER, **CALLS[name]):
+@pytest.mark.parametrize(
+    "call",
+    [*CALLS.values(), {"gate": "constant", "H": 32, "K": 64, "V": 64, "learned": False}],
+    ids=[*CALLS, "not learned"],
+)
+def test_compiles_for_hopper(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in recorded(monkeypatch, HOPPER, **call):
         built = build(one, HOPPER)
         assert built.metadata.shared <= SHARED_MEMORY[HOPPER]
         if one.kernel.__name__ == "pass_kernel":
@@ -141,6 +147,19 @@ def test_tiles_of_one_width_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     passes = [one for one in recorded(monkeypatch, HOPPER, 64, 80, gate="scalar") if "TMA" in one.arguments]
     one = next(one for one in passes if one.arguments["FULL_R"] and not one.arguments["FULL_P"])
     assert build(one, HOPPER).asm
+
+
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("gate", ["none", "constant", "scalar"])
+def test_gradients_of_keys_and_values_in_one_walk(
+    gate: str, learned: bool, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = recorded(monkeypatch, HOPPER, K, K, gate=gate, learned=learned)
+    passes = [one.arguments for one in found if one.kernel.__name__ == "pass_kernel"]
+    passes = [one for one in passes if one["REVERSE"] and not one["STATE_ONLY"]]
+    one_walk = K == 64 and (gate == "none" or (gate == "constant" and not learned))
+    assert [one["BOTH"] for one in passes] == ([True] if one_walk else [False, False])
 
 
 @pytest.mark.parametrize("target", [HOPPER, BLACKWELL, MI300], ids=["sm_90", "sm_100", "gfx942"])

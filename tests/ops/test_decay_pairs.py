@@ -25,9 +25,9 @@ def test_pairs_in_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-def inputs(mode: str, lengths: list[int]) -> dict[str, Tensor]:
+def inputs(mode: str, lengths: list[int], V: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    T, H, K, V, rows = sum(lengths), 2, 20, 36, len(lengths)
+    T, H, K, rows = sum(lengths), 2, 20, len(lengths)
     heads = 1 if mode == "constant" else H
     given = {"q": torch.randn(1, T, heads, K), "k": torch.randn(1, T, heads, K), "v": torch.randn(1, T, H, V)}
     if mode == "mlstm":
@@ -40,9 +40,11 @@ def inputs(mode: str, lengths: list[int]) -> dict[str, Tensor]:
     return given | {"S": torch.randn(rows, H, K, V)}
 
 
-def run(mode: str, lengths: list[int], backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def run(
+    mode: str, lengths: list[int], backend: str, dtype: torch.dtype, V: int = 36, learned: bool = True
+) -> dict[str, Tensor]:
     """Reading, final state and gradients."""
-    given = {name: x.to(dtype).requires_grad_() for name, x in inputs(mode, lengths).items()}
+    given = {name: x.to(dtype).requires_grad_(learned or name != "g") for name, x in inputs(mode, lengths, V).items()}
     arguments: dict[str, Any] = {name: x for name, x in given.items() if name not in ("S", "z")}
     segments = Segments.from_lengths(lengths) if len(lengths) > 1 else None
     arguments |= {"segments": segments, "backend": backend}
@@ -53,8 +55,15 @@ def run(mode: str, lengths: list[int], backend: str, dtype: torch.dtype) -> dict
         o, state = decay(**arguments, state=DecayState(given["S"]))
     found = {"o": o, "last S": state.S}
     weights = [torch.arange(x.numel(), dtype=dtype).view(x.shape).cos() for x in found.values()]
-    gradients = torch.autograd.grad(list(found.values()), list(given.values()), weights)
-    return found | dict(zip(given, gradients, strict=True))
+    wanted = {name: x for name, x in given.items() if x.requires_grad}
+    gradients = torch.autograd.grad(list(found.values()), list(wanted.values()), weights)
+    return found | dict(zip(wanted, gradients, strict=True))
+
+
+def close(found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    for name, x in exact.items():
+        error = float(((found[name] - x).abs().max() / x.abs().max()).detach())
+        assert error < 1e-5, f"{name}: {error}"
 
 
 @in_the_interpreter
@@ -70,10 +79,27 @@ def test_pairs_in_16_bits(mode: str, lengths: list[int], stored: bool, monkeypat
     monkeypatch.setattr(import_module("linnet.ops.decay.launch_walks"), "scale_apart", lambda _: True)
     pieces = -(-lengths[0] // PIECE) if len(lengths) == 1 else sum(lengths) // PIECE + len(lengths)
     monkeypatch.setattr(import_module("linnet.ops.decay"), "_pieces", lambda *_: (PIECE, pieces))
-    found, exact = run(mode, lengths, "triton", torch.float32), run(mode, lengths, "reference", torch.float64)
-    for name, x in exact.items():
-        error = float(((found[name] - x).abs().max() / x.abs().max()).detach())
-        assert error < 1e-5, f"{name}: {error}"
+    close(run(mode, lengths, "triton", torch.float32), run(mode, lengths, "reference", torch.float64))
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "lengths"), [("none", [30]), ("none", [37]), ("constant", [32]), ("constant", [34, 0, 1])]
+)
+def test_gradients_of_keys_and_values_in_one_walk(
+    mode: str, lengths: list[int], apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over whole sequences and in pieces, with states that have their scale or lack it."""
+    asked = []
+    monkeypatch.setattr(import_module("linnet.ops.decay.launch"), "gradients_together", lambda *x: not asked.append(x))
+    monkeypatch.setattr(import_module("linnet.ops.decay.launch_walks"), "scale_apart", lambda _: apart)
+    pieces = -(-lengths[0] // PIECE) if len(lengths) == 1 else sum(lengths) // PIECE + len(lengths)
+    monkeypatch.setattr(import_module("linnet.ops.decay"), "_pieces", lambda *_: (PIECE, pieces))
+    given: dict[str, Any] = {"V": 20, "learned": False}
+    exact = run(mode, lengths, "reference", torch.float64, **given)
+    close(run(mode, lengths, "triton", torch.float32, **given), exact)
+    assert asked
 
 
 @in_the_interpreter

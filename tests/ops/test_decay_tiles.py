@@ -12,9 +12,12 @@ from torch import Tensor
 from interpreted import in_the_interpreter, run_interpreted, starts_the_interpreter
 from linnet.ops import DecayState, MLSTMState, Segments, decay, mlstm
 
-T, H, K, V = 128, 2, 16, 16
+T, H = 128, 2
 MODES: dict[str, dict[str, Any]] = {
     "none": {},
+    "none, heads of 64": {"K": 64},
+    "constant, heads of 64": {"gate": "constant", "K": 64, "learned": False, "heads": 1},
+    "constant, heads of 64, packed": {"gate": "constant", "K": 64, "learned": False, "lengths": [64, 0, 70, 58]},
     "constant, grouped": {"gate": "constant", "heads": 1},
     "scalar": {"gate": "scalar", "write": True},
     "scalar, chunks that are not full": {"gate": "scalar", "write": True, "T": 100},
@@ -39,6 +42,8 @@ def results(
     write: bool = False,
     bonus: bool = False,
     normalize: bool = False,
+    K: int = 16,
+    learned: bool = True,
     T: int = T,
     lengths: list[int] | None = None,
 ) -> list[Tensor]:
@@ -46,11 +51,11 @@ def results(
     torch.manual_seed(0)
     rows, batch, tokens = (1, 1, T) if lengths is None else (len(lengths), 1, sum(lengths))
     q, k = (torch.rand(batch, tokens, heads, K).half() - 0.25 for _ in range(2))
-    given: dict[str, Tensor] = {"q": q, "k": k, "v": torch.randn(batch, tokens, H, V).half()}
+    given: dict[str, Tensor] = {"q": q, "k": k, "v": torch.randn(batch, tokens, H, K).half()}
     options: dict[str, Any] = {"backend": "triton"}
     if lengths is not None:
         options["segments"] = Segments.from_lengths(lengths)
-    S, z = 0.1 * torch.randn(rows, H, K, V), 0.1 * torch.rand(rows, H, K)
+    S, z = 0.1 * torch.randn(rows, H, K, K), 0.1 * torch.rand(rows, H, K)
     if gate == "mlstm":
         given |= {"i": torch.randn(batch, tokens, H), "f": torch.randn(batch, tokens, H) + 2}
         leaves = [x.requires_grad_() for x in (*given.values(), S, z)]
@@ -65,7 +70,8 @@ def results(
             given["w"] = torch.rand(batch, tokens, H)
         if bonus:
             given["u"] = torch.rand(H, K)
-        leaves = [x.requires_grad_() for x in (*given.values(), S, *([z] if normalize else []))]
+        wanted = [x for name, x in given.items() if learned or name != "g"]
+        leaves = [x.requires_grad_() for x in (*wanted, S, *([z] if normalize else []))]
         o, last = decay(**given, **options, normalize=normalize, state=DecayState(S, z if normalize else None))
     loss = (o.float() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() + last.S.square().sum()
     return [o, last.S, *torch.autograd.grad(loss, leaves)]

@@ -8,6 +8,7 @@ is the forward pass with (r, s, p) = (q, k, v). Its three gradients are the same
 
     dq: (dO, v, k) forward in time        dv: (k, q, dO) backward in time        dk: (v, dO, q) backward in time
 
+The states of dv and dk are each other's transpose: where one program holds them whole, one pass gives both (``BOTH``).
 A program walks the chunks of one sequence (or of one piece of it) in either direction with the state on chip, and only
 the payload's channels are split over programs. Pieces of ``PIECE`` tokens have their boundary states in memory: they
 let a long sequence fill the GPU (every piece starts from its own boundary state), and the gradient of the gates starts
@@ -143,11 +144,14 @@ def pass_kernel(
     pairs_ptr,  # weights of the pairs of each chunk, late tokens down, [tokens, H, C]; None: they are made here
     out_ptr,  # None where it is stored by address: its dtype is not the tiles', or :meth:`Call.walk` says so
     dot_ptr,  # GRAD: the late (dq) or early (dk) tokens' other half of q.dq or k.dk, or the reading (dv)
+    beside_ptr,  # BOTH: what reads the transposed state
+    turned_ptr,  # and what it reads there, as out_ptr
     r_raw,
     s_raw,
     p_raw,
     out_raw,
     dot_raw,
+    turned_raw,
     g_ptr,  # scalar gate, [tokens, H], or [H] when constant
     seen_ptr,  # a line: summed log2-decay of a token's chunk up to and with it
     seen_raw,
@@ -182,6 +186,7 @@ def pass_kernel(
     HS,
     HP,
     HD,
+    HB,
     DR,
     DP,
     st_r,
@@ -210,6 +215,7 @@ def pass_kernel(
     PACKED: tl.constexpr,
     GRAD: tl.constexpr,  # scalar gates: 1 rows and columns of the gate gradient (dq), 2 columns only (dk); 3 the
     # reading's products with its gradient, the payload, in columns (dv); 0 none of these
+    BOTH: tl.constexpr,  # the dv pass gives dk as well; no gate but a constant one, no weights or normaliser
     EXACT: tl.constexpr,
     FULL_R: tl.constexpr,  # tiles lie within the channels
     FULL_P: tl.constexpr,
@@ -247,6 +253,8 @@ def pass_kernel(
         S = tl.load(entering, boundary_check=(0, 1), padding_option="zero")
         if UNSCALED:
             S = S / scale
+    if BOTH:
+        turned = tl.trans(S)
 
     line_base = h.to(tl.int64) * n_rows
     steps = tl.arange(0, C)
@@ -363,7 +371,8 @@ def pass_kernel(
                             pair = late[None, :] - b[:, None]
                         else:
                             pair = late[:, None] - b[None, :]
-                        A = A * tl.exp2(tl.where(seen, pair, float("-inf")))
+                        kept = tl.exp2(tl.where(seen, pair, float("-inf")))
+                        A = A * kept
                     if DIAG == 2:
                         own = tl.load(own_ptr + at_rows, mask=valid, other=0.0)
                         A = tl.where(apart == 0, own[:, None], A)
@@ -407,6 +416,17 @@ def pass_kernel(
                 else:
                     _store(out_raw, h, H, DP, t0, column, valid, o, C, BP)
 
+                if BOTH:  # after the other, in whose registers it has room
+                    beside = _load(beside_ptr, h // (H // HB), HB, DP, t0, column, valid, C, BP, FULL_P, TMA)
+                    A = tl.dot(beside, tl.trans(p), input_precision="ieee") * scale
+                    A = tl.where(seen, A, 0.0) if GATE == 0 else A * kept
+                    inter = tl.dot(beside, turned.to(beside.dtype), input_precision="ieee")
+                    o = tl.dot(A.to(s.dtype), s, inter * times[:, None], input_precision="ieee")
+                    if turned_ptr is not None and TMA and not RAGGED:
+                        turned_ptr.store([t0, h * DR], o.to(s.dtype))
+                    else:
+                        _store(turned_raw, h, H, DR, t0, 0, valid, o, C, BR)
+
                 if GRAD != 0:
                     # E_rs, what the pair (reader, writer) contributes to the log-gates between them and, without
                     # the write weight, to the weight. Pairs inside the chunk come from one tile, so that their sums
@@ -445,6 +465,16 @@ def pass_kernel(
                     heavy = tl.where(valid[:, None], heavy, 0.0)
                 heavy = heavy.to(p.dtype)
             S = tl.dot(tl.trans(s), heavy, S, input_precision="ieee")
+            if BOTH:  # here the writer carries the weights, for the same reason
+                heavy = s
+                if GATE != 0:
+                    turned = turned * tl.exp2(total)
+                if GATE != 0 or SCALED or RAGGED:
+                    heavy = s * weight[:, None]
+                    if RAGGED:
+                        heavy = tl.where(valid[:, None], heavy, 0.0)
+                    heavy = heavy.to(s.dtype)
+                turned = tl.dot(tl.trans(p), heavy, turned, input_precision="ieee")
             if HALF_R:
                 S = S * tl.exp2(past)[:, None]
             if HALF_P:

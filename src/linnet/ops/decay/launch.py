@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.compiling import Kernel, compile_together, compiling
 from . import kernels_around
 from .launch_walks import Call, State, line
-from .settings import EXACT, ceil_div, launch_settings, power_of_2
+from .settings import EXACT, ceil_div, gradients_together, launch_settings, power_of_2
 
 __all__ = ["State", "backward", "forward"]
 
@@ -179,7 +179,7 @@ def backward(
     own_value, asked = prepared if own_value is None else own_value, None
     if own_value is None and key_apart:
         own_value = asked = new(call.B, call.T, H)  # by the dq pass
-    dq, dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(*v.shape[:3], K), v.new_empty(v.shape)
+    dk, dv = v.new_empty(*v.shape[:3], K), v.new_empty(v.shape)
     # Unrounded where the gradient of a value gate is summed from it: rounding errors add up along a piece.
     dv_pass = dv.new_empty(dv.shape, dtype=torch.float32) if value_apart else dv
     scalar = gates and call.key is None and call.value is None and (g is not None or w is not None)
@@ -194,8 +194,22 @@ def backward(
     pairs, d_pairs = call.pair(q, k, lw, w, do=do, v=v, dx=dx, row=pair_row, col=pair_col)
 
     dv_own: dict[str, Any] = {"diag": 1} if value_apart else {"diag": 0 if own is None else 2, "own": own}
+    constant = g is None or (call.gate is not None and call.gate.seen is None)
+    together = constant and not scalar and all(y is None for y in (gv, u, w, x))
+    together = together and gradients_together(K, V, q.dtype)
+    if together:
+        divided = {"beside": v, "turned": dk}
+    # Only a dk pass of its own starts from the boundary states, and gradients of gates, which are not ``together``.
     d_bounds, d_first = call.read_along(
-        early, late, d_late, d_state.S, pieces, reverse=True, pairs=pairs, out=dv_pass, wr=w, ws=lw, **dv_own, **divided
+        *(early, late, d_late, d_state.S, pieces),
+        keep=not together,
+        reverse=True,
+        pairs=pairs,
+        out=dv_pass,
+        wr=w,
+        ws=lw,
+        **dv_own,
+        **divided,
     )
     dz_bounds = dz_first = None
     if x is not None and lw is not None and dz is not None and d_state.z is not None:
@@ -205,21 +219,25 @@ def backward(
     norm = 0 if x is None else 2
     keys: dict[str, Any] = {"transposed": True, "split": True, "pairs": d_pairs, "diag": int(key_apart)}
     keys |= {"norm": norm, "x": dx}
-    call.walk(
-        values,
-        d_late,
-        late,
-        start=d_bounds,
-        z=dz_bounds,
-        out=dk,
-        grad=2 * int(scalar),
-        dot=k if scalar else None,
-        col=col,
-        reverse=True,
-        wr=w,
-        ws=lw,
-        **keys,
-    )
+    if not together:
+        call.walk(
+            values,
+            d_late,
+            late,
+            start=d_bounds,
+            z=dz_bounds,
+            out=dk,
+            grad=2 * int(scalar),
+            dot=k if scalar else None,
+            col=col,
+            reverse=True,
+            wr=w,
+            ws=lw,
+            **keys,
+        )
+    if not (scalar or key_apart or value_apart):  # where the gradient of the queries has room
+        d_bounds = None
+    dq = v.new_empty(dk.shape)
     call.walk(
         d_late,
         values,

@@ -389,16 +389,18 @@ class Call:
         dot: Tensor | None = None,
         row: Tensor | None = None,
         col: Tensor | None = None,
+        beside: Tensor | None = None,
+        turned: Tensor | None = None,
     ) -> None:
         """Launch one pass; see the kernels' docstring. ``transposed`` says that the key's channels are the payload's:
-        states in memory are ``[DP, DR]``."""
+        states in memory are ``[DP, DR]``. Where ``turned`` is given, ``beside`` reads the transposed state into it."""
         DR, DP = writer.shape[-1], payload.shape[-1]
         side_r, side_p = (self.value, self.key) if transposed else (self.key, self.value)
         plain = norm == 0 and all(x is None for x in (self.gate, side_r, side_p, self.u, wr, ws))
-        settings = launch_settings(DR, DP, self.chunk, self.dtype, split, self.stored, plain)
+        settings = launch_settings(DR, DP, self.chunk, self.dtype, split, self.stored, plain, turned is not None)
         grid = ((self.pieces if split else self.rows) * self.H * ceil_div(DP, settings["BP"]),)
         gate = self.gate
-        heads = [self.H if t is None else t.shape[2] for t in (reader, writer, payload, dot)]
+        heads = [self.H if t is None else t.shape[2] for t in (reader, writer, payload, dot, beside)]
         BR, BP = settings["BR"], settings["BP"]
         full_r, full_p = BR == DR, DP % BP == 0
         tma = self.tma and full_r
@@ -406,7 +408,7 @@ class Call:
         # Where products alone change a state that lies in tensor memory, Triton 3.6 pipelines their sum and then fails
         # on a store by descriptor.
         described = gate is not None or side_r is not None or side_p is not None or not has_tensor_memory(self.device)
-        described = described and out is not None and out.dtype == self.dtype
+        stores = [t if described and t is not None and t.dtype == self.dtype else None for t in (out, turned)]
         # Measured on Hopper: a scalar gate's passes over 128 channels are slower so, but for those with tiles or lines
         # that enter no product of matrices, and for readings that are divided where no state is kept on the way.
         ahead = DR != 128 or side_r is not None or grad >= 2 or norm == 2 or (norm == 1 and edges is None)
@@ -420,13 +422,16 @@ class Call:
             *(self.tile(t, BR, tma) for t in (reader, writer)),
             self.tile(payload, BP, tma and full_p),
             self.tile(pairs, self.chunk, tma and not ragged),
-            self.tile(out if described else None, BP, tma and full_p),
+            self.tile(stores[0], BP, tma and full_p),
             self.tile(dot, BP, tma and full_p),
+            self.tile(beside, BP, tma and full_p),
+            self.tile(stores[1], BR, tma),
             reader,
             writer,
             payload,
             out,
             dot,
+            turned,
             None if gate is None else gate.values,
             self.line(seen, lines),
             seen,
@@ -479,6 +484,7 @@ class Call:
             LAST=last is not None,
             PACKED=self.packed,
             GRAD=grad,
+            BOTH=turned is not None,
             EXACT=self.dtype == EXACT,
             FULL_R=full_r,
             FULL_P=full_p,

@@ -42,6 +42,12 @@ def pairs_stored(K: int, V: int, dtype: torch.dtype) -> bool:
     return max(K, V) > 128 and dtype != EXACT
 
 
+def gradients_together(K: int, V: int, dtype: torch.dtype) -> bool:
+    """Whether the gradients of keys and values come in one walk where no token has a gate, weight or normaliser: one
+    program has room for both states. Measured on Hopper; with scalar gates two walks take less than one."""
+    return K == V == 64 and dtype != EXACT
+
+
 def scale_apart(dtype: torch.dtype) -> bool:
     """Whether a state may be kept without the scale of what is written to it. fp16 has little range, and fp32 chunks
     that are walked token by token."""
@@ -50,16 +56,23 @@ def scale_apart(dtype: torch.dtype) -> bool:
 
 @cache
 def launch_settings(
-    DR: int, DP: int, C: int, dtype: torch.dtype, split: bool, stored: bool = False, plain: bool = False
+    DR: int,
+    DP: int,
+    C: int,
+    dtype: torch.dtype,
+    split: bool,
+    stored: bool = False,
+    plain: bool = False,
+    both: bool = False,
 ) -> dict[str, int]:
     """Tile sizes, warps and pipeline depth, by the size of the state and how it is walked; T never enters.
 
     In 16 bits a tile of 64 or more reading channels goes with 64 of the payload: narrower ones come out wrong on
     Hopper, or end in illegal accesses, where channels are no multiple of 16. Measured there: pieces (split) run two
     programs a multiprocessor with two stages, whole sequences one program with three, or, ``plain``, where nothing but
-    tiles is fetched, with four over 128 and five over 64 reading channels; from 256 reading channels on two
-    warp groups share the state, unless pairs are ``stored``: then one has room for 256. With 512 a second stage has no
-    room.
+    tiles is fetched, with four over 128 and five over 64 reading channels, four where ``both`` gradients are read; from
+    256 reading channels on two warp groups share the state, unless pairs are ``stored``: then one has room for 256.
+    With 512 a second stage has no room.
     """
     BR, widest = max(16, power_of_2(DR)), max(16, power_of_2(DP))
     if dtype == torch.float32:
@@ -68,7 +81,7 @@ def launch_settings(
     if BR <= 128:
         stages = 2 if split and BR == 128 else 3
         if plain and not split and DR in (64, 128):
-            stages = 4 if DR == 128 else 5
+            stages = 4 if DR == 128 or both else 5
         return {"BR": BR, "BP": BP, "C": C, "num_warps": 4, "num_stages": stages}
     warps = 4 if stored and BR == 256 else 8
     return {"BR": BR, "BP": BP, "C": C, "num_warps": warps, "num_stages": 1 if BR == 512 else 2}
