@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linnet.ops import DecayState, Segments, decay, get_op, mlstm, value_checks
+from linnet.ops.decay import _pieces
 
 B, T, H, K, V = 2, 37, 2, 8, 6
 
@@ -193,6 +194,24 @@ def close_in_16_bits(
         assert (got - exact).norm() <= 4 * (rough - exact).norm() + share * exact.norm(), name
 
 
+@pytest.mark.parametrize(
+    ("B", "T", "gated", "piece"),
+    [
+        (4, 8192, False, 8192),
+        (8, 300, False, 8192),
+        (4, 8192, True, 512),
+        (5, 8192, False, 512),
+        (2, 65536, False, 512),
+    ],
+)
+def test_boundary_states_are_few_where_nothing_needs_them(B: int, T: int, gated: bool, piece: int) -> None:
+    """Heads of 64 without gates, where whole sequences fill the GPU and none of it waits for the last ones."""
+    x = torch.empty(B, T, 32, 64, dtype=torch.bfloat16, device="meta")
+    w = x[..., 0] if gated else None
+    given: list[Tensor | None] = [x, x, x, None, None, None, w, None, None]
+    assert _pieces(*given) == (piece, B * -(-T // piece))  # type: ignore[arg-type]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("T", [39, 130])
 @pytest.mark.parametrize(("K", "V"), [(35, 4), (40, 8), (100, 4), (153, 16), (200, 24), (20, 35), (48, 48)])
@@ -209,9 +228,7 @@ def test_channels_that_fill_no_tile(K: int, V: int, T: int, device: torch.device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(50, 320), (50, 299), (2, 1100), [130, 1, 0, 168]], ids=str)
 @pytest.mark.parametrize("gate", ["none", "constant"])
-def test_heads_of_64(
-    gate: str, shape: tuple[int, int] | list[int], dtype: torch.dtype, device: torch.device
-) -> None:
+def test_heads_of_64(gate: str, shape: tuple[int, int] | list[int], dtype: torch.dtype, device: torch.device) -> None:
     """Their gradients of keys and values come in one walk, over whole sequences or, where those are few, in pieces."""
     if device.type != "cuda":
         pytest.skip("in 16 bits, which the interpreter does not multiply: needs --device cuda")

@@ -148,12 +148,28 @@ def _denominator(x: Tensor, floor: Tensor | None, eps: float) -> Tensor:
     return ((x if floor is None else torch.maximum(x.abs(), floor)) + eps)[..., None]
 
 
-def _pieces(q: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, cu_host: Tensor | None) -> tuple[int, int]:
+def _pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    u: Tensor | None,
+    w: Tensor | None,
+    z: Tensor | None,
+    cu_host: Tensor | None,
+) -> tuple[int, int]:
     """Tokens between two boundary states kept for the backward pass, and how many of them a call has at most: enough
     tokens that the states stay below a tenth of the activations, fewer when the pieces are needed to fill the GPU."""
     B, T, H, K, V = *q.shape[:2], v.shape[2], q.shape[3], v.shape[3]
     if q.dtype == torch.float32:  # for accuracy: the gates' gradient is a running sum that starts afresh at each piece
         return 16, B * -(-T // 16) if cu_host is None else T // 16 + cu_host.shape[0] - 1
+    if settings.gradients_together(K, V, q.dtype) and all(x is None for x in (g, gv, u, w, z, cu_host)):
+        # Nothing starts afresh at the boundaries, and small heads take long to store them. The queries' gradient walks
+        # pieces: not where an H100, of 132 multiprocessors, would wait for the last of pieces so long.
+        pieces = B * -(-T // 8192)
+        if B * H >= 96 and 5 * pieces * H >= 4 * 132 * -(-pieces * H // 132):
+            return 8192, pieces
     piece = 512 if K * V <= 8192 else 1024 if K * V <= 32768 else 2048
     if gv is not None or (g is not None and g.dim() == 4):  # the running sum of a vector gate has no exact pairs
         piece = min(piece, 512)
@@ -232,7 +248,7 @@ def _forward(
             from . import launch
 
             given = (q, k, v, g, gv, u, w, launch.State(S, z), floor, cu_host, scale, eps)
-            o, x, (S_out, z_out), bounds = launch.forward(*given, *_pieces(q, v, g, gv, cu_host), training)
+            o, x, (S_out, z_out), bounds = launch.forward(*given, *_pieces(*given[:7], z, cu_host), training)
             if bounds is not None:
                 edges, z_edges = bounds
         else:
@@ -248,7 +264,7 @@ def _forward(
 def _forward_fake(q, k, v, g, gv, u, w, S, z, floor, cu_host, scale, eps, chunk, backend, training):
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     none, kept = S.new_empty(0), backend == "triton" and training
-    piece, pieces = _pieces(q, v, g, gv, cu_host)
+    piece, pieces = _pieces(q, k, v, g, gv, u, w, z, cu_host)
     line = (v.shape[2], v.shape[0] * v.shape[1]) if backend == "triton" else v.shape[:3]
     x, z_out = (none, none.clone()) if z is None else (S.new_empty(line), S.new_empty(z.shape))
     edges = S.new_empty(pieces + S.shape[0], *S.shape[1:]) if kept else none.clone()
@@ -291,7 +307,8 @@ def _backward(
         if backend == "triton":
             from .launch import State, backward
 
-            given = (q, k, v, g, gv, u, w, floor, cu_host, scale, eps, _pieces(q, v, g, gv, cu_host)[0])
+            given = (q, k, v, g, gv, u, w)
+            given = (*given, floor, cu_host, scale, eps, _pieces(*given, z, cu_host)[0])
             grads = backward(*given, o, x, State(edges, z_edges), do, State(dS, dz), gates)
         else:
             dx = None
