@@ -68,9 +68,11 @@ class Served:
     def __init__(self, model, **limits):
         from linnet.interop.serving.app import make_app
         from linnet.interop.serving.batching import Engine, Limits
+        from linnet.interop.serving.connections import timely_connections
 
         self.engine = Engine(model, ByteTokenizer(), Limits(**limits))
-        config = uvicorn.Config(make_app(self.engine, "tiny", 5), port=0, log_level="warning")
+        http = timely_connections(self.engine.limits.body_seconds)
+        config = uvicorn.Config(make_app(self.engine, "tiny", 5), http=http, port=0, log_level="warning")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -211,6 +213,19 @@ def test_other_paths_slow_requests_and_metrics(served):
     with socket.create_connection(("127.0.0.1", served.port), timeout=60) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
+    for before in (b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=60) as slow:
+            slow.sendall(before)
+            if before.startswith(b"GET"):
+                answer = b""
+                while b"ok" not in answer:
+                    answer += slow.recv(1000)
+                slow.sendall(b"GET /hea")
+            start = time.monotonic()
+            for more in (b"l", b"e", b"t") if before else (b"G", b"E", b"T"):  # what drips in gains no time
+                time.sleep(0.3)
+                slow.sendall(more)
+            assert slow.recv(100) == b"" and time.monotonic() - start < 5
     with pytest.raises(openai.NotFoundError, match="there is only 'tiny'"):
         served.client.completions.create(model="huge", prompt="x")
     with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/metrics") as answer:

@@ -50,6 +50,7 @@ def serve(
         import uvicorn
 
         from linnet.interop.serving.app import make_app
+        from linnet.interop.serving.connections import timely_connections
     except ImportError as error:
         raise ValueError(f"serve: needs {error.name}; install it with: pip install 'linnet[serve]'") from error
     import torch
@@ -69,6 +70,7 @@ def serve(
     app = make_app(engine, name or folder.resolve().name, drain_seconds)
     config = uvicorn.Config(
         app,
+        http=timely_connections(limits.body_seconds),
         log_level="warning",
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
         timeout_keep_alive=15,

@@ -48,7 +48,7 @@ class Limits:
         turn_tokens: prompt tokens read in one turn.
         seconds: longest time from a request's arrival to its last token.
         body_bytes: largest request.
-        body_seconds: longest time until a request has arrived.
+        body_seconds: longest time until the head of a request has arrived, and then until its body has.
     """
 
     slots: int = 64
