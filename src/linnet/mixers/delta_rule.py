@@ -26,7 +26,8 @@ class Strengths(NamedTuple):
 
 class DeltaRule(Mixer):
     """Projections, short convolution with SiLU, the delta engine on unit queries and keys, per-head RMSNorm, output
-    gate (``g_proj``, where there is one), output projection. Subclasses add :meth:`strengths`.
+    gate (``g_proj``, where there is one), output projection. Subclasses add :meth:`strengths`, and name the gate's
+    activation.
 
     Args:
         d_model: width.
@@ -39,6 +40,8 @@ class DeltaRule(Mixer):
         conv_size: taps of the short convolution over queries, keys and values; 0 for none (SiLU alone).
         norm_eps: of the RMSNorm.
     """
+
+    gate_activation = "silu"
 
     def __init__(
         self,
@@ -81,10 +84,6 @@ class DeltaRule(Mixer):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def open_output(self, gate: Tensor) -> Tensor:
-        """Activation of the output gate."""
-        return F.silu(gate)
-
     def forward(
         self, x: Tensor, state: parts.DeltaConvState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, parts.DeltaConvState]:
@@ -99,9 +98,10 @@ class DeltaRule(Mixer):
         k, v = self.rows(k, self.num_heads), self.rows(v, self.num_v_heads)
         beta, g, w = self.strengths(x)
         o, memory = delta(q, k, v, beta, g, w, l2norm=True, substeps=self.substeps, state=memory, segments=segments)
-        o = self.norm(o).flatten(2)
-        if self.g_proj is not None:
-            o = o * self.open_output(self.g_proj(x))
+        if self.g_proj is None:
+            o = self.norm(o).flatten(2)
+        else:
+            o = self.norm(o, self.g_proj(x), activation=self.gate_activation)
         return self.o_proj(o), parts.DeltaConvState(memory, tail)
 
     def rows(self, x: Tensor, num_heads: int) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet.ops import CellState, Segments, cell, cell_state
@@ -105,7 +104,7 @@ class Elman(Mixer):
         a = parts.heads(self.in_proj(x), self.num_heads)
         R = self.R.to(a.dtype)
         h, state = cell(a, R, self.bias, self.peepholes(), kind=self.kind, state=state, segments=segments)
-        return self.o_proj(self.norm(h).flatten(2) * F.silu(self.g_proj(x))), state
+        return self.o_proj(self.norm(h, self.g_proj(x))), state
 
     def init_state(self, rows: int) -> CellState:
         dtype = parts.state_dtype(self.R)

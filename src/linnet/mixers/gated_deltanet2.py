@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from linnet.ops.core import Identity
@@ -97,9 +96,6 @@ class GatedDeltaNet2(ChannelDecay):
         self.w_proj = parts.GateLinear(d_model, self.values, bias=False)
         self.add_gates(num_heads, gate_bound)
         self.reset_parameters()
-
-    def open_output(self, gate: Tensor) -> Tensor:
-        return F.silu(gate) if self.gate_activation == "silu" else torch.sigmoid(gate)
 
     def strengths(self, x: Tensor) -> Strengths:
         erase = self.reach * torch.sigmoid(parts.heads(self.b_proj(x), self.num_heads))

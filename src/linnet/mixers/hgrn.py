@@ -116,7 +116,7 @@ class HGRN(Mixer):
             pairs = c.unflatten(-1, (2, -1)).transpose(-1, -2)  # [B, T, D, 2]
             h, state = scan(a[..., None] * turn, (write[..., None] * pairs).to(c.dtype), state=state, segments=segments)
             h = h.transpose(-1, -2).flatten(2)
-        return self.o_proj(self.norm(h) * F.silu(self.g_proj(x))), state
+        return self.o_proj(self.norm(h, self.g_proj(x))), state
 
     def init_state(self, rows: int) -> ScanState:
         tail = (self.d_model,) if self.theta is None else (self.d_model, 2)

@@ -70,6 +70,8 @@ class KDA(ChannelDecay):
         ValueError: naming the option, for sizes that do not divide, or sizes or a bound out of range.
     """
 
+    gate_activation = "sigmoid"
+
     def __init__(
         self,
         d_model: int,
@@ -87,9 +89,6 @@ class KDA(ChannelDecay):
         self.b_proj = parts.GateLinear(d_model, self.num_v_heads, bias=False)
         self.add_gates(self.num_v_heads, gate_bound)
         self.reset_parameters()
-
-    def open_output(self, gate: Tensor) -> Tensor:
-        return torch.sigmoid(gate)
 
     def strengths(self, x: Tensor) -> Strengths:
         return Strengths(self.reach * torch.sigmoid(self.b_proj(x)), self.log_decay(x))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linnet.ops import DecayState, Segments, decay
+from linnet.ops import DecayState, Segments, decay, gated_norm
 from linnet.ops.core import Identity
 
 from . import parts
@@ -94,8 +94,8 @@ class Lightning(Mixer):
         q, k, v = (parts.heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         g = -self.rate * torch.arange(self.num_heads, device=x.device, dtype=parts.state_dtype(x))
         o, state = decay(F.silu(q), F.silu(k), v, g, state=state, segments=segments)
-        o = parts.rms_norm(o.flatten(2), self.norm_eps).to(o.dtype)
-        return self.o_proj(o * self.g_proj(x)), state
+        o = gated_norm(o.flatten(2), self.g_proj(x), activation="identity", eps=self.norm_eps)
+        return self.o_proj(o), state
 
     def init_state(self, rows: int) -> DecayState:
         return parts.decay_state(self.o_proj.weight, rows, self.num_heads, self.head_dim, self.head_dim)

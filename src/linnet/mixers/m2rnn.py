@@ -151,8 +151,8 @@ class M2RNN(Mixer):
         q, k, v = parts.heads(q, self.num_qk_heads), parts.heads(k, self.num_qk_heads), parts.heads(v, self.num_heads)
         g = parts.softplus_decay(a, self.A_log, self.dt_bias)
         y, memory = m2rnn(q, k, v, g, self.W.to(v.dtype), clip=self.clip, state=memory, segments=segments)
-        y = torch.addcmul(y, parts.fp32(self.D), v).flatten(2) * F.silu(parts.fp32(gate))
-        return self.o_proj(self.norm(y).to(gate.dtype)), M2RNNMixerState(memory, tail)
+        y = self.norm(y, gate, norm_first=False, v=v.flatten(2), skip=self.D.flatten())
+        return self.o_proj(y), M2RNNMixerState(memory, tail)
 
     def init_state(self, rows: int) -> M2RNNMixerState:
         shape = rows, self.num_heads, self.head_k, self.head_v

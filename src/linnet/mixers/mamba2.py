@@ -110,8 +110,7 @@ class Mamba2(Mixer):
         dt = F.softplus(parts.fp32(dt) + parts.fp32(self.dt_bias))
         g = -parts.fp32(self.A_log).exp() * dt
         y, memory = decay(C, B, v, g, w=dt, scale=1.0, state=memory, segments=segments)
-        y = (parts.fp32(y) + parts.fp32(self.D)[:, None] * parts.fp32(v)).flatten(2) * F.silu(parts.fp32(z))
-        y = self.norm(parts.heads(y, self.num_groups)).flatten(2).to(z.dtype)
+        y = self.norm(y, z, norm_first=False, v=v.flatten(2), skip=parts.fp32(self.D).repeat_interleave(self.head_dim))
         return self.out_proj(y), parts.DecayConvState(memory, tail)
 
     def init_state(self, rows: int) -> parts.DecayConvState:

@@ -136,8 +136,7 @@ class MLSTM(Mixer):
             h, state = mlstm(q, k, v, i, f, eps=self.eps, state=state, segments=segments)
         else:
             h, state = decay(q, k, v, F.logsigmoid(f), w=torch.sigmoid(i), state=state, segments=segments)
-        h = self.norm(h).flatten(2) * torch.sigmoid(self.g_proj(x))
-        return self.o_proj(h), state
+        return self.o_proj(self.norm(h, self.g_proj(x), activation="sigmoid")), state
 
     def init_state(self, rows: int) -> MLSTMState | DecayState:
         memory = parts.decay_state(self.o_proj.weight, rows, self.num_heads, self.head_k, self.head_v)

@@ -127,8 +127,7 @@ class MLSTMBlock(Mixer):
         i, f = self.gates(torch.cat([q, k, v], -1)).chunk(2, -1)
         q, k, v = (parts.heads(y, self.num_heads) for y in (q, k, v))
         h, memory = mlstm(q, k, v, i, f, eps=self.eps, state=memory, segments=segments)
-        h = self.norm(h).flatten(2) + self.skip.to(a.dtype) * a
-        return self.down_proj(h * F.silu(z)), MLSTMBlockState(memory, tail)
+        return self.down_proj(self.norm(h, z, v=a, skip=self.skip)), MLSTMBlockState(memory, tail)
 
     def init_state(self, rows: int) -> MLSTMBlockState:
         S = parts.decay_state(self.skip, rows, self.num_heads, self.head, self.head).S

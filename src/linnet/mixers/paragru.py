@@ -136,7 +136,7 @@ class ParaGRU(Mixer):
         else:
             (u,), tail = self.conv(u, state=tail, segments=segments)
         h, memory = self.run(self.gates(u), memory, segments)
-        y = self.o_proj(self.norm(h).to(u.dtype) * F.silu(gate))
+        y = self.o_proj(self.norm(h, gate))
         return y * self.scale.to(y.dtype), ParaMixerState(memory, tail)
 
     def init_state(self, rows: int) -> ParaMixerState:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linnet.ops import ConvState, DecayState, DeltaState, ScanState, Segments, conv
+from linnet.ops import ConvState, DecayState, DeltaState, ScanState, Segments, conv, gated_norm
 from linnet.ops.core import check_choice, check_segments
+from linnet.ops.norm.chunked import normalised, rms_norm
 
 __all__ = [
     "DecayConvState",
@@ -261,17 +262,11 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-# Makes room: fp32 squares up to 1.8e19, and a memory without a normaliser gives more. A power of two rounds nothing.
-_SMALL = 2.0**-20
-
-
-def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis in fp32, for x up to 2^84."""
-    return F.rms_norm(fp32(x) * _SMALL, x.shape[-1:], weight, eps * _SMALL**2)
-
-
 class Norm(nn.Module):
     """RMSNorm, or with ``center`` LayerNorm, over the last axis of ``[..., H, D]``, computed in fp32.
+
+    With a gate, :func:`linnet.ops.gated_norm` of ``[B, T, H, D]`` or ``[B, T, H * D]`` and the gate's pre-activations
+    ``[B, T, H * D]``, which gives ``[B, T, H * D]``; ``options`` are its norm_first, activation, v and skip.
 
     Args:
         size: D.
@@ -294,20 +289,12 @@ class Norm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = fp32(self.weight)
-        if self.center:
-            y = F.layer_norm(fp32(x) * _SMALL, x.shape[-1:], eps=self.eps * _SMALL**2) * self._per_head(weight)
-        elif weight.shape[0] == self.size:
-            y = rms_norm(x, self.eps, weight)
-        else:
-            y = rms_norm(x, self.eps) * self._per_head(weight)
-        if self.bias is not None:
-            y = y + self._per_head(fp32(self.bias))
-        return y.to(x.dtype)
-
-    def _per_head(self, p: Tensor) -> Tensor:
-        return p if p.shape[0] == self.size else p.unflatten(0, (-1, self.size))
+    def forward(self, x: Tensor, gate: Tensor | None = None, **options: Any) -> Tensor:
+        if gate is None:
+            return normalised(x, self.weight, self.bias, self.center, self.eps).to(x.dtype)
+        x = x.flatten(2)
+        options |= {"groups": x.shape[2] // self.size, "center": self.center, "eps": self.eps}
+        return gated_norm(x, gate, self.weight, bias=self.bias, **options)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, center={self.center}, bias={self.bias is not None}"

@@ -124,8 +124,7 @@ class RetNet(Mixer):
         if self.rope:
             q, k = (rotary(y, positions, base=self.rope_base) for y in (q, k))
         o, memory = decay(q, k, v, log_gamma(self.num_heads, x), state=memory, segments=segments)
-        o = self.norm(o).flatten(2) * F.silu(self.g_proj(x))
-        return self.o_proj(o), RetNetState(memory, seen)
+        return self.o_proj(self.norm(o, self.g_proj(x))), RetNetState(memory, seen)
 
     def init_state(self, rows: int) -> RetNetState:
         like = self.o_proj.weight

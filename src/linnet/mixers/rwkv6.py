@@ -137,8 +137,7 @@ class RWKV6(Mixer):
         w = -torch.exp(self.decay_up(torch.tanh(self.decay_down(w))))
         w, k, v, r = (parts.heads(y, self.num_heads) for y in (w, self.k_proj(k), self.v_proj(v), self.r_proj(r)))
         o, memory = decay(r, k, v, w, u=self.bonus, scale=1.0, state=memory, segments=segments)
-        o = self.norm(o).flatten(2) * F.silu(self.g_proj(g))
-        return self.o_proj(o), RWKV6State(memory, shift)
+        return self.o_proj(self.norm(o, self.g_proj(g))), RWKV6State(memory, shift)
 
     def init_state(self, rows: int) -> RWKV6State:
         like = self.o_proj.weight

@@ -115,8 +115,7 @@ class SimpleGLA(Mixer):
         if self.groups > 1:
             k, v, g = (y.repeat_interleave(self.groups, 2) for y in (k, v, g))
         o, memory = decay(q, k, v, g, state=memory, segments=segments)
-        o = self.norm(o).flatten(2) * F.silu(self.g_proj(x))
-        return self.o_proj(o), parts.DecayConvState(memory, tail)
+        return self.o_proj(self.norm(o, self.g_proj(x))), parts.DecayConvState(memory, tail)
 
     def init_state(self, rows: int) -> parts.DecayConvState:
         memory = parts.decay_state(self.o_proj.weight, rows, self.num_heads, self.head_k, self.head_v)

@@ -20,6 +20,7 @@ from .core import Segments, backend, get_op, ops, value_checks
 from .decay import DecayState, MLSTMState, decay, mlstm
 from .delta import DeltaState, delta, delta_transition, dplr
 from .lti import LTIState, lti, lti_diagonal
+from .norm import gated_norm
 from .scan import ScanState, SoftmaxScanState, minmax_scan, scan, selective_scan, softmax_scan
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "delta",
     "delta_transition",
     "dplr",
+    "gated_norm",
     "get_op",
     "lti",
     "lti_diagonal",
