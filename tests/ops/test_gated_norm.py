@@ -96,13 +96,13 @@ def test_kernels_are_as_exact_as_pytorch(shape, wide, mode, dtype):
         assert (x - exact[name]).norm() <= bound, name
 
 
-@kernels_run
-@pytest.mark.parametrize("mode", ["gla", "mamba2"])
-def test_kernels_take_what_a_memory_can_give(mode):
+@pytest.mark.parametrize("backend", ["chunked", pytest.param("triton", marks=kernels_run)])
+@pytest.mark.parametrize("mode", ["gla", "mamba2", "mlstm"])
+def test_takes_what_a_memory_can_give(mode, backend):
     given, options = call(mode, 1, 2, 1, 16, torch.float32, device=DEVICE)
     given["y"] *= 1e24
     exact = gradients({name: x.double() for name, x in given.items()}, options, "chunked")
-    for name, x in gradients(given, options, "triton").items():
+    for name, x in gradients(given, options, backend).items():
         torch.testing.assert_close(x.double() / exact[name].norm(), exact[name] / exact[name].norm(), rtol=0, atol=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_transforms():
 
 @starts_the_interpreter
 def test_kernels_in_the_interpreter():
-    run_interpreted(__file__, "-k", "kernels_are or kernels_take or transforms")
+    run_interpreted(__file__, "-k", "kernels_are or takes_what or kernels_take or transforms")
 
 
 @kernels_run

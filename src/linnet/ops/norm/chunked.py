@@ -15,7 +15,12 @@ SMALL = 2.0**-20  # makes room: fp32 squares up to 1.8e19, and a memory gives mo
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis in fp32, for x up to 2^84."""
-    return F.rms_norm(x.to(accumulate_dtype(x)) * SMALL, x.shape[-1:], weight, eps * SMALL**2)
+    x, eps = x.to(accumulate_dtype(x)) * SMALL, eps * SMALL**2
+    if x.is_cuda:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    # Elsewhere that is made of 1 / sqrt, in whose gradient fp32 has no room for the third power of what is below 2^-42.
+    x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return x if weight is None else x * weight
 
 
 def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, center: bool, eps: float) -> Tensor:
