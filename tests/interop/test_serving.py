@@ -208,7 +208,8 @@ def test_bad_requests_get_a_reason(served, body, status, reason):
 
 
 def test_other_paths_slow_requests_and_metrics(served):
-    assert served.post({"model": "tiny", "messages": []}, "/v1/chat/completions")[0] == 400
+    status, answer = served.post({"model": "tiny", "messages": []}, "/v1/chat/completions")
+    assert (status, answer["error"]["code"]) == (400, "unsupported")
     assert served.post({}, "/v1/nothing")[0] == 404
     with socket.create_connection(("127.0.0.1", served.port), timeout=60) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")

@@ -1,8 +1,8 @@
 """The endpoint: OpenAI's completions over an :class:`~.batching.Engine`, on Starlette.
 
 ``GET /v1/models``, ``POST /v1/completions`` (whole or as server-sent events), ``GET /health``, ``GET /metrics`` (for
-Prometheus). Chat completions are refused: what a chat looks like is part of a model, and decoders carry no such
-template.
+Prometheus). Chat completions are refused: what a chat looks like is a template that some converted models come
+with and no other decoder has.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class _Endpoint:
 
     async def chat(self, request: Request) -> Response:
         await self._body(request)
-        raise Refused(400, "this model has no chat template; use /v1/completions", code="no_chat_template")
+        message = "chats are not supported; write them out as the model expects them and use /v1/completions"
+        raise Refused(400, message, code="unsupported")
 
     async def completions(self, request: Request) -> Response:
         try:
