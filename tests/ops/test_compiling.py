@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from threading import Thread, get_ident
+from time import sleep
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -67,6 +69,27 @@ def test_kernels_are_compiled_and_not_run() -> None:
     assert not compiling()
     kernel[(6,)](7)
     assert recorder.calls == [("run", ((1,), 2)), ("compile", ((3,), 4)), ("run", ((6,), 7))]
+
+
+@pytest.mark.skipif(not hasattr(triton, "AsyncCompileMode"), reason="Triton is older than 3.5")
+def test_launchers_are_loaded_one_at_a_time_and_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python does it, the loader gives all of one name the same module."""
+    build = pytest.importorskip("triton.runtime.build")
+    shared, loading = ModuleType("__triton_launcher"), []
+
+    def load(name: str, path: str) -> ModuleType:
+        assert not loading
+        loading.append(path)
+        shared.launch = path  # type: ignore[attr-defined]
+        sleep(0.001)
+        loading.pop()
+        return shared
+
+    monkeypatch.setattr(build, "_load_module_from_path", load)
+    compile_together(lambda: None)
+    with ThreadPoolExecutor(8) as threads:
+        loaded = [*threads.map(lambda path: build._load_module_from_path(shared.__name__, path), range(20))]
+    assert [module.launch for module in loaded] == [*range(20)]
 
 
 def test_launchers_are_made_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

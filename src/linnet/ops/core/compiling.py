@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,6 +57,31 @@ def _bind() -> None:
             torch.cuda.mem_get_info()
 
 
+class _Apart:
+    """Loads what launches kernels, for Triton. It calls all of these C modules by one name, and Python takes those for
+    one module: a thread that loads another before a first one's function was looked up gives that the wrong function,
+    whose kernel takes other arguments. Here each is loaded alone, and has its functions to itself."""
+
+    def __init__(self, load: Callable[..., Any]):
+        self.load, self.lock = load, threading.Lock()
+
+    def __call__(self, *args: Any) -> SimpleNamespace:
+        with self.lock:
+            return SimpleNamespace(**vars(self.load(*args)))
+
+
+def _load_apart() -> bool:
+    """Have Triton load launchers so that threads may; whether this version does it in the known place."""
+    from triton.runtime import build
+
+    load = getattr(build, "_load_module_from_path", None)
+    if load is None:
+        return False
+    if not isinstance(load, _Apart):
+        build._load_module_from_path = _Apart(load)
+    return True
+
+
 def _device() -> int | None:
     return torch.cuda.current_device() if torch.cuda.is_available() else None
 
@@ -63,7 +89,7 @@ def _device() -> int | None:
 def _load(device: int | None, future: Any) -> None:
     """Make what launches a kernel that has been compiled, and load it. In the thread that did; what fails here fails
     again, and says so, when the kernel is launched for real."""
-    if device is None or future.exception() is not None:
+    if device is None or future.exception() is not None or not _load_apart():
         return
     with torch.cuda.device(device), suppress(Exception):
         future.result().run  # noqa: B018 a property that makes both
@@ -80,6 +106,7 @@ def compile_together(call: Callable[[], Any]) -> None:
     mode = getattr(triton, "AsyncCompileMode", None)
     if mode is None:
         return
+    _load_apart()  # before any thread might
     token = _compiling.set(True)
     try:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads, mode(threads, ignore_errors=True):
