@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -242,6 +243,18 @@ def test_weights_are_those_that_transformers_reads(tmp_path):
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     one, many = (Decoder.load(tmp_path / f"ours_{folder}").state_dict() for folder in ("theirs", "shards"))
     torch.testing.assert_close(one, many, rtol=0, atol=0)
+
+
+def test_the_package_of_tokenizers_is_not_needed(monkeypatch, tmp_path):
+    original("Llama", {"vocab_size": 280}, tmp_path / "theirs")
+    bpe().save(tmp_path / "theirs")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to="llama")
+    for folder in ("ours", "back"):
+        written = (tmp_path / folder / "tokenizer.json").read_bytes()
+        assert written == (tmp_path / "theirs" / "tokenizer.json").read_bytes()
+        assert json.loads((tmp_path / folder / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_wrong_checkpoints_are_refused_by_name(tmp_path):

@@ -6,6 +6,7 @@ maps to what stands in :mod:`linnet.interop.layouts`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -35,7 +36,7 @@ from linnet.models.io import (
 )
 from linnet.ops.core import check_choice
 from linnet.tasks.tokenizers import FILE as TOKENIZER_FILE
-from linnet.tasks.tokenizers import ByteTokenizer, begin_id, end_ids, load_tokenizer
+from linnet.tasks.tokenizers import ByteTokenizer, Tokenizer, begin_id, end_ids, load_tokenizer
 from linnet.training import find_model
 
 from .layouts import LAYOUTS, Fields, Layout, Shape
@@ -170,8 +171,8 @@ def _generation(folder: Path, vocab_size: int) -> dict[str, Any]:
     """Settings of generation, read by our tokenizers, transformers and vLLM alike: the tokens that begin and end the
     texts of a checkpoint, theirs or ours, of those that its files name the ones that its tokenizer has."""
     begin, ends = begin_id(folder), end_ids(folder, vocab_size)
-    if (folder / TOKENIZER_FILE).is_file():
-        tokenizer = load_tokenizer(folder)
+    tokenizer = _tokenizer(folder)
+    if tokenizer is not None:
         begin, ends = tokenizer.begin, list(tokenizer.ends)
     said: dict[str, Any] = {}
     if begin is not None and begin < vocab_size:  # a tokenizer without an end has made one, maybe beyond them
@@ -179,6 +180,13 @@ def _generation(folder: Path, vocab_size: int) -> dict[str, Any]:
     if ends := [i for i in ends if i < vocab_size]:
         said |= {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": ends[0]}
     return said
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    """That of a folder; None where it has none, or without the package that reads it, which a conversion can do
+    without."""
+    there = (folder / TOKENIZER_FILE).is_file() and importlib.util.find_spec("tokenizers") is not None
+    return load_tokenizer(folder) if there else None
 
 
 def _export(
@@ -230,9 +238,7 @@ def _export(
 def _export_tokenizer(folder: Path, target: Path, generation: dict[str, Any]) -> None:
     """The tokenizer of a linnet folder in files of transformers: those that ``save_pretrained`` has written there, or
     else those that a converted model came with, or else ours."""
-    if not (folder / TOKENIZER_FILE).is_file():
-        return
-    tokenizer = load_tokenizer(folder)
+    tokenizer = _tokenizer(folder)
     if isinstance(tokenizer, ByteTokenizer):
         tokenizer.backend.save(str(target / TOKENIZER_FILE))
     else:
@@ -240,7 +246,7 @@ def _export_tokenizer(folder: Path, target: Path, generation: dict[str, Any]) ->
     prefix = "" if (folder / TOKENIZER_SETTINGS_FILE).is_file() else SOURCE
     for name in _BESIDE:
         _copy(folder / f"{prefix}{name}", target / name)
-    if not (target / TOKENIZER_SETTINGS_FILE).is_file():
+    if tokenizer is not None and not (target / TOKENIZER_SETTINGS_FILE).is_file():
         said = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
         for name, ids in generation.items():
             first = ids[0] if isinstance(ids, list) else ids
