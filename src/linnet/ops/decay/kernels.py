@@ -408,9 +408,10 @@ def pass_kernel(
                     inter += dx[:, None] * z[None, :]
                 if GATE != 0 and (GRAD == 1 or GRAD == 2):
                     inter = inter * read[:, None]
+                from_state = times
                 if GATE != 0 and (GRAD == 0 or GRAD == 3):
-                    times = times * read
-                o = tl.dot(A, p, inter * times[:, None], input_precision="ieee")
+                    from_state = times * read
+                o = tl.dot(A, p, inter * from_state[:, None], input_precision="ieee")
                 if out_ptr is not None and TMA and FULL_P and not RAGGED:
                     out_ptr.store([t0, h * DP + column], o.to(p.dtype))
                 else:
@@ -418,10 +419,15 @@ def pass_kernel(
 
                 if BOTH:  # after the other, in whose registers it has room
                     beside = _load(beside_ptr, h // (H // HB), HB, DP, t0, column, valid, C, BP, FULL_P, TMA)
-                    A = tl.dot(beside, tl.trans(p), input_precision="ieee") * scale
+                    A = tl.dot(beside, tl.trans(p), input_precision="ieee")
                     A = tl.where(seen, A, 0.0) if GATE == 0 else A * kept
+                    if SCALED:
+                        A = A * scale
+                    A = (A * times[:, None]).to(s.dtype)
                     inter = tl.dot(beside, turned.to(beside.dtype), input_precision="ieee")
-                    o = tl.dot(A.to(s.dtype), s, inter * times[:, None], input_precision="ieee")
+                    if GATE != 0:
+                        inter = inter * read[:, None]
+                    o = tl.dot(A, s, inter * times[:, None], input_precision="ieee")
                     if turned_ptr is not None and TMA and not RAGGED:
                         turned_ptr.store([t0, h * DR], o.to(s.dtype))
                     else:
