@@ -21,6 +21,7 @@ MODES: dict[str, dict[str, Any]] = {
     "substeps that leave rows of a chunk": {"substeps": 3},
     "vector, substeps": {"gate": "vector", "substeps": 2},
     "untied": {"gate": "vector", "untied": True, "substeps": 2},
+    "256 keys": {"keys": 256, "width": 64},
 }
 
 
@@ -37,12 +38,13 @@ def results(
     substeps: int = 1,
     length: int = 9,
     width: int = 32,  # no fewer than the rows of a chunk
+    keys: int | None = None,  # as many as values unless given
 ) -> list[Tensor]:
     """What a call and its backward pass compute; the last chunk of a sequence is not full."""
     from linnet.ops.delta import launch
 
     generator = torch.Generator().manual_seed(0)
-    B, T, H, K, V = 2, 37, 2, width, width
+    B, T, H, K, V = 2, 37, 2, keys or width, width
     R, heads = (T, H) if untied else (T * substeps, 1)
 
     def random(*shape: int) -> Tensor:
@@ -68,6 +70,6 @@ def test_tiles_come_either_way(mode: dict[str, Any], monkeypatch: pytest.MonkeyP
     settings = launch.launch_settings  # tiles as large either way
     monkeypatch.setattr(launch, "launch_settings", lambda *given: settings(*given[:5], True))
     by_address = results(**mode)
-    monkeypatch.setattr(launch, "_copied", lambda q, v: True)
+    monkeypatch.setattr(launch, "_copied", lambda *given: True)
     for one, other in zip(by_address, results(**mode), strict=True):
         assert bool(one.isfinite().all()) and torch.equal(one, other)

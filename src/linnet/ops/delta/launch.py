@@ -61,15 +61,18 @@ def launch_settings(kernel: str, K: int, V: int, dtype: torch.dtype, vector: boo
         # In 16 bits a single block of 32 keys is computed wrongly on Hopper, and blocks of 32 beside 256 values end in
         # illegal accesses; two to four of them beside at most 128 values are right.
         narrow = (vector or tma) and 64 <= K <= 128 and V <= 128
+        # Beside 256 keys, tiles of half as many values, fetched ahead, spill less: 376 bytes of a thread rather than
+        # 536 (by address 992). With 512 values to read they lose.
+        ahead = tma and K > 128 and V <= 256
         return {
             "BK": min(BK, 32) if fp32 else 32 if narrow else 64,
-            "BV": min(32, _block(V)) if fp32 else 64 if V % 128 == 64 else min(max(64, _block(V)), 128),
+            "BV": min(32, _block(V)) if fp32 else 64 if ahead or V % 128 == 64 else min(max(64, _block(V)), 128),
             "num_warps": 4,
-            "num_stages": 2 if tma and narrow else 1,
+            "num_stages": 2 if ahead or (tma and narrow) else 1,
         }
     if fp32:
         return {"BK": BK, "BV": min(BV, 32 if BK <= 128 else 16), "num_warps": 8, "num_stages": 1}
-    if BK > 128:
+    if BK > 128:  # two stages take up to 222 KB; a vector's operands are a third tile of keys
         return {"BK": BK, "BV": BV, "num_warps": 8, "num_stages": 1 if vector else 2}
     C = chunk_rows(K, dtype)
     stage, room = 2 * C * (BK * (3 if vector else 2) + 2 * C + BV), 225_000  # bytes that a chunk's tiles take
@@ -96,11 +99,12 @@ def part_length(chunks: int, programs: int, device: torch.device) -> int:
     return length if 2 * length + step * parts + launches <= chunks else chunks
 
 
-def _copied(q: Tensor, v: Tensor) -> bool:
+def _copied(q: Tensor, v: Tensor, modes: _Modes) -> bool:
     """Whether kernels may have their tiles from the copy engine: tiles of 16 bits that channels fill, with no fewer
-    keys than rows of a chunk, whose pairs lie for a while where the gradients of keys will. States of more than 128
-    keys leave serial passes little or no room to fetch tiles ahead."""
-    full = q.shape[3] in (64, 128) and v.shape[3] % 64 == 0
+    keys than rows of a chunk, whose pairs lie for a while where the gradients of keys will. States of 256 keys leave
+    serial passes room to fetch tiles ahead only where there are no vectors of gates and no write gate."""
+    K, V = q.shape[3], v.shape[3]
+    full = (K in (64, 128) and V % 64 == 0) or (K == 256 and V % 256 == 0 and not (modes.vector or modes.write))
     return q.dtype != torch.float32 and full and q.numel() > 0 and has_tma(q.device)
 
 
@@ -144,14 +148,16 @@ def _below(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class _Layout:
     """Sequences, chunks and parts of one call."""
 
-    def __init__(self, q: Tensor, v: Tensor, substeps: int, cu_host: Tensor | None, length: int | None = None):
+    def __init__(
+        self, q: Tensor, v: Tensor, modes: _Modes, substeps: int, cu_host: Tensor | None, length: int | None = None
+    ):
         self.B, self.T = q.shape[:2]
         self.H, self.heads, self.K, self.V = v.shape[2], q.shape[2], q.shape[3], v.shape[3]
         self.substeps, self.C = substeps, chunk_rows(self.K, q.dtype)
         self.tokens = self.C // substeps
         self.packed, self.device, self.dtype = cu_host is not None, q.device, q.dtype
         self.kept = kept(q, v, substeps, cu_host)
-        self.tma = self.tokens * substeps == self.C and not self.packed and _copied(q, v)
+        self.tma = self.tokens * substeps == self.C and not self.packed and _copied(q, v, modes)
         if cu_host is None:
             self.rows, self.longest = self.B, -(-self.T // self.tokens)
             self.chunks = self.B * self.longest
@@ -165,6 +171,8 @@ class _Layout:
             self.cu = uploaded(cu_host, q.device)
             self.whole = _Parts(self.rows, 1, self.T, self.cu, uploaded(counts, q.device), None)
         self.parts = self._split(cu_host, length)
+        if self.K > 128 and self.parts is not None:  # how a part moves a state was not measured with such tiles
+            self.tma = False
 
     def _split(self, cu_host: Tensor | None, length: int | None) -> _Parts | None:
         """Parts of the sequences, of as many chunks as given or where it is faster, else None."""
@@ -477,7 +485,8 @@ def forward(
     q, k, v, S = (x.contiguous() for x in (q, k, v, S))
     beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
-    layout, modes = _Layout(q, v, substeps, cu_host, length), _Modes(beta, g, w)
+    modes = _Modes(beta, g, w)
+    layout = _Layout(q, v, modes, substeps, cu_host, length)
     if q.is_cuda and not compiling():
         kinds = tuple(None if x is None else (x.dtype, x.dim() == 4) for x in (beta, g, w))
         sizes = layout.tokens, layout.K, layout.V, substeps
@@ -610,7 +619,8 @@ def backward(
     q, k, v, S, do, dS = (x.contiguous() for x in (q, k, v, S, do, dS))
     beta, g, w = (None if x is None else x.contiguous() for x in (beta, g, w))
     ab = None if ab is None else (ab[0].contiguous(), ab[1].contiguous())
-    layout, modes = _Layout(q, v, substeps, cu_host, length), _Modes(beta, g, w)
+    modes = _Modes(beta, g, w)
+    layout = _Layout(q, v, modes, substeps, cu_host, length)
     H, K, V, C = layout.H, layout.K, layout.V, layout.C
     local = _prepare(layout, modes, q, k, beta, g, scale, l2norm, ab)
     if not modes.vector:
